@@ -1,0 +1,22 @@
+//! The numbers of the contract: what a message may hold and the stock thresholds.
+
+/// Most lines one order may have (before duplicate products are merged). Real orders reach 674.
+pub const MAX_ORDER_ITEMS: usize = 1_000;
+
+/// Largest quantity of one order line.
+pub const MAX_LINE_QUANTITY: u32 = 1_000_000;
+
+/// Largest stock one product may have; an order's merged line can ask for at most as much.
+pub const MAX_STOCK: u32 = MAX_LINE_QUANTITY * MAX_ORDER_ITEMS as u32;
+
+/// Stock at or below which a sale or an admin's change raises a low-stock alert, unless the product has its own.
+pub const LOW_STOCK_THRESHOLD: u32 = 3;
+
+/// Stock at or below which a product is not available.
+pub const OUT_OF_STOCK_THRESHOLD: u32 = 0;
+
+/// Longest stock-keeping unit, in characters.
+pub const MAX_SKU_CHARS: usize = 64;
+
+/// Longest product name or category, in characters.
+pub const MAX_NAME_CHARS: usize = 200;
