@@ -1,1 +1,213 @@
-//! Placeholder.
+//! The ledger on JetStream: atomic append against an expected sequence, reading back, the one receive loop,
+//! dead letters and the stream definitions.
+//!
+//! Nothing here knows what an event means; that is the contract's and the services' part. [`Ledger`] has two
+//! implementations with the same semantics, held to the same tests: [`JetStreamLedger`] and [`MemoryLedger`], on which
+//! faults happen on demand.
+
+pub mod dead_letter;
+mod jetstream;
+mod memory;
+pub mod receive;
+pub mod streams;
+
+use std::future::Future;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::stream::BoxStream;
+use lomash_contract::{EventId, Foreign, Envelope, LedgerEvent};
+use time::OffsetDateTime;
+
+pub use jetstream::{APPEND_TIMEOUT, JetStreamLedger, READ_STALL_TIMEOUT};
+pub use memory::{Fault, MemoryLedger};
+
+/// Most messages of one atomic batch, as every configuration we ship allows (`limits { batch { max_msgs } }`).
+///
+/// A server left at its own default takes 1,000; the committer adapts when it is told so.
+pub const MAX_BATCH_MESSAGES: usize = 4_000;
+
+/// Header names of ours and of the server's that are not constants of the client library.
+pub mod header {
+    /// Why an admin changed something, in the admin's words.
+    pub const REASON: &str = "Lomash-Reason";
+    /// W3C trace context.
+    pub const TRACEPARENT: &str = "traceparent";
+    /// W3C trace state.
+    pub const TRACESTATE: &str = "tracestate";
+    /// Encoding of the payload.
+    pub const CONTENT_TYPE: &str = "Content-Type";
+}
+
+/// What travels beside an event in headers: small, and the same for every message of one command.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Carried {
+    /// W3C `traceparent` of what caused the event.
+    pub traceparent: Option<String>,
+    /// W3C `tracestate` of what caused the event.
+    pub tracestate: Option<String>,
+    /// Why an admin did it.
+    pub reason: Option<String>,
+}
+
+/// A message to append.
+#[derive(Clone, Debug)]
+pub struct NewMessage {
+    /// The subject, topic and key.
+    pub subject: String,
+    /// Becomes `Nats-Msg-Id`.
+    pub event_id: EventId,
+    /// The envelope, encoded.
+    pub payload: Bytes,
+    /// Headers, if any.
+    pub carried: Option<Arc<Carried>>,
+}
+
+/// Where a stored message stood in its atomic batch, from the headers that the server keeps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BatchPosition {
+    /// The batch.
+    pub id: String,
+    /// 1 for its first message.
+    pub sequence: u64,
+    /// Whether it is the batch's last.
+    pub commit: bool,
+}
+
+/// A message as the stream holds it.
+#[derive(Clone, Debug)]
+pub struct StoredMessage {
+    /// Its sequence in the stream.
+    pub sequence: u64,
+    /// The server's clock when it stored it; never goes backwards with the sequence.
+    pub stored_at: OffsetDateTime,
+    /// The subject, topic and key.
+    pub subject: String,
+    /// `Nats-Msg-Id`.
+    pub message_id: Option<String>,
+    /// `Nats-Expected-Last-Sequence`, on the first message of a batch.
+    pub expected_last_sequence: Option<u64>,
+    /// Its place in a batch, when it came in one.
+    pub batch: Option<BatchPosition>,
+    /// The other headers that we write.
+    pub carried: Carried,
+    /// The envelope, encoded.
+    pub payload: Bytes,
+}
+
+impl StoredMessage {
+    /// The event, by the stateless half of the rule that every reader applies.
+    ///
+    /// # Errors
+    /// [`Foreign`] when the message was not written by us.
+    pub fn parse(&self) -> Result<Envelope<LedgerEvent>, Foreign> {
+        lomash_contract::parse_stored(&self.subject, self.message_id.as_deref(), &self.payload)
+    }
+
+    /// Whether an atomic batch (or a message outside any) ends here: readers that cut here never show half an order.
+    #[must_use]
+    pub fn ends_batch(&self) -> bool {
+        self.batch.as_ref().is_none_or(|batch| batch.commit)
+    }
+}
+
+/// Why an append was not acknowledged. Whatever it says, the writer does one thing: catch up and decide again.
+#[derive(Debug, thiserror::Error)]
+pub enum AppendError {
+    /// Something else was written since the expected sequence (10071), or a batch is in flight (10164).
+    #[error("the stream moved on: {0}")]
+    Conflict(String),
+    /// An event id of the batch was stored before, within the de-duplication window (10201).
+    #[error("an event id of the batch is stored already: {0}")]
+    Duplicate(String),
+    /// More messages than the server takes in one batch (10199).
+    #[error("the batch of {messages} messages is larger than the server allows: {description}")]
+    TooLarge {
+        /// How many were sent.
+        messages: usize,
+        /// The server's words.
+        description: String,
+    },
+    /// The server refused for another reason.
+    #[error("the server refused the batch ({code}): {description}")]
+    Refused {
+        /// The server's error code.
+        code: u64,
+        /// The server's words.
+        description: String,
+    },
+    /// No answer: the batch may have been stored, may yet be, or may never be.
+    #[error("it is unknown whether the batch was stored: {0}")]
+    Unknown(String),
+}
+
+/// Why the stream could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// The server did not answer or the connection broke; worth another try.
+    #[error("the stream cannot be read just now: {0}")]
+    Unavailable(String),
+    /// A sequence is missing: the ledger was tampered with or restored from an incomplete copy. Not worth another try.
+    #[error("the stream has a gap: after sequence {after} comes {found}; run `lomash verify`")]
+    Gap {
+        /// The last good sequence.
+        after: u64,
+        /// The one that came next.
+        found: u64,
+    },
+    /// The stream ends before what was read or written already: it went backwards. Not worth another try.
+    #[error(
+        "the stream ends at {last} but {seen} was already seen: it was replaced by an older copy; \
+         restore the newer one or rebuild what was derived from it"
+    )]
+    WentBackwards {
+        /// Where the stream ends now.
+        last: u64,
+        /// What was seen before.
+        seen: u64,
+    },
+}
+
+impl ReadError {
+    /// Whether trying again can help.
+    #[must_use]
+    pub const fn is_transient(&self) -> bool {
+        matches!(self, Self::Unavailable(_))
+    }
+}
+
+/// Stored messages in sequence without gaps.
+pub type Messages = BoxStream<'static, Result<StoredMessage, ReadError>>;
+
+/// An append-only log with optimistic concurrency over the whole stream.
+pub trait Ledger: Clone + Send + Sync + 'static {
+    /// Stores all of `messages` or none, and only if the last stored sequence is `expected_last_sequence`.
+    ///
+    /// Returns the sequence of the last message; the others precede it without gaps.
+    ///
+    /// # Errors
+    /// See [`AppendError`]; only `Ok` says anything about what is stored.
+    fn append(
+        &self,
+        messages: &[NewMessage],
+        expected_last_sequence: u64,
+    ) -> impl Future<Output = Result<u64, AppendError>> + Send;
+
+    /// The last stored sequence, as the stream's leader knows it.
+    ///
+    /// # Errors
+    /// [`ReadError::Unavailable`].
+    fn last_sequence(&self) -> impl Future<Output = Result<u64, ReadError>> + Send;
+
+    /// The messages after sequence `after`, up to what the leader holds now; then it ends.
+    ///
+    /// # Errors
+    /// [`ReadError`], also as an item when it happens on the way.
+    fn read(&self, after: u64) -> impl Future<Output = Result<Messages, ReadError>> + Send;
+
+    /// The messages after sequence `after` and all that come later; it ends only by an error.
+    ///
+    /// # Errors
+    /// [`ReadError`], also as an item when it happens on the way.
+    fn follow(&self, after: u64) -> impl Future<Output = Result<Messages, ReadError>> + Send;
+}

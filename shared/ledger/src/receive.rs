@@ -1,0 +1,246 @@
+//! The one receive loop: pull, hand to the handler, settle.
+//!
+//! A handler says what happened ([`Settle`]); the loop acknowledges, asks for redelivery or writes a dead letter.
+//! Acknowledging comes last, so every handler must bear seeing a message twice. The loop survives a lost connection,
+//! a restarted server and a panicking handler.
+
+use std::future::Future;
+use std::panic::AssertUnwindSafe;
+use std::time::Duration;
+
+use async_nats::HeaderMap;
+use async_nats::jetstream::consumer::{PullConsumer, pull};
+use async_nats::jetstream::{self, AckKind, Context};
+use bytes::Bytes;
+use futures::FutureExt;
+use futures::stream::{FuturesUnordered, StreamExt};
+use time::OffsetDateTime;
+use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, debug, error, info, warn};
+
+use crate::dead_letter::DeadLetter;
+
+/// How long one pull request waits at the server.
+///
+/// Well below the `priority_timeout` of the consumers (see `streams/consumers`), or a pinned client would lose its pin
+/// between two pulls.
+pub const PULL_EXPIRES: Duration = Duration::from_secs(2);
+/// How often the server says that a waiting pull is alive.
+pub const PULL_HEARTBEAT: Duration = Duration::from_secs(1);
+/// Pause before the loop opens its consumer again after a failure.
+pub const REOPEN_PAUSE: Duration = Duration::from_millis(500);
+/// How long a stopping loop waits for the handlers that are at work; what is not settled comes back.
+pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// Pause before a message comes back whose dead letter could not be stored.
+pub const DEAD_LETTER_RETRY: Duration = Duration::from_secs(2);
+/// Pause before a message comes back whose handler panicked.
+pub const PANIC_RETRY: Duration = Duration::from_secs(1);
+
+const _: () = assert!(PULL_HEARTBEAT.as_millis() * 2 <= PULL_EXPIRES.as_millis(), "the server requires it");
+
+/// What a handler made of a message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Settle {
+    /// Handled: acknowledge.
+    Done,
+    /// Not now: deliver again after the pause.
+    Retry(Duration),
+    /// Never: write a dead letter with this reason, then drop the message.
+    Dead(String),
+}
+
+/// A message as a handler sees it.
+#[derive(Clone, Debug)]
+pub struct Delivery {
+    /// The subject it was published on.
+    pub subject: String,
+    /// Its headers.
+    pub headers: Option<HeaderMap>,
+    /// Its payload.
+    pub payload: Bytes,
+    /// Its sequence in the stream.
+    pub sequence: u64,
+    /// 1 the first time.
+    pub deliveries: u64,
+    /// When the server stored it.
+    pub stored_at: OffsetDateTime,
+}
+
+impl Delivery {
+    /// A header's text.
+    #[must_use]
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.as_ref()?.get(name).map(async_nats::HeaderValue::as_str)
+    }
+}
+
+/// What to receive and within which bounds.
+#[derive(Clone, Debug)]
+pub struct Receive {
+    /// The stream.
+    pub stream: &'static str,
+    /// Its durable consumer; must exist (see [`crate::streams`]).
+    pub consumer: &'static str,
+    /// The priority group, for a consumer that pins one client.
+    pub group: Option<&'static str>,
+    /// Most messages handled at once. Messages wait in the stream, not in memory.
+    pub max_in_flight: usize,
+    /// Deliveries after which a message whose handler panics is given up.
+    pub max_panics: u64,
+}
+
+/// Receives until `stop`, then lets the handlers at work finish.
+///
+/// Handlers are started in the order of the stream; what they do before their first `await` happens in that order.
+pub async fn run<H, F>(context: Context, receive: Receive, stop: CancellationToken, handler: H)
+where
+    H: Fn(Delivery) -> F,
+    F: Future<Output = Settle> + Send,
+{
+    while !stop.is_cancelled() {
+        let opened = tokio::select! {
+            () = stop.cancelled() => break,
+            opened = open(&context, &receive) => opened,
+        };
+        match opened {
+            Ok(messages) => {
+                info!(stream = receive.stream, consumer = receive.consumer, "receiving");
+                pump(&context, &receive, messages, &stop, &handler).await;
+            }
+            Err(problem) => warn!(consumer = receive.consumer, problem, "cannot receive yet, trying again"),
+        }
+        tokio::select! {
+            () = stop.cancelled() => break,
+            () = tokio::time::sleep(REOPEN_PAUSE) => {}
+        }
+    }
+}
+
+async fn open(context: &Context, receive: &Receive) -> Result<pull::Stream, String> {
+    let consumer: PullConsumer = context
+        .get_consumer_from_stream(receive.consumer, receive.stream)
+        .await
+        .map_err(|error| error.to_string())?;
+    let mut builder = consumer
+        .stream()
+        .max_messages_per_batch(receive.max_in_flight)
+        .expires(PULL_EXPIRES)
+        .heartbeat(PULL_HEARTBEAT);
+    if let Some(group) = receive.group {
+        builder = builder.group(group);
+    }
+    builder.messages().await.map_err(|error| error.to_string())
+}
+
+async fn pump<H, F>(
+    context: &Context,
+    receive: &Receive,
+    mut messages: pull::Stream,
+    stop: &CancellationToken,
+    handler: &H,
+) where
+    H: Fn(Delivery) -> F,
+    F: Future<Output = Settle> + Send,
+{
+    let mut at_work = FuturesUnordered::new();
+    loop {
+        tokio::select! {
+            // Settling frees places, so it goes first; stopping is looked at before new work.
+            biased;
+            Some(()) = at_work.next(), if !at_work.is_empty() => {}
+            () = stop.cancelled() => break,
+            next = messages.next(), if at_work.len() < receive.max_in_flight => match next {
+                Some(Ok(message)) => at_work.push(handle(context, receive, message, handler)),
+                Some(Err(problem)) => {
+                    debug!(consumer = receive.consumer, %problem, "pull interrupted");
+                    if problem.kind() != pull::MessagesErrorKind::MissingHeartbeat {
+                        break;
+                    }
+                }
+                None => break,
+            },
+        }
+    }
+    drop(messages);
+    let drained = tokio::time::timeout(DRAIN_TIMEOUT, async { while at_work.next().await.is_some() {} }).await;
+    if drained.is_err() {
+        warn!(consumer = receive.consumer, left = at_work.len(), "handlers did not finish in time; their messages come back");
+    }
+}
+
+fn handle<'a, H, F>(
+    context: &'a Context,
+    receive: &'a Receive,
+    message: jetstream::Message,
+    handler: &H,
+) -> impl Future<Output = ()> + 'a + use<'a, H, F>
+where
+    H: Fn(Delivery) -> F,
+    F: Future<Output = Settle> + Send + 'a,
+{
+    let (sequence, deliveries, stored_at) = match message.info() {
+        Ok(info) => (info.stream_sequence, u64::try_from(info.delivered).unwrap_or(1), info.published),
+        Err(_) => (0, 1, OffsetDateTime::UNIX_EPOCH),
+    };
+    let (message, acker) = message.split();
+    let delivery = Delivery {
+        subject: message.subject.to_string(),
+        headers: message.headers.clone(),
+        payload: message.payload.clone(),
+        sequence,
+        deliveries,
+        stored_at,
+    };
+    let handled = std::panic::catch_unwind(AssertUnwindSafe(|| handler(delivery)));
+    let span = tracing::debug_span!("settle", consumer = receive.consumer, sequence);
+    async move {
+        let outcome = match handled {
+            Ok(future) => AssertUnwindSafe(future).catch_unwind().await,
+            Err(panic) => Err(panic),
+        };
+        let settle = outcome.unwrap_or_else(|panic| {
+            let what = panic_text(&*panic);
+            error!(consumer = receive.consumer, sequence, deliveries, panic = what, "handler panicked");
+            if deliveries >= receive.max_panics {
+                Settle::Dead(format!("the handler panicked {deliveries} times, last with: {what}"))
+            } else {
+                Settle::Retry(PANIC_RETRY)
+            }
+        });
+        let kind = match settle {
+            Settle::Done => AckKind::Ack,
+            Settle::Retry(pause) => AckKind::Nak(Some(pause)),
+            Settle::Dead(reason) => {
+                let letter = DeadLetter {
+                    stream: receive.stream,
+                    consumer: receive.consumer,
+                    subject: &message.subject,
+                    sequence,
+                    deliveries,
+                    reason: &reason,
+                    headers: message.headers.as_ref(),
+                    payload: message.payload,
+                };
+                match letter.store(context).await {
+                    Ok(()) => {
+                        warn!(consumer = receive.consumer, sequence, reason, "dead letter");
+                        AckKind::Term
+                    }
+                    Err(problem) => {
+                        error!(consumer = receive.consumer, sequence, reason, %problem, "the message comes back");
+                        AckKind::Nak(Some(DEAD_LETTER_RETRY))
+                    }
+                }
+            }
+        };
+        if let Err(problem) = acker.ack_with(kind).await {
+            debug!(consumer = receive.consumer, sequence, %problem, "could not settle; the message comes back");
+        }
+    }
+    .instrument(span)
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    text.unwrap_or("no message").to_owned()
+}

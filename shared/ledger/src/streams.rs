@@ -1,0 +1,234 @@
+//! Stream and consumer definitions: the very files of `streams/`, which the stock `nats` CLI reads too.
+//!
+//! The files are sent to the server as they are, so operators and code cannot disagree. What the deployment decides
+//! (replicas) is the only thing put over them.
+
+use std::time::Duration;
+
+use async_nats::jetstream::Context;
+use serde_json::{Map, Value, json};
+
+/// The stream of incoming orders.
+pub const ORDERS: &str = "ORDERS";
+/// The ledger.
+pub const INVENTORY: &str = "INVENTORY";
+/// The durable consumer by which the product service receives orders.
+pub const PRODUCT_ORDERS: &str = "product-orders";
+/// Its priority group.
+pub const PRODUCT_ORDERS_GROUP: &str = "orders";
+
+/// How long to wait for JetStream to answer while it starts or elects a leader.
+pub const READY_TIMEOUT: Duration = Duration::from_secs(30);
+
+const READY_PAUSE: Duration = Duration::from_millis(100);
+const NOT_FOUND: u64 = 404;
+
+/// A stream and its durable consumers, as the files define them.
+#[derive(Clone, Debug)]
+pub struct Definition {
+    /// Name of the stream.
+    pub name: String,
+    /// Its configuration.
+    pub config: Map<String, Value>,
+    /// Its durable consumers by name.
+    pub consumers: Vec<(String, Map<String, Value>)>,
+}
+
+/// A field in which a server differs from its definition.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Difference {
+    /// The stream, or `stream/consumer`.
+    pub name: String,
+    /// The field.
+    pub field: String,
+    /// What the definition says.
+    pub defined: Value,
+    /// What the server has; null when it has none.
+    pub actual: Value,
+}
+
+impl std::fmt::Display for Difference {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {} is {}, its definition says {}", self.name, self.field, self.actual, self.defined)
+    }
+}
+
+/// Why definitions could not be applied or compared.
+#[derive(Debug, thiserror::Error)]
+pub enum StreamsError {
+    /// JetStream did not answer.
+    #[error("JetStream does not answer ({0}); is the server up and started with JetStream enabled?")]
+    Unavailable(String),
+    /// The server refused a definition.
+    #[error("the server refused {name} ({code}): {description}")]
+    Refused {
+        /// The stream, or `stream/consumer`.
+        name: String,
+        /// The server's error code.
+        code: u64,
+        /// The server's words.
+        description: String,
+    },
+    /// A stream that must exist does not.
+    #[error("{0} does not exist; create it with `lomash streams apply` or `nats stream add --config streams/{0}.json`")]
+    Missing(String),
+}
+
+/// The definitions, in the order in which they are applied.
+///
+/// # Panics
+/// Never: the files are part of the program and a test reads them.
+#[must_use]
+pub fn definitions() -> Vec<Definition> {
+    fn object(text: &str) -> Map<String, Value> {
+        match serde_json::from_str(text) {
+            Ok(Value::Object(object)) => object,
+            other => panic!("a file of streams/ is not a JSON object: {other:?}"),
+        }
+    }
+    let stream = |name: &str, config: &str, consumers: &[(&str, &str)]| Definition {
+        name: name.to_owned(),
+        config: object(config),
+        consumers: consumers.iter().map(|(name, text)| ((*name).to_owned(), object(text))).collect(),
+    };
+    vec![
+        stream("DEAD_LETTERS", include_str!("../../../streams/DEAD_LETTERS.json"), &[]),
+        stream(INVENTORY, include_str!("../../../streams/INVENTORY.json"), &[]),
+        stream("JOBS", include_str!("../../../streams/JOBS.json"), &[]),
+        stream("NOTIFICATIONS", include_str!("../../../streams/NOTIFICATIONS.json"), &[]),
+        stream(
+            ORDERS,
+            include_str!("../../../streams/ORDERS.json"),
+            &[(PRODUCT_ORDERS, include_str!("../../../streams/consumers/ORDERS.product-orders.json"))],
+        ),
+    ]
+}
+
+async fn call(context: &Context, subject: String, body: &Value) -> Result<Value, StreamsError> {
+    context.request(subject, body).await.map_err(|error: async_nats::jetstream::context::RequestError| {
+        StreamsError::Unavailable(error.to_string())
+    })
+}
+
+fn refusal(name: &str, answer: &Value) -> Option<StreamsError> {
+    let error = answer.get("error")?;
+    Some(StreamsError::Refused {
+        name: name.to_owned(),
+        code: error.get("err_code").and_then(Value::as_u64).unwrap_or_default(),
+        description: error.get("description").and_then(Value::as_str).unwrap_or("no description").to_owned(),
+    })
+}
+
+/// The configuration the server holds, or `None` when there is no such stream or consumer.
+async fn actual(context: &Context, subject: String, name: &str) -> Result<Option<Map<String, Value>>, StreamsError> {
+    let answer = call(context, subject, &json!({})).await?;
+    if answer.pointer("/error/code").and_then(Value::as_u64) == Some(NOT_FOUND) {
+        return Ok(None);
+    }
+    if let Some(error) = refusal(name, &answer) {
+        return Err(error);
+    }
+    Ok(answer.get("config").and_then(Value::as_object).cloned())
+}
+
+/// Waits until JetStream answers, as a server that just started or a cluster without a leader does not yet.
+///
+/// # Errors
+/// [`StreamsError::Unavailable`] after [`READY_TIMEOUT`].
+pub async fn wait_until_ready(context: &Context) -> Result<(), StreamsError> {
+    let deadline = tokio::time::Instant::now() + READY_TIMEOUT;
+    loop {
+        match call(context, "INFO".to_owned(), &json!({})).await {
+            Ok(answer) if answer.get("error").is_none() => return Ok(()),
+            Ok(answer) if tokio::time::Instant::now() >= deadline => {
+                return Err(StreamsError::Unavailable(answer["error"].to_string()));
+            }
+            Err(error) if tokio::time::Instant::now() >= deadline => return Err(error),
+            _ => tokio::time::sleep(READY_PAUSE).await,
+        }
+    }
+}
+
+/// Creates every stream and consumer that is missing, with `replicas` copies. What exists is left as it is and
+/// compared: the differences are returned.
+///
+/// # Errors
+/// [`StreamsError`].
+pub async fn apply(context: &Context, replicas: u32) -> Result<Vec<Difference>, StreamsError> {
+    let mut found = Vec::new();
+    for Definition { name, mut config, consumers } in definitions() {
+        config.insert("num_replicas".to_owned(), replicas.into());
+        match actual(context, format!("STREAM.INFO.{name}"), &name).await? {
+            Some(actual) => found.extend(differences(&name, &config, &actual)),
+            None => {
+                let answer = call(context, format!("STREAM.CREATE.{name}"), &Value::Object(config)).await?;
+                if let Some(error) = refusal(&name, &answer) {
+                    return Err(error);
+                }
+            }
+        }
+        for (consumer, config) in consumers {
+            let label = format!("{name}/{consumer}");
+            match actual(context, format!("CONSUMER.INFO.{name}.{consumer}"), &label).await? {
+                Some(actual) => found.extend(differences(&label, &config, &actual)),
+                None => {
+                    let request = json!({ "stream_name": name, "config": config, "action": "create" });
+                    let answer = call(context, consumer_create_subject(&name, &consumer, &config), &request).await?;
+                    if let Some(error) = refusal(&label, &answer) {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// The subject by which the `nats` CLI creates a consumer: its filter is part of it, so that permissions can name it.
+fn consumer_create_subject(stream: &str, consumer: &str, config: &Map<String, Value>) -> String {
+    match config.get("filter_subject").and_then(Value::as_str) {
+        Some(filter) if !filter.is_empty() => format!("CONSUMER.CREATE.{stream}.{consumer}.{filter}"),
+        _ => format!("CONSUMER.CREATE.{stream}.{consumer}"),
+    }
+}
+
+/// In which fields the stream `name` on the server is not what its definition says. More replicas than defined are no
+/// difference.
+///
+/// # Errors
+/// [`StreamsError::Missing`] when there is no such stream.
+pub async fn compare(context: &Context, name: &str) -> Result<Vec<Difference>, StreamsError> {
+    let missing = || StreamsError::Missing(name.to_owned());
+    let definition = definitions().into_iter().find(|definition| definition.name == name).ok_or_else(missing)?;
+    let actual = actual(context, format!("STREAM.INFO.{name}"), name).await?.ok_or_else(missing)?;
+    Ok(differences(name, &definition.config, &actual))
+}
+
+fn differences(name: &str, defined: &Map<String, Value>, actual: &Map<String, Value>) -> Vec<Difference> {
+    let absent = |value: &Value| match value {
+        Value::Null => true,
+        Value::Bool(flag) => !flag,
+        Value::Number(number) => number.as_i64() == Some(0),
+        Value::String(text) => text.is_empty(),
+        _ => false,
+    };
+    defined
+        .iter()
+        .filter(|(field, _)| !matches!(field.as_str(), "description" | "metadata"))
+        .filter_map(|(field, defined)| {
+            let found = actual.get(field).unwrap_or(&Value::Null);
+            let same = match field.as_str() {
+                "num_replicas" => found.as_u64() >= defined.as_u64(),
+                // The server leaves out what is zero, false or empty.
+                _ => found == defined || (absent(found) && absent(defined)),
+            };
+            (!same).then(|| Difference {
+                name: name.to_owned(),
+                field: field.clone(),
+                defined: defined.clone(),
+                actual: found.clone(),
+            })
+        })
+        .collect()
+}
