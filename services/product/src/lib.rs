@@ -1,1 +1,13 @@
-//! Placeholder.
+//! The product service: decides orders and admin commands, commits them to the ledger, projects the ledger into
+//! Postgres.
+//!
+//! The way of an order: [`orders`] parses it, [`inventory`] decides it, [`committer`] stores the decision, and only then
+//! is the order acknowledged. [`projection`] follows behind, on its own.
+
+pub mod client;
+pub mod commands;
+pub mod committer;
+pub mod inventory;
+pub mod orders;
+pub mod projection;
+pub mod service;

@@ -89,8 +89,10 @@ pub fn parse_stored(
     if envelope.payload.key() != key {
         return Err(Foreign::Key { subject: key, payload: envelope.payload.key() });
     }
-    let same_id = message_id.is_some_and(|id| id.parse() == Ok(envelope.event_id));
-    if !same_id {
+    // JetStream compares message ids as text, so another spelling of the same UUID is another id.
+    let mut canonical = [0_u8; uuid::fmt::Hyphenated::LENGTH];
+    let event_id: &str = envelope.event_id.0.hyphenated().encode_lower(&mut canonical);
+    if message_id != Some(event_id) {
         return Err(Foreign::MessageId { message_id: message_id.map(str::to_owned), event_id: envelope.event_id });
     }
     Ok(envelope)

@@ -118,9 +118,10 @@ fn read<T: DeserializeOwned>(content_type: ContentType, bytes: &[u8]) -> Option<
     match content_type {
         ContentType::Json => serde_json::from_slice(bytes).ok(),
         ContentType::MessagePack => {
-            let mut deserializer = rmp_serde::Deserializer::from_read_ref(bytes);
-            let value = T::deserialize(&mut deserializer).ok()?;
-            deserializer.get_ref().is_empty().then_some(value)
+            // Read through a shrinking slice: a deserializer made with `from_read_ref` cannot say what is left.
+            let mut rest = bytes;
+            let value = T::deserialize(&mut rmp_serde::Deserializer::new(&mut rest)).ok()?;
+            rest.is_empty().then_some(value)
         }
     }
 }
@@ -168,7 +169,15 @@ fn explain<P: Payload>(content_type: ContentType, bytes: &[u8]) -> DecodeError {
             let mut deserializer = rmp_serde::Deserializer::from_read_ref(bytes);
             match serde_path_to_error::deserialize::<_, Envelope<P>>(&mut deserializer) {
                 Ok(_) => (String::new(), "there are bytes after the end of the message".to_owned()),
-                Err(error) => (error.path().to_string(), error.inner().to_string()),
+                Err(error) => {
+                    use rmp_serde::decode::Error::{InvalidDataRead, InvalidMarkerRead};
+                    let problem = match error.inner() {
+                        // A slice fails to be read only at its end.
+                        InvalidDataRead(_) | InvalidMarkerRead(_) => "the message ends in the middle".to_owned(),
+                        other => other.to_string(),
+                    };
+                    (error.path().to_string(), problem)
+                }
             }
         }
     };

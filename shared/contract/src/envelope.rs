@@ -12,7 +12,10 @@ use crate::timestamp::Timestamp;
 
 /// What every message carries around its payload.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(
+    rename_all = "camelCase",
+    expecting = "an envelope with eventId, eventType, timestamp, version and payload"
+)]
 pub struct Envelope<P> {
     /// Identity of the event; also `Nats-Msg-Id`.
     pub event_id: EventId,

@@ -317,6 +317,8 @@ pub enum ChangedField {
     StockQuantity,
     /// Whether it can be bought: stock above the out-of-stock threshold.
     IsAvailable,
+    /// The stock-keeping unit.
+    Sku,
     /// The name.
     Name,
     /// The category.

@@ -20,7 +20,7 @@ pub struct Timestamp(OffsetDateTime);
 pub struct InvalidTimestamp;
 
 impl Timestamp {
-    /// The instant `at`, cut to milliseconds. Years outside 0 to 9999 cannot be written and become the nearest that can.
+    /// The instant `at`, cut to milliseconds. Years outside 0 to 9999 cannot be written and become the Unix epoch.
     #[must_use]
     pub fn new(at: OffsetDateTime) -> Self {
         let at = at.checked_to_offset(UtcOffset::UTC).unwrap_or(OffsetDateTime::UNIX_EPOCH);

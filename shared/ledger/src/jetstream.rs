@@ -17,7 +17,7 @@ use async_nats::{HeaderMap, Request, client::RequestErrorKind};
 use futures::stream::{self, StreamExt};
 use serde::Deserialize;
 
-use crate::{AppendError, BatchPosition, Carried, Ledger, Messages, NewMessage, ReadError, StoredMessage, header};
+use crate::{AppendError, BatchPosition, Carried, Ledger, Messages, NewMessage, ReadError, StoredMessage, crash_point, header};
 
 /// How long an append waits for the server's answer before its outcome is unknown.
 ///
@@ -155,16 +155,16 @@ impl Ledger for JetStreamLedger {
         let batch_id = format!("{}-{}", self.batch_prefix, self.batches.fetch_add(1, Ordering::Relaxed));
         let count = messages.len();
         let Some((last, rest)) = messages.split_last() else { return Ok(expected_last_sequence) };
-        fail::fail_point!("commit-before-batch");
+        crash_point!("commit-before-batch");
         for (index, message) in rest.iter().enumerate() {
             let headers = headers(message, &batch_id, index + 1, count, expected_last_sequence);
             client
                 .publish_with_headers(message.subject.clone(), headers, message.payload.clone())
                 .await
                 .map_err(|error| AppendError::Unknown(error.to_string()))?;
-            fail::fail_point!("commit-between-messages");
+            crash_point!("commit-between-messages");
         }
-        fail::fail_point!("commit-before-last-message");
+        crash_point!("commit-before-last-message");
         let request = Request::new()
             .headers(headers(last, &batch_id, count, count, expected_last_sequence))
             .payload(last.payload.clone())

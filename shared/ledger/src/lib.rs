@@ -211,3 +211,17 @@ pub trait Ledger: Clone + Send + Sync + 'static {
     /// [`ReadError`], also as an item when it happens on the way.
     fn follow(&self, after: u64) -> impl Future<Output = Result<Messages, ReadError>> + Send;
 }
+
+/// A named place where a test may abort the process, to show that dying right there loses and doubles nothing.
+///
+/// Inert unless the `failpoints` feature is compiled in and `FAILPOINTS` names the place, for example
+/// `FAILPOINTS='commit-after-ack=20*off->return'`. Must stand in a function, at statement level.
+#[macro_export]
+macro_rules! crash_point {
+    ($name:literal) => {
+        $crate::fail::fail_point!($name, |_| ::std::process::abort());
+    };
+}
+
+#[doc(hidden)]
+pub use fail;

@@ -1,1 +1,9 @@
-//! Placeholder.
+//! What every process needs and none should write again: logs, connections, migrations, shutdown.
+
+pub mod nats;
+pub mod postgres;
+pub mod secret;
+pub mod shutdown;
+pub mod telemetry;
+
+pub use secret::Secret;

@@ -1,0 +1,104 @@
+//! The other end of [`crate::commands`]: sends a command and waits for what it came to.
+
+use std::time::Duration;
+
+use async_nats::client::RequestErrorKind;
+use async_nats::{Client, Request as NatsRequest};
+
+use crate::commands::{Reply, Request, SUBJECT};
+use crate::inventory::{Outcome, ProductCommand, Rejection};
+
+/// How long one try waits for its answer.
+pub const TRY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a command is tried again while nobody answers: a failover takes some seconds.
+pub const GIVE_UP_AFTER: Duration = Duration::from_secs(60);
+
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Why a command has no good outcome.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// It is not acceptable.
+    #[error("{0}")]
+    Rejected(Rejection),
+    /// The service does not understand the request.
+    #[error("the product service refused the request: {0}")]
+    BadRequest(String),
+    /// Nobody answered. The command may have been carried out; sending it again with the same id is safe.
+    #[error("the product service did not answer ({0}); is it running?")]
+    Unavailable(String),
+}
+
+/// What a command came to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Done {
+    /// The outcome.
+    pub outcome: Outcome,
+    /// The sequence that shows it.
+    pub sequence: u64,
+}
+
+/// Sends commands to whichever replica of the product service answers.
+#[derive(Clone, Debug)]
+pub struct ProductClient {
+    client: Client,
+}
+
+impl ProductClient {
+    /// A client on this connection.
+    #[must_use]
+    pub const fn new(client: Client) -> Self {
+        Self { client }
+    }
+
+    /// Asks whether a replica is there; answers up to which sequence it knows the ledger. Tries once.
+    ///
+    /// # Errors
+    /// [`ClientError::Unavailable`].
+    pub async fn ping(&self) -> Result<u64, ClientError> {
+        match self.ask(&Request::Ping).await.map_err(ClientError::Unavailable)? {
+            Reply::Pong { sequence } => Ok(sequence),
+            other => Err(ClientError::BadRequest(format!("unexpected reply to a ping: {other:?}"))),
+        }
+    }
+
+    /// Has a command carried out, trying again for up to a minute while nobody answers.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn send(&self, command: ProductCommand, reason: Option<String>) -> Result<Done, ClientError> {
+        let request = Request::Command { command, reason };
+        let deadline = tokio::time::Instant::now() + GIVE_UP_AFTER;
+        let mut tries = 0_u32;
+        loop {
+            tries += 1;
+            let problem = match self.ask(&request).await {
+                Ok(Reply::Committed { outcome, sequence }) => return Ok(Done { outcome, sequence }),
+                // The try before was carried out and only its answer was lost.
+                Ok(Reply::Rejected { rejection: Rejection::Repeated, .. }) if tries > 1 => {
+                    return Ok(Done { outcome: Outcome::Unchanged, sequence: 0 });
+                }
+                Ok(Reply::Rejected { rejection, .. }) => return Err(ClientError::Rejected(rejection)),
+                Ok(Reply::BadRequest { detail }) => return Err(ClientError::BadRequest(detail)),
+                Ok(Reply::Pong { .. }) => return Err(ClientError::BadRequest("a pong is no answer".to_owned())),
+                Ok(Reply::Unavailable { detail }) | Err(detail) => detail,
+            };
+            if tokio::time::Instant::now() >= deadline {
+                return Err(ClientError::Unavailable(problem));
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    async fn ask(&self, request: &Request) -> Result<Reply, String> {
+        let body = serde_json::to_vec(request).map_err(|problem| problem.to_string())?;
+        let request = NatsRequest::new().payload(body.into()).timeout(Some(TRY_TIMEOUT));
+        let answer = self.client.send_request(SUBJECT, request).await.map_err(|problem| match problem.kind() {
+            RequestErrorKind::TimedOut => format!("no answer within {} s", TRY_TIMEOUT.as_secs()),
+            RequestErrorKind::NoResponders => "no replica is running".to_owned(),
+            _ => problem.to_string(),
+        })?;
+        serde_json::from_slice(&answer.payload).map_err(|problem| format!("the answer is not a reply: {problem}"))
+    }
+}

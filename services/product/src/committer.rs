@@ -1,0 +1,455 @@
+//! The group committer: the one task of a process that writes to the ledger, and the one place where a conflict is
+//! met.
+//!
+//! Owns the [`State`]. While a commit is in flight the next commands queue up; they are decided in order against what
+//! the ones before left and stored as one atomic batch that names the sequence it was decided on. Whatever goes wrong
+//! (conflict, duplicate, timeout, lost connection), the committer does one thing: it catches up with the stream and
+//! decides again what is still undecided. A stale or paused writer can therefore only fail.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::StreamExt;
+use hashbrown::HashMap;
+use lomash_contract::{ContentType, Envelope, EventId, LedgerEvent, Timestamp, Version, codec};
+use lomash_ledger::{
+    AppendError, Carried, Ledger, MAX_BATCH_MESSAGES, NewMessage, ReadError, StoredMessage, crash_point,
+};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, info, warn};
+
+use crate::inventory::{Command, Decision, Draft, Fact, Outcome, Rejection, State, decide};
+
+/// Commands that may wait for the committer; more must wait with their sender, orders in their stream.
+pub const MAX_QUEUED_COMMANDS: usize = 4 * MAX_BATCH_MESSAGES;
+
+/// Commands taken into one batch at most, when their messages do not fill it earlier.
+const MAX_GROUP_COMMANDS: usize = MAX_BATCH_MESSAGES;
+
+/// How often an idle committer looks whether another writer moved the stream, to stay warm.
+pub const IDLE_CATCH_UP: Duration = Duration::from_secs(1);
+
+/// Pauses between tries to reach the stream: from the first to the last, doubling.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const LAST_PAUSE: Duration = Duration::from_secs(1);
+
+/// The fewest messages that a server's batch limit is believed to be; below it the server is broken, not small.
+const MIN_BATCH_MESSAGES: usize = 100;
+
+/// What was decided and stored.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Committed {
+    /// What the command came to.
+    pub outcome: Outcome,
+    /// The sequence of the stream that shows it: of the command's last event, or of the state it was settled on.
+    pub sequence: u64,
+}
+
+/// Why a command was not carried out.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum CommandError {
+    /// It is not acceptable.
+    #[error(transparent)]
+    Rejected(#[from] Rejection),
+    /// Its events do not fit into one atomic batch.
+    #[error(
+        "the command needs {messages} messages in one atomic batch and the server takes {limit}; \
+         raise jetstream.limits.batch.max_msgs on the server"
+    )]
+    TooLarge {
+        /// How many it needs.
+        messages: usize,
+        /// How many there may be.
+        limit: usize,
+    },
+    /// The process is stopping. Whether the command was carried out is unknown; sending it again is safe.
+    #[error("the service is stopping; send the command again")]
+    Stopping,
+}
+
+/// The answer to a command.
+pub type Answer = Result<Committed, CommandError>;
+
+#[derive(Debug)]
+struct Submission {
+    command: Command,
+    carried: Option<Arc<Carried>>,
+    reply: oneshot::Sender<Answer>,
+    /// The first event id of each try, by which a later look at the stream shows that the try was stored.
+    tried: Vec<(EventId, Outcome)>,
+}
+
+impl Submission {
+    fn answer(self, answer: Answer) {
+        // A caller that went away has no use for the answer; the ledger has it.
+        let _ = self.reply.send(answer);
+    }
+}
+
+/// A handle by which commands are submitted.
+#[derive(Clone, Debug)]
+pub struct Committer {
+    queue: mpsc::Sender<Submission>,
+    sequence: watch::Receiver<u64>,
+}
+
+impl Committer {
+    /// Submits a command and waits for what it came to. Commands are decided in the order of submission.
+    ///
+    /// # Errors
+    /// [`CommandError`].
+    pub async fn submit(&self, command: Command, carried: Option<Arc<Carried>>) -> Answer {
+        let (reply, answer) = oneshot::channel();
+        let submission = Submission { command, carried, reply, tried: Vec::new() };
+        self.queue.send(submission).await.map_err(|_| CommandError::Stopping)?;
+        answer.await.unwrap_or(Err(CommandError::Stopping))
+    }
+
+    /// The sequence up to which this process knows the ledger.
+    #[must_use]
+    pub fn sequence(&self) -> u64 {
+        *self.sequence.borrow()
+    }
+}
+
+/// Folds the ledger from where `state` ends to where the stream ends now. `observe` sees every message, and whether it
+/// was taken in.
+///
+/// # Errors
+/// [`ReadError`]; the state then holds what was read before.
+pub async fn catch_up<L: Ledger>(
+    ledger: &L,
+    state: &mut State,
+    mut observe: impl FnMut(&StoredMessage, Option<&Envelope<LedgerEvent>>),
+) -> Result<(), ReadError> {
+    let mut messages = ledger.read(state.sequence()).await?;
+    while let Some(message) = messages.next().await {
+        let message = message?;
+        let admitted = message.parse().and_then(|envelope| state.admits(&envelope.payload).map(|()| envelope));
+        match admitted {
+            Ok(envelope) => {
+                state.evolve(message.sequence, &envelope.payload);
+                observe(&message, Some(&envelope));
+            }
+            Err(foreign) => {
+                error!(
+                    sequence = message.sequence,
+                    subject = message.subject,
+                    reason = %foreign,
+                    "a message in the ledger was not written by us and is skipped; find out who may publish there"
+                );
+                state.skip(message.sequence);
+                observe(&message, None);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Makes a committer for `ledger`, whose state is folded up to some sequence, and the future that is its loop.
+///
+/// The loop ends when `stop` is cancelled and what is in flight is known, or with an error that trying again cannot
+/// mend (a gap in the stream, a stream that went backwards).
+pub fn committer<L: Ledger>(
+    ledger: L,
+    state: State,
+    clock: fn() -> Timestamp,
+    stop: CancellationToken,
+) -> (Committer, impl Future<Output = Result<State, ReadError>> + Send) {
+    let (queue, submissions) = mpsc::channel(MAX_QUEUED_COMMANDS);
+    let (known, sequence) = watch::channel(state.sequence());
+    let running = Running { ledger, state, clock, stop, known, max_batch_messages: MAX_BATCH_MESSAGES };
+    (Committer { queue, sequence }, running.run(submissions))
+}
+
+struct Running<L> {
+    ledger: L,
+    state: State,
+    clock: fn() -> Timestamp,
+    stop: CancellationToken,
+    known: watch::Sender<u64>,
+    max_batch_messages: usize,
+}
+
+/// A batch that is decided and not yet stored: which submissions it settles, and how.
+struct Batch {
+    facts: Vec<Fact>,
+    messages: Vec<NewMessage>,
+    /// One for each submission taken, in order. `last_message` is the position after its last event in the batch.
+    verdicts: Vec<Verdict>,
+}
+
+enum Verdict {
+    Store { outcome: Outcome, first_event: EventId, last_message: usize },
+    Settled(Outcome),
+    Reject(CommandError),
+}
+
+impl<L: Ledger> Running<L> {
+    async fn run(mut self, mut submissions: mpsc::Receiver<Submission>) -> Result<State, ReadError> {
+        let mut waiting: VecDeque<Submission> = VecDeque::new();
+        let mut taken = Vec::new();
+        loop {
+            if waiting.is_empty() {
+                tokio::select! {
+                    biased;
+                    () = self.stop.cancelled() => break,
+                    count = submissions.recv_many(&mut taken, MAX_GROUP_COMMANDS) => {
+                        if count == 0 {
+                            break;
+                        }
+                    }
+                    () = tokio::time::sleep(IDLE_CATCH_UP) => {
+                        self.catch_up(&mut waiting).await?;
+                        continue;
+                    }
+                }
+            } else if let Some(room) = MAX_GROUP_COMMANDS.checked_sub(waiting.len()).filter(|room| *room > 0) {
+                // What did not fit into the last batch goes first; the queue fills up behind it.
+                while taken.len() < room {
+                    match submissions.try_recv() {
+                        Ok(submission) => taken.push(submission),
+                        Err(_) => break,
+                    }
+                }
+            }
+            waiting.extend(taken.drain(..));
+            if self.stop.is_cancelled() {
+                break;
+            }
+            self.commit(&mut waiting).await?;
+        }
+        submissions.close();
+        for submission in waiting {
+            submission.answer(Err(CommandError::Stopping));
+        }
+        while let Ok(submission) = submissions.try_recv() {
+            submission.answer(Err(CommandError::Stopping));
+        }
+        Ok(self.state)
+    }
+
+    /// Decides and stores the first of the waiting commands, as many as fit into a batch. Whatever the outcome, the
+    /// commands it settled are answered and the others are still waiting.
+    async fn commit(&mut self, waiting: &mut VecDeque<Submission>) -> Result<(), ReadError> {
+        let batch = self.decide(waiting, MAX_GROUP_COMMANDS);
+        self.store(batch, waiting).await
+    }
+
+    async fn store(&mut self, batch: Batch, waiting: &mut VecDeque<Submission>) -> Result<(), ReadError> {
+        if batch.messages.is_empty() {
+            // Saying no, or that all is so already, needs a fresh look: another writer may have changed it.
+            let before = self.state.sequence();
+            if batch.verdicts.iter().any(Verdict::depends_on_freshness) {
+                self.catch_up(waiting).await?;
+            }
+            if self.state.sequence() == before {
+                self.settle(batch, waiting, before);
+            }
+            return Ok(());
+        }
+        let expected = self.state.sequence();
+        match self.ledger.append(&batch.messages, expected).await {
+            Ok(last) => {
+                crash_point!("commit-after-ack");
+                debug!(messages = batch.messages.len(), commands = batch.verdicts.len(), last, "committed");
+                for (offset, fact) in batch.facts.iter().enumerate() {
+                    self.state.evolve(expected + 1 + offset as u64, &fact.event);
+                }
+                self.known.send_replace(last);
+                self.settle(batch, waiting, expected);
+                Ok(())
+            }
+            Err(problem) => {
+                info!(%problem, expected, messages = batch.messages.len(), "not committed; catching up");
+                for (submission, verdict) in waiting.iter_mut().zip(&batch.verdicts) {
+                    if let Verdict::Store { outcome, first_event, .. } = verdict {
+                        let again = submission.tried.iter().any(|(event, _)| event == first_event);
+                        if !again {
+                            submission.tried.push((*first_event, outcome.clone()));
+                        }
+                    }
+                }
+                self.recover(problem, batch.verdicts.len(), waiting).await
+            }
+        }
+    }
+
+    async fn recover(
+        &mut self,
+        problem: AppendError,
+        commands: usize,
+        waiting: &mut VecDeque<Submission>,
+    ) -> Result<(), ReadError> {
+        let before = self.state.sequence();
+        self.catch_up(waiting).await?;
+        match problem {
+            AppendError::TooLarge { messages, .. } => {
+                let smaller = (messages / 2).max(MIN_BATCH_MESSAGES);
+                warn!(from = self.max_batch_messages, to = smaller, "the server takes smaller batches than configured");
+                self.max_batch_messages = smaller;
+            }
+            AppendError::Refused { .. } => tokio::time::sleep(FIRST_PAUSE).await,
+            // An id of the batch was stored before the state that we caught up to, so it is a repeated admin command:
+            // an order would have been known. The server does not say which, so they go one by one.
+            AppendError::Duplicate(_) if self.state.sequence() == before => {
+                self.one_by_one(commands, waiting).await?;
+            }
+            AppendError::Duplicate(_) | AppendError::Conflict(_) | AppendError::Unknown(_) => {}
+        }
+        Ok(())
+    }
+
+    /// Commits the first `commands` each in a batch of its own, to find the one whose events are stored already.
+    async fn one_by_one(&mut self, commands: usize, waiting: &mut VecDeque<Submission>) -> Result<(), ReadError> {
+        let mut rest = waiting.split_off(commands.min(waiting.len()));
+        let mut alone = VecDeque::new();
+        while let Some(submission) = waiting.pop_front() {
+            alone.push_back(submission);
+            let batch = self.decide(&alone, 1);
+            if batch.messages.is_empty() {
+                self.store(batch, &mut alone).await?;
+            } else {
+                match self.ledger.append(&batch.messages, self.state.sequence()).await {
+                    Err(AppendError::Duplicate(_)) => {
+                        let before = self.state.sequence();
+                        self.catch_up(&mut alone).await?;
+                        if self.state.sequence() == before
+                            && let Some(repeated) = alone.pop_front()
+                        {
+                            repeated.answer(Err(Rejection::Repeated.into()));
+                        }
+                    }
+                    // Stored or not, catching up tells; what stays undecided goes back into the queue.
+                    _ => self.catch_up(&mut alone).await?,
+                }
+            }
+            // Whatever is left of it takes part in the next ordinary batch, before the others.
+            if let Some(undecided) = alone.pop_front() {
+                rest.push_front(undecided);
+                break;
+            }
+        }
+        waiting.append(&mut rest);
+        Ok(())
+    }
+
+    fn decide(&self, waiting: &VecDeque<Submission>, most: usize) -> Batch {
+        let now = (self.clock)();
+        let mut draft = Draft::new(&self.state);
+        let mut batch = Batch { facts: Vec::new(), messages: Vec::new(), verdicts: Vec::new() };
+        for submission in waiting.iter().take(most) {
+            let verdict = match decide(&draft, &submission.command, now) {
+                Decision::Settled(outcome) => Verdict::Settled(outcome),
+                Decision::Reject(rejection) => Verdict::Reject(rejection.into()),
+                Decision::Store(facts, _) if facts.len() > self.max_batch_messages => {
+                    let error = CommandError::TooLarge { messages: facts.len(), limit: self.max_batch_messages };
+                    Verdict::Reject(error)
+                }
+                Decision::Store(facts, _) if batch.facts.len() + facts.len() > self.max_batch_messages => break,
+                Decision::Store(facts, outcome) => {
+                    draft.apply(&facts);
+                    let first_event = facts.first().map(|fact| fact.event_id).expect("a decision stores something");
+                    for fact in &facts {
+                        batch.messages.push(message(fact, now, submission.carried.clone()));
+                    }
+                    batch.facts.extend(facts);
+                    Verdict::Store { outcome, first_event, last_message: batch.facts.len() }
+                }
+            };
+            batch.verdicts.push(verdict);
+        }
+        batch
+    }
+
+    /// Answers the commands of a batch that is stored from `expected + 1` on, or needed no storing.
+    fn settle(&self, batch: Batch, waiting: &mut VecDeque<Submission>, expected: u64) {
+        for verdict in batch.verdicts {
+            let submission = waiting.pop_front().expect("there is a submission for each verdict");
+            submission.answer(match verdict {
+                Verdict::Store { outcome, last_message, .. } => {
+                    Ok(Committed { outcome, sequence: expected + last_message as u64 })
+                }
+                Verdict::Settled(outcome) => Ok(Committed { outcome, sequence: self.state.sequence() }),
+                Verdict::Reject(error) => Err(error),
+            });
+        }
+    }
+
+    /// Catches up with the stream, however long the servers need to be reachable again, and answers the commands that
+    /// turn out to be stored after all.
+    async fn catch_up(&mut self, waiting: &mut VecDeque<Submission>) -> Result<(), ReadError> {
+        let mut tried: HashMap<EventId, usize> = HashMap::new();
+        for (position, submission) in waiting.iter().enumerate() {
+            tried.extend(submission.tried.iter().map(|(event, _)| (*event, position)));
+        }
+        let mut found: HashMap<usize, (EventId, u64)> = HashMap::new();
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let caught_up = catch_up(&self.ledger, &mut self.state, |message, envelope| {
+                if let Some(envelope) = envelope
+                    && let Some(position) = tried.get(&envelope.event_id)
+                {
+                    found.insert(*position, (envelope.event_id, message.sequence));
+                }
+            });
+            match caught_up.await {
+                Ok(()) => break,
+                Err(problem) if problem.is_transient() => {
+                    warn!(%problem, pause_ms = pause.as_millis(), "cannot catch up yet, trying again");
+                    tokio::select! {
+                        () = self.stop.cancelled() => break,
+                        () = tokio::time::sleep(pause) => {}
+                    }
+                    pause = (pause * 2).min(LAST_PAUSE);
+                }
+                Err(problem) => return Err(problem),
+            }
+        }
+        self.known.send_replace(self.state.sequence());
+        if !found.is_empty() {
+            let all = std::mem::take(waiting);
+            for (position, submission) in all.into_iter().enumerate() {
+                match found.get(&position) {
+                    None => waiting.push_back(submission),
+                    Some((event, sequence)) => {
+                        let stored = submission.tried.iter().find(|(tried, _)| tried == event);
+                        let outcome = stored.map(|(_, outcome)| outcome.clone()).expect("it was found by its try");
+                        submission.answer(Ok(Committed { outcome, sequence: *sequence }));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Verdict {
+    /// An order decided before stays decided; every other answer without an event rests on the state being current.
+    const fn depends_on_freshness(&self) -> bool {
+        !matches!(self, Self::Settled(Outcome::AlreadyDecided) | Self::Reject(CommandError::TooLarge { .. }))
+    }
+}
+
+fn message(fact: &Fact, now: Timestamp, carried: Option<Arc<Carried>>) -> NewMessage {
+    let envelope = Envelope {
+        event_id: fact.event_id,
+        event_type: fact.event.topic().event_type(),
+        timestamp: now,
+        version: Version::CURRENT,
+        payload: &fact.event,
+    };
+    NewMessage {
+        subject: fact.event.subject().to_string(),
+        event_id: fact.event_id,
+        payload: Bytes::from(codec::encode(ContentType::Json, &envelope)),
+        carried,
+    }
+}
+
+#[cfg(test)]
+#[path = "committer_tests.rs"]
+mod tests;

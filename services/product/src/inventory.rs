@@ -1,0 +1,723 @@
+//! The inventory aggregate: commands, state, decisions. The whole business is in this file and nothing else is.
+//!
+//! Pure: no I/O, no clock, no randomness, no async. Time and ids come in as arguments. [`State`] is the fold of the
+//! `INVENTORY` stream up to a sequence and is never changed but by [`State::evolve`]; [`Draft`] is that state with the
+//! decisions of a batch on top, which become real when the batch is stored or vanish with it.
+
+use std::sync::Arc;
+
+use hashbrown::{HashMap, HashSet};
+use lomash_contract::id::EventRole;
+use lomash_contract::limits::{MAX_NAME_CHARS, MAX_STOCK, OUT_OF_STOCK_THRESHOLD};
+use lomash_contract::{
+    ChangedField, EventId, FailedItem, FailureReason, Foreign, InventoryUpdateFailed, InventoryUpdated, LedgerEvent,
+    OrderId, ProductDetails, ProductId, ProductRegistered, ProductRevised, ProductUpdated, Sku, Timestamp, Trigger,
+    UpdatedBy,
+};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+// ── Commands ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/// Something to be decided.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Command {
+    /// Allocate an order, all lines or none.
+    Order(Order),
+    /// Anything an admin or the system does to one product.
+    Product(ProductCommand),
+}
+
+/// An order as it is decided: every product once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Order {
+    /// Which order; decided once, for ever.
+    pub order_id: OrderId,
+    /// Its lines, merged by product, in the order in which products first appear.
+    pub lines: Vec<OrderLine>,
+}
+
+/// What an order wants of one product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OrderLine {
+    /// The product.
+    pub product_id: ProductId,
+    /// How many in all; at least 1 and at most [`MAX_STOCK`].
+    pub quantity: u32,
+}
+
+/// A command about one product.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ProductCommand {
+    /// Identity of the command: its events' ids derive from it, so that a retry cannot act twice.
+    pub command_id: Uuid,
+    /// The product.
+    pub product_id: ProductId,
+    /// Who wants it.
+    pub by: UpdatedBy,
+    /// What to do.
+    pub action: Action,
+}
+
+/// What to do to a product.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "camelCase", rename_all_fields = "camelCase")]
+pub enum Action {
+    /// Add it to the catalogue, with stock if it has some.
+    Register {
+        /// Its details.
+        details: Details,
+        /// Its first stock.
+        #[serde(default)]
+        initial_quantity: u32,
+    },
+    /// Give it new details, all of them.
+    Revise {
+        /// Its details.
+        details: Details,
+    },
+    /// Put it on sale or take it off.
+    Activate {
+        /// Whether it is for sale.
+        active: bool,
+    },
+    /// Set the stock to an absolute figure.
+    SetQuantity {
+        /// The new stock.
+        quantity: u32,
+        /// Refuse unless the stock is this now.
+        #[serde(default)]
+        expected_quantity: Option<u32>,
+    },
+    /// Add to the stock, or take away.
+    Adjust {
+        /// How many; negative takes away. Never below zero.
+        delta: i64,
+    },
+    /// Correct the stock by a count: `counted - stock_at_count` is added to today's stock, so that what was sold since
+    /// the count is not undone. Never below zero; the shortfall is reported.
+    CorrectCount {
+        /// What the warehouse counted.
+        counted: u32,
+        /// What the ledger said at the moment of the count.
+        stock_at_count: u32,
+    },
+}
+
+/// Details of a product as an admin gives them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Details {
+    /// Its unit; unique.
+    pub sku: Sku,
+    /// Its name.
+    pub name: Box<str>,
+    /// Its category.
+    #[serde(default)]
+    pub category: Option<Box<str>>,
+    /// Its own low-stock threshold.
+    #[serde(default)]
+    pub low_stock_threshold: Option<u32>,
+    /// Whether it is for sale.
+    #[serde(default = "yes")]
+    pub active: bool,
+}
+
+const fn yes() -> bool {
+    true
+}
+
+// ── Decisions ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+/// What is to be done about a command.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Decision {
+    /// Store these events, all in one batch; then the outcome holds.
+    Store(Vec<Fact>, Outcome),
+    /// Nothing to store: it is so already.
+    Settled(Outcome),
+    /// The command is not acceptable; nothing is stored.
+    Reject(Rejection),
+}
+
+/// An event to be stored, with its deterministic id.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Fact {
+    /// Its id.
+    pub event_id: EventId,
+    /// What happened.
+    pub event: LedgerEvent,
+}
+
+/// What a command came to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "outcome", rename_all = "camelCase", rename_all_fields = "camelCase")]
+pub enum Outcome {
+    /// The order got all it asked for.
+    Allocated,
+    /// The order got nothing, and this is on record.
+    Refused {
+        /// Why.
+        reason: FailureReason,
+    },
+    /// The order had been decided before.
+    AlreadyDecided,
+    /// The product joined the catalogue.
+    Registered,
+    /// The product's details changed.
+    Revised {
+        /// Which of them.
+        changed_fields: Vec<ChangedField>,
+    },
+    /// The stock changed.
+    StockChanged {
+        /// Before.
+        previous_quantity: u32,
+        /// After.
+        new_quantity: u32,
+        /// By how much a correction would have gone below zero.
+        shortfall: u32,
+    },
+    /// Nothing to change.
+    Unchanged,
+}
+
+/// Why a command is not acceptable, as a sentence for the admin.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "camelCase", rename_all_fields = "camelCase")]
+pub enum Rejection {
+    /// No such product.
+    #[error("the product is not registered")]
+    UnknownProduct,
+    /// It is registered, with other details.
+    #[error("the product is registered already, with other details; revise it instead")]
+    AlreadyRegistered,
+    /// Another product has the unit.
+    #[error("the sku belongs to product {owner} already")]
+    SkuTaken {
+        /// That product.
+        owner: ProductId,
+    },
+    /// A name or category that is empty, too long or unprintable.
+    #[error("the {field} must have 1 to {MAX_NAME_CHARS} characters, none of them a control character")]
+    BadText {
+        /// Which.
+        field: String,
+    },
+    /// A quantity or threshold out of range.
+    #[error("the {field} must be from 0 to {MAX_STOCK}")]
+    OutOfRange {
+        /// Which.
+        field: String,
+    },
+    /// More would be taken away than there is.
+    #[error("the stock is {quantity}; taking {taken} away would leave less than nothing")]
+    BelowZero {
+        /// The stock.
+        quantity: u32,
+        /// How many should go.
+        taken: u64,
+    },
+    /// The stock is not what the admin believed.
+    #[error("the stock is {actual}, not the expected {expected}")]
+    UnexpectedQuantity {
+        /// What the admin believed.
+        expected: u32,
+        /// What it is.
+        actual: u32,
+    },
+    /// The same command was stored before.
+    #[error("this command was carried out before")]
+    Repeated,
+}
+
+// ── State ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/// A product as the ledger knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Product {
+    /// Its details; shared, because a change of stock leaves them alone.
+    pub details: Arc<ProductDetails>,
+    /// Its stock.
+    pub quantity: u32,
+    /// Sequence of the last event about it.
+    pub version: u64,
+}
+
+/// The fold of the ledger up to a sequence. 10 million decided orders cost some 300 MB, a million products as much.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct State {
+    sequence: u64,
+    products: HashMap<ProductId, Product>,
+    skus: HashMap<Sku, ProductId>,
+    decided: HashSet<OrderId>,
+    skipped: u64,
+}
+
+/// What deciding needs to know; [`State`] and [`Draft`] both tell it.
+trait View {
+    fn product(&self, id: &ProductId) -> Option<&Product>;
+    fn sku_owner(&self, sku: &Sku) -> Option<ProductId>;
+    fn is_decided(&self, order: &OrderId) -> bool;
+}
+
+impl State {
+    /// The sequence up to which the ledger is folded in.
+    #[must_use]
+    pub const fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
+    /// Messages on the way that were not ours.
+    #[must_use]
+    pub const fn skipped(&self) -> u64 {
+        self.skipped
+    }
+
+    /// A product.
+    #[must_use]
+    pub fn product(&self, id: &ProductId) -> Option<&Product> {
+        self.products.get(id)
+    }
+
+    /// All products, in no order.
+    pub fn products(&self) -> impl Iterator<Item = (&ProductId, &Product)> {
+        self.products.iter()
+    }
+
+    /// Whether an order was decided.
+    #[must_use]
+    pub fn is_decided(&self, order: &OrderId) -> bool {
+        self.decided.contains(order)
+    }
+
+    /// How many orders were decided.
+    #[must_use]
+    pub fn decided_orders(&self) -> usize {
+        self.decided.len()
+    }
+
+    /// Whether `event` continues the ledger; the rule all readers share, see `lomash_contract::admission`.
+    ///
+    /// # Errors
+    /// [`Foreign`] when we cannot have written it.
+    pub fn admits(&self, event: &LedgerEvent) -> Result<(), Foreign> {
+        let stock = self.products.get(&ProductId(event.key())).map(|product| product.quantity);
+        lomash_contract::chains(event, stock)
+    }
+
+    /// Records what happened; never refuses.
+    ///
+    /// # Panics
+    /// When `sequence` is not the next one: a fold with a gap is worthless.
+    pub fn evolve(&mut self, sequence: u64, event: &LedgerEvent) {
+        self.advance(sequence);
+        let id = ProductId(event.key());
+        if let Some(sku) = registered_sku(event) {
+            let previous = self.products.get(&id).map(|product| &product.details.sku);
+            if let Some(previous) = previous.filter(|previous| *previous != sku) {
+                self.skus.remove(previous);
+            }
+            self.skus.insert(sku.clone(), id);
+        }
+        if let Some(order) = decided_order(event) {
+            self.decided.insert(order);
+        }
+        if let Some(product) = evolved(self.products.get(&id), sequence, event) {
+            self.products.insert(id, product);
+        }
+    }
+
+    /// Passes over a message that is not ours.
+    ///
+    /// # Panics
+    /// When `sequence` is not the next one.
+    pub fn skip(&mut self, sequence: u64) {
+        self.advance(sequence);
+        self.skipped += 1;
+    }
+
+    fn advance(&mut self, sequence: u64) {
+        assert_eq!(sequence, self.sequence + 1, "the ledger is folded without gaps");
+        self.sequence = sequence;
+    }
+}
+
+/// The product after `event`, if the event is about one.
+fn evolved(previous: Option<&Product>, sequence: u64, event: &LedgerEvent) -> Option<Product> {
+    match event {
+        LedgerEvent::ProductRegistered(ProductRegistered(details)) => {
+            Some(Product { details: Arc::new(details.clone()), quantity: 0, version: sequence })
+        }
+        LedgerEvent::ProductRevised(ProductRevised(details)) => {
+            Some(Product { details: Arc::new(details.clone()), quantity: previous?.quantity, version: sequence })
+        }
+        LedgerEvent::InventoryUpdated(updated) => {
+            Some(Product { details: previous?.details.clone(), quantity: updated.new_quantity, version: sequence })
+        }
+        LedgerEvent::InventoryUpdateFailed(_)
+        | LedgerEvent::InventoryCounted(_)
+        | LedgerEvent::ProductUpdated(_) => None,
+    }
+}
+
+fn registered_sku(event: &LedgerEvent) -> Option<&Sku> {
+    match event {
+        LedgerEvent::ProductRegistered(ProductRegistered(details))
+        | LedgerEvent::ProductRevised(ProductRevised(details)) => Some(&details.sku),
+        _ => None,
+    }
+}
+
+fn decided_order(event: &LedgerEvent) -> Option<OrderId> {
+    match event {
+        LedgerEvent::InventoryUpdated(InventoryUpdated { order_id, .. }) => *order_id,
+        LedgerEvent::InventoryUpdateFailed(InventoryUpdateFailed { order_id, .. }) => Some(*order_id),
+        _ => None,
+    }
+}
+
+impl View for State {
+    fn product(&self, id: &ProductId) -> Option<&Product> {
+        self.products.get(id)
+    }
+
+    fn sku_owner(&self, sku: &Sku) -> Option<ProductId> {
+        self.skus.get(sku).copied()
+    }
+
+    fn is_decided(&self, order: &OrderId) -> bool {
+        self.decided.contains(order)
+    }
+}
+
+/// The state with the decisions of a batch that is not stored yet.
+#[derive(Debug)]
+pub struct Draft<'s> {
+    state: &'s State,
+    products: HashMap<ProductId, Product>,
+    skus: HashMap<Sku, ProductId>,
+    decided: HashSet<OrderId>,
+}
+
+impl<'s> Draft<'s> {
+    /// A draft on top of `state`.
+    #[must_use]
+    pub fn new(state: &'s State) -> Self {
+        Self { state, products: HashMap::new(), skus: HashMap::new(), decided: HashSet::new() }
+    }
+
+    /// Takes the facts of a decision in, so that the next command is decided after it.
+    pub fn apply(&mut self, facts: &[Fact]) {
+        for Fact { event, .. } in facts {
+            let id = ProductId(event.key());
+            if let Some(sku) = registered_sku(event) {
+                self.skus.insert(sku.clone(), id);
+            }
+            if let Some(order) = decided_order(event) {
+                self.decided.insert(order);
+            }
+            // Versions are given by the stream when it stores; until then the last one stands.
+            let version = self.product(&id).map_or(0, |product| product.version);
+            if let Some(product) = evolved(self.product(&id), version, event) {
+                self.products.insert(id, product);
+            }
+        }
+    }
+}
+
+impl View for Draft<'_> {
+    fn product(&self, id: &ProductId) -> Option<&Product> {
+        self.products.get(id).or_else(|| self.state.products.get(id))
+    }
+
+    fn sku_owner(&self, sku: &Sku) -> Option<ProductId> {
+        // A sku that the draft gave away is free, though the state below still knows its old owner.
+        let owner = self.skus.get(sku).or_else(|| self.state.skus.get(sku)).copied()?;
+        View::product(self, &owner).is_some_and(|product| product.details.sku == *sku).then_some(owner)
+    }
+
+    fn is_decided(&self, order: &OrderId) -> bool {
+        self.decided.contains(order) || self.state.is_decided(order)
+    }
+}
+
+// ── Deciding ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/// Decides one command against the state as the commands before it left it.
+#[must_use]
+pub fn decide(draft: &Draft<'_>, command: &Command, now: Timestamp) -> Decision {
+    match command {
+        Command::Order(order) => decide_order(draft, order, now),
+        Command::Product(command) => decide_product(draft, command, now).unwrap_or_else(Decision::Reject),
+    }
+}
+
+fn decide_order(view: &impl View, order: &Order, now: Timestamp) -> Decision {
+    if view.is_decided(&order.order_id) {
+        return Decision::Settled(Outcome::AlreadyDecided);
+    }
+    // The gravest reason wins, and only the lines that fail for it are named.
+    let failing = |reason: FailureReason| -> Vec<FailedItem> {
+        let fails = |line: &OrderLine| {
+            let product = view.product(&line.product_id);
+            let found = match product {
+                None => Some(FailureReason::UnknownProduct),
+                Some(product) if !product.details.active => Some(FailureReason::ProductInactive),
+                Some(product) if product.quantity < line.quantity => Some(FailureReason::InsufficientStock),
+                Some(_) => None,
+            };
+            (found == Some(reason)).then(|| FailedItem {
+                product_id: line.product_id,
+                sku: product.map(|product| product.details.sku.clone()),
+                requested: line.quantity,
+                available: product.map_or(0, |product| product.quantity),
+            })
+        };
+        order.lines.iter().filter_map(fails).collect()
+    };
+    let gravest_first =
+        [FailureReason::UnknownProduct, FailureReason::ProductInactive, FailureReason::InsufficientStock];
+    for reason in gravest_first {
+        let items = failing(reason);
+        if !items.is_empty() {
+            let event_id = EventId::derive(&order.order_id.0, EventRole::Refusal, &order.order_id.0);
+            let failed = InventoryUpdateFailed { order_id: order.order_id, reason, items };
+            let fact = Fact { event_id, event: LedgerEvent::InventoryUpdateFailed(failed) };
+            return Decision::Store(vec![fact], Outcome::Refused { reason });
+        }
+    }
+    let mut facts = Vec::with_capacity(order.lines.len());
+    for line in &order.lines {
+        let product = view.product(&line.product_id).expect("a line of an unknown product was refused above");
+        let change = StockChange {
+            cause: order.order_id.0,
+            new_quantity: product.quantity - line.quantity,
+            trigger: Trigger::OrderConfirmed,
+            order_id: Some(order.order_id),
+            by: UpdatedBy::System,
+        };
+        change.record(&product.details, product.quantity, now, &mut facts);
+    }
+    Decision::Store(facts, Outcome::Allocated)
+}
+
+/// A change of stock and all that belongs to it.
+struct StockChange {
+    cause: Uuid,
+    new_quantity: u32,
+    trigger: Trigger,
+    order_id: Option<OrderId>,
+    by: UpdatedBy,
+}
+
+impl StockChange {
+    /// `inventory-updated`, and `product-updated` when the product became available or ceased to be.
+    fn record(self, product: &ProductDetails, previous_quantity: u32, now: Timestamp, facts: &mut Vec<Fact>) {
+        let product_id = product.product_id;
+        facts.push(Fact {
+            event_id: EventId::derive(&self.cause, EventRole::Stock, &product_id.0),
+            event: LedgerEvent::InventoryUpdated(InventoryUpdated {
+                product_id,
+                sku: product.sku.clone(),
+                previous_quantity,
+                new_quantity: self.new_quantity,
+                trigger: self.trigger,
+                order_id: self.order_id,
+                updated_by: self.by,
+            }),
+        });
+        if is_available(previous_quantity) != is_available(self.new_quantity) {
+            let changed = vec![ChangedField::StockQuantity, ChangedField::IsAvailable];
+            facts.push(product_updated(&self.cause, product_id, changed, now));
+        }
+    }
+}
+
+/// Whether a product with this stock can be bought.
+#[must_use]
+pub const fn is_available(quantity: u32) -> bool {
+    quantity > OUT_OF_STOCK_THRESHOLD
+}
+
+fn product_updated(cause: &Uuid, product_id: ProductId, changed_fields: Vec<ChangedField>, now: Timestamp) -> Fact {
+    Fact {
+        event_id: EventId::derive(cause, EventRole::ChangedFields, &product_id.0),
+        event: LedgerEvent::ProductUpdated(ProductUpdated { product_id, changed_fields, updated_at: now }),
+    }
+}
+
+fn decide_product(view: &impl View, command: &ProductCommand, now: Timestamp) -> Result<Decision, Rejection> {
+    let product = view.product(&command.product_id);
+    match &command.action {
+        Action::Register { details, initial_quantity } => register(view, command, details, *initial_quantity, now),
+        Action::Revise { details } => {
+            let product = product.ok_or(Rejection::UnknownProduct)?;
+            revise(view, command, product, details.clone(), now)
+        }
+        Action::Activate { active } => {
+            let product = product.ok_or(Rejection::UnknownProduct)?;
+            let details = Details { active: *active, ..Details::from(&*product.details) };
+            revise(view, command, product, details, now)
+        }
+        Action::SetQuantity { quantity, expected_quantity } => {
+            let product = product.ok_or(Rejection::UnknownProduct)?;
+            if let Some(expected) = expected_quantity.filter(|expected| *expected != product.quantity) {
+                return Err(Rejection::UnexpectedQuantity { expected, actual: product.quantity });
+            }
+            change_stock(command, product, i64::from(*quantity), Trigger::AdminUpdate, 0, now)
+        }
+        Action::Adjust { delta } => {
+            let product = product.ok_or(Rejection::UnknownProduct)?;
+            let new = i64::from(product.quantity).saturating_add(*delta);
+            if new < 0 {
+                return Err(Rejection::BelowZero { quantity: product.quantity, taken: delta.unsigned_abs() });
+            }
+            change_stock(command, product, new, Trigger::AdminUpdate, 0, now)
+        }
+        Action::CorrectCount { counted, stock_at_count } => {
+            let product = product.ok_or(Rejection::UnknownProduct)?;
+            let new = i64::from(product.quantity) + i64::from(*counted) - i64::from(*stock_at_count);
+            let shortfall = u32::try_from(-new).unwrap_or(0);
+            change_stock(command, product, new.max(0), Trigger::ScheduledSync, shortfall, now)
+        }
+    }
+}
+
+fn change_stock(
+    command: &ProductCommand,
+    product: &Product,
+    new_quantity: i64,
+    trigger: Trigger,
+    shortfall: u32,
+    now: Timestamp,
+) -> Result<Decision, Rejection> {
+    let new_quantity = in_range("quantity", new_quantity)?;
+    let previous_quantity = product.quantity;
+    let outcome = Outcome::StockChanged { previous_quantity, new_quantity, shortfall };
+    if new_quantity == previous_quantity {
+        let settled = if shortfall == 0 { Outcome::Unchanged } else { outcome };
+        return Ok(Decision::Settled(settled));
+    }
+    let change = StockChange { cause: command.command_id, new_quantity, trigger, order_id: None, by: command.by };
+    let mut facts = Vec::with_capacity(2);
+    change.record(&product.details, previous_quantity, now, &mut facts);
+    Ok(Decision::Store(facts, outcome))
+}
+
+fn register(
+    view: &impl View,
+    command: &ProductCommand,
+    details: &Details,
+    initial_quantity: u32,
+    now: Timestamp,
+) -> Result<Decision, Rejection> {
+    details.check()?;
+    let initial_quantity = in_range("initial quantity", i64::from(initial_quantity))?;
+    let wanted = details.of(command.product_id);
+    if let Some(product) = view.product(&command.product_id) {
+        let same = *product.details == wanted;
+        return if same { Ok(Decision::Settled(Outcome::Unchanged)) } else { Err(Rejection::AlreadyRegistered) };
+    }
+    if let Some(owner) = view.sku_owner(&details.sku) {
+        return Err(Rejection::SkuTaken { owner });
+    }
+    let mut facts = vec![Fact {
+        event_id: EventId::derive(&command.command_id, EventRole::Details, &command.product_id.0),
+        event: LedgerEvent::ProductRegistered(ProductRegistered(wanted.clone())),
+    }];
+    if initial_quantity > 0 {
+        let change = StockChange {
+            cause: command.command_id,
+            new_quantity: initial_quantity,
+            trigger: Trigger::AdminUpdate,
+            order_id: None,
+            by: command.by,
+        };
+        change.record(&wanted, 0, now, &mut facts);
+    }
+    Ok(Decision::Store(facts, Outcome::Registered))
+}
+
+fn revise(
+    view: &impl View,
+    command: &ProductCommand,
+    product: &Product,
+    details: Details,
+    now: Timestamp,
+) -> Result<Decision, Rejection> {
+    details.check()?;
+    let wanted = details.of(command.product_id);
+    let current = &*product.details;
+    if *current == wanted {
+        return Ok(Decision::Settled(Outcome::Unchanged));
+    }
+    if let Some(owner) = view.sku_owner(&wanted.sku).filter(|owner| *owner != command.product_id) {
+        return Err(Rejection::SkuTaken { owner });
+    }
+    let changed_fields: Vec<_> = [
+        (current.sku != wanted.sku, ChangedField::Sku),
+        (current.name != wanted.name, ChangedField::Name),
+        (current.category != wanted.category, ChangedField::Category),
+        (current.low_stock_threshold != wanted.low_stock_threshold, ChangedField::LowStockThreshold),
+        (current.active != wanted.active, ChangedField::Active),
+    ]
+    .into_iter()
+    .filter_map(|(changed, field)| changed.then_some(field))
+    .collect();
+    let revised = Fact {
+        event_id: EventId::derive(&command.command_id, EventRole::Details, &command.product_id.0),
+        event: LedgerEvent::ProductRevised(ProductRevised(wanted)),
+    };
+    let facts = vec![revised, product_updated(&command.command_id, command.product_id, changed_fields.clone(), now)];
+    Ok(Decision::Store(facts, Outcome::Revised { changed_fields }))
+}
+
+fn in_range(field: &str, quantity: i64) -> Result<u32, Rejection> {
+    u32::try_from(quantity)
+        .ok()
+        .filter(|quantity| *quantity <= MAX_STOCK)
+        .ok_or_else(|| Rejection::OutOfRange { field: field.to_owned() })
+}
+
+impl Details {
+    fn check(&self) -> Result<(), Rejection> {
+        for (field, text) in [("name", Some(&self.name)), ("category", self.category.as_ref())] {
+            if let Some(text) = text {
+                let visible = !text.trim().is_empty() && !text.chars().any(char::is_control);
+                if !visible || text.chars().count() > MAX_NAME_CHARS {
+                    return Err(Rejection::BadText { field: field.to_owned() });
+                }
+            }
+        }
+        in_range("low-stock threshold", i64::from(self.low_stock_threshold.unwrap_or(0))).map(|_| ())
+    }
+
+    fn of(&self, product_id: ProductId) -> ProductDetails {
+        ProductDetails {
+            product_id,
+            sku: self.sku.clone(),
+            name: self.name.clone(),
+            category: self.category.clone(),
+            low_stock_threshold: self.low_stock_threshold,
+            active: self.active,
+        }
+    }
+}
+
+impl From<&ProductDetails> for Details {
+    fn from(details: &ProductDetails) -> Self {
+        Self {
+            sku: details.sku.clone(),
+            name: details.name.clone(),
+            category: details.category.clone(),
+            low_stock_threshold: details.low_stock_threshold,
+            active: details.active,
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "inventory_tests.rs"]
+mod tests;

@@ -1,0 +1,87 @@
+//! Orders: from a message on `lomash.orders.created` to a decided command.
+//!
+//! Parsing happens here and nowhere later. A message that cannot be an order is a dead letter with the reason; an
+//! order that cannot be served is a business fact and decided like any other.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use hashbrown::HashMap;
+use lomash_contract::{ContentType, DecodeError, OrderCreated, OrderItem, codec};
+use lomash_ledger::receive::{Delivery, Receive, Settle};
+use lomash_ledger::{Carried, header, streams};
+
+use crate::committer::{CommandError, Committer};
+use crate::inventory::{Command, Order, OrderLine};
+
+/// Orders handled at once. Twice the largest batch, so that the next one is ready while one is being stored.
+pub const MAX_ORDERS_IN_FLIGHT: usize = 2 * lomash_ledger::MAX_BATCH_MESSAGES;
+
+/// Pause before an order comes back that this process could not bring to a decision, for it is stopping.
+const RETRY_PAUSE: Duration = Duration::from_millis(250);
+
+/// Deliveries after which an order whose handling panics is given up.
+const MAX_PANICS: u64 = 3;
+
+/// What the product service receives orders by.
+#[must_use]
+pub const fn receive() -> Receive {
+    Receive {
+        stream: streams::ORDERS,
+        consumer: streams::PRODUCT_ORDERS,
+        group: Some(streams::PRODUCT_ORDERS_GROUP),
+        max_in_flight: MAX_ORDERS_IN_FLIGHT,
+        max_panics: MAX_PANICS,
+    }
+}
+
+/// Reads an `order-created` message into an order whose products are distinct.
+///
+/// # Errors
+/// [`DecodeError`] when it is not one.
+pub fn parse(content_type: Option<&str>, payload: &[u8]) -> Result<Order, DecodeError> {
+    let content_type = ContentType::from_header(content_type)?;
+    let envelope = codec::decode::<OrderCreated>(content_type, payload)?;
+    let OrderCreated { order_id, items, .. } = envelope.payload;
+    Ok(Order { order_id, lines: merge(items.as_slice()) })
+}
+
+/// Lines for the same product become one, where the product first appears.
+fn merge(items: &[OrderItem]) -> Vec<OrderLine> {
+    let mut lines: Vec<OrderLine> = Vec::with_capacity(items.len());
+    if let [item] = items {
+        lines.push(OrderLine { product_id: item.product_id, quantity: item.quantity.get() });
+        return lines;
+    }
+    let mut places = HashMap::with_capacity(items.len());
+    for item in items {
+        let place = *places.entry(item.product_id).or_insert_with(|| {
+            lines.push(OrderLine { product_id: item.product_id, quantity: 0 });
+            lines.len() - 1
+        });
+        // 1,000 lines of at most 1,000,000 fit: MAX_STOCK is their product.
+        lines[place].quantity += item.quantity.get();
+    }
+    lines
+}
+
+/// Handles one delivery: parse, have it decided, say how to settle it.
+pub async fn handle(committer: Committer, delivery: Delivery) -> Settle {
+    let order = match parse(delivery.header(header::CONTENT_TYPE), &delivery.payload) {
+        Ok(order) => order,
+        Err(problem) => return Settle::Dead(problem.to_string()),
+    };
+    let carried = delivery.header(header::TRACEPARENT).map(|traceparent| {
+        Arc::new(Carried {
+            traceparent: Some(traceparent.to_owned()),
+            tracestate: delivery.header(header::TRACESTATE).map(str::to_owned),
+            reason: None,
+        })
+    });
+    match committer.submit(Command::Order(order), carried).await {
+        Ok(_) => Settle::Done,
+        Err(problem @ CommandError::TooLarge { .. }) => Settle::Dead(problem.to_string()),
+        Err(CommandError::Rejected(rejection)) => Settle::Dead(rejection.to_string()),
+        Err(CommandError::Stopping) => Settle::Retry(RETRY_PAUSE),
+    }
+}

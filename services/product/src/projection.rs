@@ -1,0 +1,492 @@
+//! The projector: the `INVENTORY` stream as rows in Postgres.
+//!
+//! Rows and checkpoint move in one transaction, and only from the checkpoint that was read, so a projector that was
+//! believed dead cannot write again. It cuts where an atomic batch ends, so readers never see half an order. Nothing on
+//! the write path waits for it: with Postgres down, orders are still decided, and it catches up later.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use deadpool_postgres::{Client, Pool};
+use futures::{FutureExt, StreamExt};
+use hashbrown::HashMap;
+use lomash_contract::{
+    InventoryUpdateFailed, InventoryUpdated, LedgerEvent, OrderId, ProductDetails, ProductId, ProductRegistered,
+    ProductRevised, UpdatedBy, chains,
+};
+use lomash_ledger::{Ledger, Messages, ReadError, StoredMessage, crash_point};
+use serde_json::Value;
+use time::OffsetDateTime;
+use tokio_postgres::binary_copy::BinaryCopyInWriter;
+use tokio_postgres::types::{Json, Type};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, info, warn};
+use uuid::Uuid;
+
+/// Messages after which a transaction is cut at the next end of a batch.
+pub const BATCH_MESSAGES: usize = 2_000;
+
+/// How long the rest of a batch whose beginning was read may take to arrive.
+const REST_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Pauses between tries after Postgres or the stream failed: from the first to the last, doubling.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LAST_PAUSE: Duration = Duration::from_secs(2);
+
+/// How often a standby asks whether the place of the active projector is free.
+const STANDBY_PAUSE: Duration = Duration::from_secs(1);
+
+/// Longest that one transaction may take; a slow database must not hold the checkpoint's lock for ever.
+const STATEMENT_TIMEOUT_MS: u32 = 30_000;
+
+/// Key of the advisory lock that the active projector holds; the checkpoint protects the rows even without it.
+const PROJECTOR_LOCK: i64 = 0x6c6f_6d61_7368_0002;
+
+/// Name of this projection in `inventory.checkpoint`.
+const PROJECTION: &str = "inventory";
+
+/// Why projecting stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum ProjectionError {
+    /// The stream cannot be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// Postgres cannot be reached or refused.
+    #[error("Postgres: {0}")]
+    Postgres(String),
+    /// Another projector moved the checkpoint.
+    #[error("another projector moved the checkpoint from {expected}")]
+    Fenced {
+        /// The checkpoint that this projector was at.
+        expected: u64,
+    },
+    /// The rest of a batch did not come.
+    #[error("the stream stands still within a batch after sequence {0}")]
+    Stalled(u64),
+}
+
+impl From<tokio_postgres::Error> for ProjectionError {
+    fn from(error: tokio_postgres::Error) -> Self {
+        let detail = error.as_db_error().map_or_else(|| error.to_string(), ToString::to_string);
+        Self::Postgres(detail)
+    }
+}
+
+/// Projects until `stop`; only a stream that went backwards or has a gap ends it otherwise.
+///
+/// # Errors
+/// [`ProjectionError::Read`] for what trying again cannot mend.
+pub async fn run<L: Ledger>(ledger: L, pool: Pool, stop: CancellationToken) -> Result<(), ProjectionError> {
+    let mut pause = FIRST_PAUSE;
+    while !stop.is_cancelled() {
+        let outcome = tokio::select! {
+            () = stop.cancelled() => break,
+            outcome = project(&ledger, &pool, &mut pause) => outcome,
+        };
+        match outcome {
+            Ok(never) => match never {},
+            Err(ProjectionError::Read(problem)) if !problem.is_transient() => {
+                error!(%problem, "the projection cannot go on");
+                return Err(problem.into());
+            }
+            Err(problem) => warn!(%problem, pause_ms = pause.as_millis(), "projecting was interrupted, trying again"),
+        }
+        tokio::select! {
+            () = stop.cancelled() => break,
+            () = tokio::time::sleep(pause) => {}
+        }
+        pause = (pause * 2).min(LAST_PAUSE);
+    }
+    Ok(())
+}
+
+/// Becomes the active projector and projects until something fails.
+async fn project<L: Ledger>(
+    ledger: &L,
+    pool: &Pool,
+    pause: &mut Duration,
+) -> Result<std::convert::Infallible, ProjectionError> {
+    let client = pool.get().await.map_err(|error| ProjectionError::Postgres(error.to_string()))?;
+    // Taken out of the pool: the lock lives and dies with this connection.
+    let mut client = Client::take(client);
+    client.batch_execute(&format!("SET statement_timeout = {STATEMENT_TIMEOUT_MS}")).await?;
+    let lock = "SELECT pg_try_advisory_lock($1)";
+    while !client.query_one(lock, &[&PROJECTOR_LOCK]).await?.get::<_, bool>(0) {
+        tokio::time::sleep(STANDBY_PAUSE).await;
+    }
+    let mut checkpoint = read_checkpoint(&client).await?;
+    let last = ledger.last_sequence().await?;
+    if last < checkpoint {
+        return Err(ReadError::WentBackwards { last, seen: checkpoint }.into());
+    }
+    info!(checkpoint, last, "projecting");
+    let mut messages = ledger.follow(checkpoint).await?;
+    loop {
+        let batch = next_batch(&mut messages, checkpoint).await?;
+        let Some(reached) = batch.last().map(|message| message.sequence) else { continue };
+        apply(&mut client, &batch, checkpoint, reached).await?;
+        crash_point!("project-after-commit");
+        debug!(from = checkpoint + 1, to = reached, "projected");
+        checkpoint = reached;
+        *pause = FIRST_PAUSE;
+    }
+}
+
+async fn read_checkpoint(client: &tokio_postgres::Client) -> Result<u64, ProjectionError> {
+    let row = client
+        .query_one("SELECT sequence FROM inventory.checkpoint WHERE projection = $1", &[&PROJECTION])
+        .await?;
+    Ok(u64::try_from(row.get::<_, i64>(0)).unwrap_or(0))
+}
+
+/// The messages that are there, at least one, up to where an atomic batch ends.
+async fn next_batch(messages: &mut Messages, after: u64) -> Result<Vec<StoredMessage>, ProjectionError> {
+    let mut batch: Vec<StoredMessage> = Vec::new();
+    loop {
+        let whole = batch.last().is_some_and(StoredMessage::ends_batch);
+        if whole && batch.len() >= BATCH_MESSAGES {
+            return Ok(batch);
+        }
+        let next = if batch.is_empty() {
+            messages.next().await
+        } else if whole {
+            match messages.next().now_or_never() {
+                Some(next) => next,
+                None => return Ok(batch),
+            }
+        } else {
+            let seen = batch.last().map_or(after, |message| message.sequence);
+            let rest = tokio::time::timeout(REST_TIMEOUT, messages.next()).await;
+            rest.map_err(|_| ProjectionError::Stalled(seen))?
+        };
+        match next {
+            Some(Ok(message)) => batch.push(message),
+            Some(Err(problem)) => return Err(problem.into()),
+            None => return Err(ReadError::Unavailable("the stream's reader ended".to_owned()).into()),
+        }
+    }
+}
+
+/// A product's row while a batch is folded over it.
+struct ProductRow {
+    details: ProductDetails,
+    quantity: u32,
+    sequence: u64,
+    registered_at: OffsetDateTime,
+    updated_at: OffsetDateTime,
+    changed: bool,
+}
+
+/// One change of stock, and with which message it came.
+struct Movement<'m> {
+    message: &'m StoredMessage,
+    event_id: Uuid,
+    occurred_at: OffsetDateTime,
+    updated: InventoryUpdated,
+}
+
+enum OrderDecision {
+    Allocated,
+    Refused(InventoryUpdateFailed),
+}
+
+/// What a batch of messages changes: the pure part of projecting.
+#[derive(Default)]
+struct Changes<'m> {
+    products: HashMap<ProductId, ProductRow>,
+    movements: Vec<Movement<'m>>,
+    decisions: BTreeMap<u64, (OrderId, OffsetDateTime, OrderDecision)>,
+    decided: HashMap<OrderId, u64>,
+    skipped: u64,
+}
+
+impl<'m> Changes<'m> {
+    /// Takes one message in, or skips it by the rule that every reader applies.
+    fn fold(&mut self, message: &'m StoredMessage, parsed: Parsed) {
+        let admitted = parsed.and_then(|envelope| {
+            let stock = self.products.get(&ProductId(envelope.payload.key())).map(|row| row.quantity);
+            chains(&envelope.payload, stock).map(|()| envelope)
+        });
+        let envelope = match admitted {
+            Ok(envelope) => envelope,
+            Err(foreign) => {
+                error!(sequence = message.sequence, subject = message.subject, reason = %foreign, "skipped: not ours");
+                self.skipped += 1;
+                return;
+            }
+        };
+        let (sequence, stored_at) = (message.sequence, message.stored_at);
+        match envelope.payload {
+            LedgerEvent::ProductRegistered(ProductRegistered(details)) => {
+                let row = ProductRow {
+                    quantity: 0,
+                    sequence,
+                    registered_at: stored_at,
+                    updated_at: stored_at,
+                    changed: true,
+                    details,
+                };
+                self.products.insert(row.details.product_id, row);
+            }
+            LedgerEvent::ProductRevised(ProductRevised(details)) => {
+                if let Some(row) = self.touch(details.product_id, message) {
+                    row.details = details;
+                }
+            }
+            LedgerEvent::InventoryUpdated(updated) => {
+                if let Some(row) = self.touch(updated.product_id, message) {
+                    row.quantity = updated.new_quantity;
+                }
+                if let Some(order_id) = updated.order_id {
+                    self.decide(order_id, message, OrderDecision::Allocated);
+                }
+                let (event_id, occurred_at) = (envelope.event_id.0, envelope.timestamp.get());
+                self.movements.push(Movement { message, event_id, occurred_at, updated });
+            }
+            LedgerEvent::InventoryUpdateFailed(failed) => {
+                self.decide(failed.order_id, message, OrderDecision::Refused(failed));
+            }
+            LedgerEvent::InventoryCounted(_) | LedgerEvent::ProductUpdated(_) => {}
+        }
+    }
+
+    fn touch(&mut self, product_id: ProductId, message: &StoredMessage) -> Option<&mut ProductRow> {
+        let row = self.products.get_mut(&product_id)?;
+        row.sequence = message.sequence;
+        row.updated_at = message.stored_at;
+        row.changed = true;
+        Some(row)
+    }
+
+    /// The first event of an order is its decision; the others are its further lines.
+    fn decide(&mut self, order_id: OrderId, message: &StoredMessage, decision: OrderDecision) {
+        let first = *self.decided.entry(order_id).or_insert(message.sequence);
+        if first == message.sequence {
+            self.decisions.insert(first, (order_id, message.stored_at, decision));
+        }
+    }
+}
+
+type Parsed = Result<lomash_contract::Envelope<LedgerEvent>, lomash_contract::Foreign>;
+
+/// Applies a batch and moves the checkpoint from `expected` to `reached`, in one transaction.
+async fn apply(
+    client: &mut tokio_postgres::Client,
+    batch: &[StoredMessage],
+    expected: u64,
+    reached: u64,
+) -> Result<(), ProjectionError> {
+    let parsed: Vec<Parsed> = batch.iter().map(StoredMessage::parse).collect();
+    let transaction = client.transaction().await?;
+    let lock = "SELECT sequence FROM inventory.checkpoint WHERE projection = $1 FOR UPDATE";
+    let found: i64 = transaction.query_one(lock, &[&PROJECTION]).await?.get(0);
+    if found != bigint(expected) {
+        return Err(ProjectionError::Fenced { expected });
+    }
+    let keys: Vec<Uuid> = parsed.iter().flatten().map(|envelope| envelope.payload.key()).collect();
+    let mut changes = Changes { products: load_products(&transaction, &keys).await?, ..Changes::default() };
+    for (message, parsed) in batch.iter().zip(parsed) {
+        changes.fold(message, parsed);
+    }
+    write_products(&transaction, &changes).await?;
+    write_movements(&transaction, &changes.movements).await?;
+    write_decisions(&transaction, &changes.decisions).await?;
+    let moved = transaction
+        .execute(
+            "UPDATE inventory.checkpoint SET sequence = $1, skipped = skipped + $2, updated_at = now()
+             WHERE projection = $3 AND sequence = $4",
+            &[&bigint(reached), &bigint(changes.skipped), &PROJECTION, &bigint(expected)],
+        )
+        .await?;
+    if moved != 1 {
+        return Err(ProjectionError::Fenced { expected });
+    }
+    transaction.commit().await?;
+    Ok(())
+}
+
+/// Sequences and counts stay far below 2^63; quantities are checked by the ledger to fit.
+fn bigint(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+fn integer(value: u32) -> i32 {
+    i32::try_from(value).unwrap_or(i32::MAX)
+}
+
+async fn load_products(
+    transaction: &tokio_postgres::Transaction<'_>,
+    keys: &[Uuid],
+) -> Result<HashMap<ProductId, ProductRow>, ProjectionError> {
+    let query = "SELECT product_id, sku, name, category, low_stock_threshold, active, quantity, sequence,
+                        registered_at, updated_at
+                 FROM inventory.products WHERE product_id = ANY($1)";
+    let rows = transaction.query(query, &[&keys]).await?;
+    rows.into_iter()
+        .map(|row| {
+            let product_id = ProductId(row.get(0));
+            let sku: String = row.get(1);
+            let details = ProductDetails {
+                product_id,
+                sku: sku.parse().map_err(|_| {
+                    ProjectionError::Postgres(format!("product {product_id} has the impossible sku `{sku}`; rebuild"))
+                })?,
+                name: row.get::<_, String>(2).into(),
+                category: row.get::<_, Option<String>>(3).map(Into::into),
+                low_stock_threshold: row.get::<_, Option<i32>>(4).map(i32::unsigned_abs),
+                active: row.get(5),
+            };
+            let row = ProductRow {
+                details,
+                quantity: row.get::<_, i32>(6).unsigned_abs(),
+                sequence: row.get::<_, i64>(7).unsigned_abs(),
+                registered_at: row.get(8),
+                updated_at: row.get(9),
+                changed: false,
+            };
+            Ok((product_id, row))
+        })
+        .collect()
+}
+
+async fn write_products(
+    transaction: &tokio_postgres::Transaction<'_>,
+    changes: &Changes<'_>,
+) -> Result<(), ProjectionError> {
+    let rows: Vec<&ProductRow> = changes.products.values().filter(|row| row.changed).collect();
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let ids: Vec<Uuid> = rows.iter().map(|row| row.details.product_id.0).collect();
+    let skus: Vec<&str> = rows.iter().map(|row| row.details.sku.as_str()).collect();
+    let names: Vec<&str> = rows.iter().map(|row| &*row.details.name).collect();
+    let categories: Vec<Option<&str>> = rows.iter().map(|row| row.details.category.as_deref()).collect();
+    let thresholds: Vec<Option<i32>> = rows.iter().map(|row| row.details.low_stock_threshold.map(integer)).collect();
+    let actives: Vec<bool> = rows.iter().map(|row| row.details.active).collect();
+    let quantities: Vec<i32> = rows.iter().map(|row| integer(row.quantity)).collect();
+    let sequences: Vec<i64> = rows.iter().map(|row| bigint(row.sequence)).collect();
+    let registered: Vec<OffsetDateTime> = rows.iter().map(|row| row.registered_at).collect();
+    let updated: Vec<OffsetDateTime> = rows.iter().map(|row| row.updated_at).collect();
+    transaction
+        .execute(
+            "INSERT INTO inventory.products AS p
+                 (product_id, sku, name, category, low_stock_threshold, active, quantity, sequence, registered_at,
+                  updated_at)
+             SELECT * FROM UNNEST($1::uuid[], $2::text[], $3::text[], $4::text[], $5::int[], $6::bool[], $7::int[],
+                                  $8::bigint[], $9::timestamptz[], $10::timestamptz[])
+             ON CONFLICT (product_id) DO UPDATE SET
+                 sku = excluded.sku, name = excluded.name, category = excluded.category,
+                 low_stock_threshold = excluded.low_stock_threshold, active = excluded.active,
+                 quantity = excluded.quantity, sequence = excluded.sequence, updated_at = excluded.updated_at",
+            &[
+                &ids,
+                &skus,
+                &names,
+                &categories,
+                &thresholds,
+                &actives,
+                &quantities,
+                &sequences,
+                &registered,
+                &updated,
+            ],
+        )
+        .await?;
+    Ok(())
+}
+
+async fn write_movements(
+    transaction: &tokio_postgres::Transaction<'_>,
+    movements: &[Movement<'_>],
+) -> Result<(), ProjectionError> {
+    if movements.is_empty() {
+        return Ok(());
+    }
+    let sink = transaction
+        .copy_in(
+            "COPY inventory.movements (sequence, product_id, previous_quantity, new_quantity, trigger, order_id,
+                                       updated_by, reason, event_id, occurred_at, stored_at)
+             FROM STDIN BINARY",
+        )
+        .await?;
+    let types = [
+        Type::INT8,
+        Type::UUID,
+        Type::INT4,
+        Type::INT4,
+        Type::TEXT,
+        Type::UUID,
+        Type::UUID,
+        Type::TEXT,
+        Type::UUID,
+        Type::TIMESTAMPTZ,
+        Type::TIMESTAMPTZ,
+    ];
+    let writer = BinaryCopyInWriter::new(sink, &types);
+    let mut writer = std::pin::pin!(writer);
+    for Movement { message, event_id, occurred_at, updated } in movements {
+        let by = match updated.updated_by {
+            UpdatedBy::System => None,
+            UpdatedBy::User(id) => Some(id),
+        };
+        writer
+            .as_mut()
+            .write(&[
+                &bigint(message.sequence),
+                &updated.product_id.0,
+                &integer(updated.previous_quantity),
+                &integer(updated.new_quantity),
+                &updated.trigger.as_str(),
+                &updated.order_id.map(|order| order.0),
+                &by,
+                &message.carried.reason,
+                event_id,
+                occurred_at,
+                &message.stored_at,
+            ])
+            .await?;
+    }
+    writer.finish().await?;
+    Ok(())
+}
+
+async fn write_decisions(
+    transaction: &tokio_postgres::Transaction<'_>,
+    decisions: &BTreeMap<u64, (OrderId, OffsetDateTime, OrderDecision)>,
+) -> Result<(), ProjectionError> {
+    if decisions.is_empty() {
+        return Ok(());
+    }
+    let mut orders: Vec<Uuid> = Vec::with_capacity(decisions.len());
+    let mut outcomes: Vec<&str> = Vec::with_capacity(decisions.len());
+    let mut reasons: Vec<Option<&str>> = Vec::with_capacity(decisions.len());
+    let mut items: Vec<Option<Json<Value>>> = Vec::with_capacity(decisions.len());
+    let mut sequences: Vec<i64> = Vec::with_capacity(decisions.len());
+    let mut instants: Vec<OffsetDateTime> = Vec::with_capacity(decisions.len());
+    for (sequence, (order_id, decided_at, decision)) in decisions {
+        orders.push(order_id.0);
+        sequences.push(bigint(*sequence));
+        instants.push(*decided_at);
+        match decision {
+            OrderDecision::Allocated => {
+                outcomes.push("allocated");
+                reasons.push(None);
+                items.push(None);
+            }
+            OrderDecision::Refused(failed) => {
+                outcomes.push("refused");
+                reasons.push(Some(failed.reason.as_str()));
+                items.push(Some(Json(serde_json::to_value(&failed.items).unwrap_or_default())));
+            }
+        }
+    }
+    transaction
+        .execute(
+            "INSERT INTO inventory.order_decisions (order_id, outcome, reason, items, sequence, decided_at)
+             SELECT * FROM UNNEST($1::uuid[], $2::text[], $3::text[], $4::jsonb[], $5::bigint[], $6::timestamptz[])
+             ON CONFLICT (order_id) DO NOTHING",
+            &[&orders, &outcomes, &reasons, &items, &sequences, &instants],
+        )
+        .await?;
+    Ok(())
+}

@@ -1,0 +1,219 @@
+//! The process: configuration, start-up, the tasks and their end.
+//!
+//! Start-up folds the whole stream into [`State`]; a snapshot would only be another state to start from, see
+//! [`initial_state`]. Postgres is not needed to start: orders are decided without it.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use clap::Parser;
+use lomash_contract::Timestamp;
+use lomash_ledger::streams::{self, Difference};
+use lomash_ledger::{JetStreamLedger, Ledger, receive};
+use lomash_platform::telemetry::LogFormat;
+use lomash_platform::{Secret, nats, postgres};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::committer::{catch_up, committer};
+use crate::inventory::State;
+use crate::{commands, orders, projection};
+
+/// How often start-up says how far it is.
+const PROGRESS_EVERY: Duration = Duration::from_secs(2);
+
+/// Pauses between tries to migrate while Postgres is down.
+const MIGRATE_PAUSE: Duration = Duration::from_secs(1);
+
+/// Pauses between tries to read the stream at start.
+const START_PAUSE: Duration = Duration::from_millis(500);
+
+/// The product service of Lomash Inventory.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "product-service", version)]
+pub struct Config {
+    /// NATS server or servers, comma-separated.
+    #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222", hide_env_values = true)]
+    pub nats_url: Secret,
+
+    /// Postgres with the projection.
+    #[arg(long, env = "DATABASE_URL", default_value = "postgres://lomash@127.0.0.1:5432/lomash", hide_env_values = true)]
+    pub database_url: Secret,
+
+    /// Copies of each stream that is created: 1 on a laptop, 3 in a cluster.
+    #[arg(long, env = "STREAM_REPLICAS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=5))]
+    pub stream_replicas: u32,
+
+    /// Fields of the INVENTORY stream that may be weaker than their definition, comma-separated. The service does not
+    /// start on a weaker ledger otherwise.
+    #[arg(long, env = "LEDGER_ALLOW_WEAKER", value_delimiter = ',')]
+    pub ledger_allow_weaker: Vec<String>,
+
+    /// How log lines look.
+    #[arg(long, env = "LOG_FORMAT", value_enum, default_value_t = LogFormat::Pretty)]
+    pub log_format: LogFormat,
+}
+
+/// Runs the service until `stop` is cancelled.
+///
+/// # Errors
+/// When it cannot start, or finds something that trying again cannot mend.
+pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
+    let pool = postgres::pool(&config.database_url)?;
+    let client = nats::connect(config.nats_url.expose(), "product-service").await?;
+    let context = async_nats::jetstream::new(client.clone());
+    streams::wait_until_ready(&context).await?;
+    for difference in streams::apply(&context, config.stream_replicas).await? {
+        warn!(%difference, "the server differs from streams/");
+    }
+    refuse_a_weaker_ledger(streams::compare(&context, streams::INVENTORY).await?, &config.ledger_allow_weaker)?;
+
+    let ledger = JetStreamLedger::new(context.clone(), streams::INVENTORY);
+    let Some(state) = initial_state(&ledger, &stop).await? else { return Ok(()) };
+
+    // Intake stops first and what it took is still decided; then the committer, then the rest.
+    let committing = CancellationToken::new();
+    let (committer, commit_loop) = committer(ledger.clone(), state, Timestamp::now, committing.clone());
+    let commit_task = tokio::spawn(commit_loop);
+    let projector_task = tokio::spawn(project(ledger, pool, config.database_url.clone(), stop.clone()));
+    let orders_task = tokio::spawn({
+        let (committer, stop) = (committer.clone(), stop.clone());
+        async move {
+            let handler = |delivery| orders::handle(committer.clone(), delivery);
+            receive::run(context, orders::receive(), stop, handler).await;
+        }
+    });
+    let commands_task = tokio::spawn(commands::serve(client.clone(), committer, stop.clone()));
+    info!("ready");
+
+    let mut commit_task = commit_task;
+    let mut projector_task = projector_task;
+    // The first task that ends early ends the process; a supervisor starts it again.
+    let early: Option<anyhow::Error> = tokio::select! {
+        () = stop.cancelled() => None,
+        ended = &mut commit_task => Some(match ended {
+            Ok(Ok(_)) => anyhow::anyhow!("the committer ended by itself"),
+            Ok(Err(problem)) => anyhow::Error::new(problem).context("the committer cannot go on"),
+            Err(panic) => anyhow::Error::new(panic).context("the committer panicked"),
+        }),
+        ended = &mut projector_task => match ended {
+            Ok(Ok(())) => None,
+            Ok(Err(problem)) => Some(problem.context("the projector cannot go on")),
+            Err(panic) => Some(anyhow::Error::new(panic).context("the projector panicked")),
+        },
+    };
+    stop.cancel();
+    let (orders_end, commands_end) = tokio::join!(orders_task, commands_task);
+    committing.cancel();
+    if early.is_none() {
+        commit_task.await.context("the committer panicked")?.context("the committer cannot go on")?;
+    }
+    if !projector_task.is_finished() {
+        projector_task.await.context("the projector panicked")??;
+    }
+    // What was settled last must be on the wire before the process goes.
+    if let Err(problem) = client.flush().await {
+        warn!(%problem, "the last acknowledgements may be lost; their orders come back and are known");
+    }
+    orders_end.context("the order receiver panicked")?;
+    commands_end.context("the command server panicked")?;
+    match early {
+        Some(problem) => Err(problem),
+        None => {
+            info!("stopped");
+            Ok(())
+        }
+    }
+}
+
+fn refuse_a_weaker_ledger(differences: Vec<Difference>, allowed: &[String]) -> anyhow::Result<()> {
+    let (accepted, refused): (Vec<_>, Vec<_>) =
+        differences.into_iter().partition(|difference| allowed.contains(&difference.field));
+    for difference in accepted {
+        warn!(%difference, "a weaker ledger was allowed by name");
+    }
+    if refused.is_empty() {
+        return Ok(());
+    }
+    let list: Vec<String> = refused.iter().map(ToString::to_string).collect();
+    let fields: Vec<&str> = refused.iter().map(|difference| difference.field.as_str()).collect();
+    bail!(
+        "the ledger is not what its definition promises: {}. Bring the stream to streams/INVENTORY.json, or start with \
+         LEDGER_ALLOW_WEAKER={} if you mean it",
+        list.join("; "),
+        fields.join(",")
+    )
+}
+
+/// The state to start from, folded to where the stream ends now; `None` when stopped meanwhile.
+///
+/// The seam for snapshots: a state loaded from one takes the place of the empty state, and the tail is folded the same.
+async fn initial_state<L: Ledger>(ledger: &L, stop: &CancellationToken) -> anyhow::Result<Option<State>> {
+    let mut state = State::default();
+    let started = Instant::now();
+    let total = loop {
+        match ledger.last_sequence().await {
+            Ok(last) => break last,
+            Err(problem) => warn!(%problem, "cannot read the ledger yet, trying again"),
+        }
+        tokio::select! {
+            () = stop.cancelled() => return Ok(None),
+            () = tokio::time::sleep(START_PAUSE) => {}
+        }
+    };
+    info!(events = total, "folding the ledger");
+    let mut said = Instant::now();
+    loop {
+        let folded = tokio::select! {
+            () = stop.cancelled() => return Ok(None),
+            folded = catch_up(ledger, &mut state, |message, _| {
+                if said.elapsed() >= PROGRESS_EVERY {
+                    said = Instant::now();
+                    info!(events = message.sequence, of = total, "folding the ledger");
+                }
+            }) => folded,
+        };
+        match folded {
+            Ok(()) => break,
+            Err(problem) if problem.is_transient() => {
+                warn!(%problem, "cannot read the ledger yet, trying again");
+                tokio::time::sleep(START_PAUSE).await;
+            }
+            Err(problem) => return Err(problem).context("the ledger cannot be folded"),
+        }
+    }
+    info!(
+        events = state.sequence(),
+        orders = state.decided_orders(),
+        products = state.products().count(),
+        skipped = state.skipped(),
+        elapsed_ms = started.elapsed().as_millis(),
+        "folded the ledger"
+    );
+    Ok(Some(state))
+}
+
+/// Migrates when Postgres is there, then projects.
+async fn project<L: Ledger>(
+    ledger: L,
+    pool: deadpool_postgres::Pool,
+    url: Secret,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    loop {
+        let migrated = tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            migrated = postgres::migrate(&url) => migrated,
+        };
+        match migrated {
+            Ok(()) => break,
+            Err(problem) => warn!(problem = format!("{problem:#}"), "no projection yet; orders are decided meanwhile"),
+        }
+        tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            () = tokio::time::sleep(MIGRATE_PAUSE) => {}
+        }
+    }
+    projection::run(ledger, pool, stop).await?;
+    Ok(())
+}

@@ -1,0 +1,72 @@
+//! Connecting to Postgres, and the migrations of `sql/`.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
+use tokio_postgres::NoTls;
+
+use crate::Secret;
+
+/// Connections of one process.
+pub const MAX_CONNECTIONS: usize = 16;
+/// How long to wait for a connection to be made.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long to wait for a free connection of the pool.
+pub const WAIT_TIMEOUT: Duration = Duration::from_secs(5);
+
+mod embedded {
+    refinery::embed_migrations!("../../sql");
+}
+
+fn config(url: &Secret) -> anyhow::Result<tokio_postgres::Config> {
+    // The parser's error could repeat the password, so it is not shown.
+    let mut config: tokio_postgres::Config = url.expose().parse().map_err(|_| {
+        anyhow::anyhow!("DATABASE_URL is not a Postgres URL such as postgres://user:password@host:5432/database")
+    })?;
+    config.connect_timeout(CONNECT_TIMEOUT);
+    Ok(config)
+}
+
+/// A pool of lazily made connections; making it does not need the server.
+///
+/// # Errors
+/// When `url` is not a Postgres URL.
+pub fn pool(url: &Secret) -> anyhow::Result<Pool> {
+    let manager = Manager::from_config(config(url)?, NoTls, ManagerConfig { recycling_method: RecyclingMethod::Fast });
+    Pool::builder(manager)
+        .max_size(MAX_CONNECTIONS)
+        .runtime(Runtime::Tokio1)
+        .create_timeout(Some(CONNECT_TIMEOUT))
+        .wait_timeout(Some(WAIT_TIMEOUT))
+        .build()
+        .context("the Postgres pool cannot be built")
+}
+
+/// A single connection, outside any pool.
+///
+/// # Errors
+/// When `url` is bad or the server cannot be reached.
+pub async fn connect(url: &Secret) -> anyhow::Result<tokio_postgres::Client> {
+    let (client, connection) = config(url)?
+        .connect(NoTls)
+        .await
+        .context("cannot connect to Postgres at DATABASE_URL; is it running?")?;
+    // Ends with the client; what breaks it is an error of the client's next call.
+    tokio::spawn(connection);
+    Ok(client)
+}
+
+/// Brings the database to the newest schema. Several processes may do so at once.
+///
+/// # Errors
+/// When the server cannot be reached or a migration fails.
+pub async fn migrate(url: &Secret) -> anyhow::Result<()> {
+    /// Key of the advisory lock under which one process at a time migrates.
+    const MIGRATION_LOCK: i64 = 0x6c6f_6d61_7368_0001;
+    let mut client = connect(url).await?;
+    client.execute("SELECT pg_advisory_lock($1)", &[&MIGRATION_LOCK]).await.context("cannot lock the schema")?;
+    // The lock goes with the connection.
+    embedded::migrations::runner().run_async(&mut client).await.context("a migration of sql/ failed")?;
+    Ok(())
+}
