@@ -36,6 +36,9 @@ pub const IDLE_CATCH_UP: Duration = Duration::from_secs(1);
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LAST_PAUSE: Duration = Duration::from_secs(1);
 
+/// Pause after the server refused a batch for a reason that time may cure, such as a full disk.
+const REFUSED_PAUSE: Duration = Duration::from_millis(200);
+
 /// The fewest messages that a server's batch limit is believed to be; below it the server is broken, not small.
 const MIN_BATCH_MESSAGES: usize = 100;
 
@@ -78,11 +81,41 @@ struct Submission {
     command: Command,
     carried: Option<Arc<Carried>>,
     reply: oneshot::Sender<Answer>,
-    /// The first event id of each try, by which a later look at the stream shows that the try was stored.
+    /// The first event id of each try whose outcome is unknown, by which a later look at the stream shows that it was
+    /// stored. Ids are deterministic, so there is one for each way in which the command could be decided.
     tried: Vec<(EventId, Outcome)>,
 }
 
 impl Submission {
+    fn note_try(&mut self, first_event: EventId, outcome: &Outcome) {
+        self.tried.retain(|(event, _)| *event != first_event);
+        self.tried.push((first_event, outcome.clone()));
+    }
+
+    /// What the command came to, now that an event of one of its tries was found in the stream. The event says more than
+    /// the try: an earlier try may be the one that was stored, and it had seen another stock.
+    fn outcome_of(&self, envelope: &Envelope<LedgerEvent>) -> Outcome {
+        let tried = self.tried.iter().find(|(event, _)| *event == envelope.event_id).map(|(_, outcome)| outcome);
+        match (&envelope.payload, tried) {
+            (LedgerEvent::InventoryUpdateFailed(failed), _) => Outcome::Refused { reason: failed.reason },
+            (LedgerEvent::InventoryUpdated(updated), Some(Outcome::StockChanged { shortfall, .. })) => {
+                Outcome::StockChanged {
+                    previous_quantity: updated.previous_quantity,
+                    new_quantity: updated.new_quantity,
+                    shortfall: *shortfall,
+                }
+            }
+            (_, Some(outcome)) => outcome.clone(),
+            (_, None) => Outcome::Unchanged,
+        }
+    }
+
+    /// Whether a batch of this command alone, refused as a duplicate, shows that it was carried out long ago: not when
+    /// a try of ours may be on its way, and never for an order, whose id says for ever whether it is decided.
+    fn is_repeated_command(&self) -> bool {
+        self.tried.is_empty() && matches!(self.command, Command::Product(_))
+    }
+
     fn answer(self, answer: Answer) {
         // A caller that went away has no use for the answer; the ledger has it.
         let _ = self.reply.send(answer);
@@ -161,7 +194,7 @@ pub fn committer<L: Ledger>(
 ) -> (Committer, impl Future<Output = Result<State, ReadError>> + Send) {
     let (queue, submissions) = mpsc::channel(MAX_QUEUED_COMMANDS);
     let (known, sequence) = watch::channel(state.sequence());
-    let running = Running { ledger, state, clock, stop, known, max_batch_messages: MAX_BATCH_MESSAGES };
+    let running = Running { ledger, state, clock, stop, known, max_batch_messages: MAX_BATCH_MESSAGES, alone: 0 };
     (Committer { queue, sequence }, running.run(submissions))
 }
 
@@ -172,6 +205,8 @@ struct Running<L> {
     stop: CancellationToken,
     known: watch::Sender<u64>,
     max_batch_messages: usize,
+    /// How many of the next commands are to be stored in a batch of their own.
+    alone: usize,
 }
 
 /// A batch that is decided and not yet stored: which submissions it settles, and how.
@@ -235,11 +270,9 @@ impl<L: Ledger> Running<L> {
     /// Decides and stores the first of the waiting commands, as many as fit into a batch. Whatever the outcome, the
     /// commands it settled are answered and the others are still waiting.
     async fn commit(&mut self, waiting: &mut VecDeque<Submission>) -> Result<(), ReadError> {
-        let batch = self.decide(waiting, MAX_GROUP_COMMANDS);
-        self.store(batch, waiting).await
-    }
-
-    async fn store(&mut self, batch: Batch, waiting: &mut VecDeque<Submission>) -> Result<(), ReadError> {
+        let most = if self.alone > 0 { 1 } else { MAX_GROUP_COMMANDS };
+        self.alone = self.alone.saturating_sub(1);
+        let batch = self.decide(waiting, most);
         if batch.messages.is_empty() {
             // Saying no, or that all is so already, needs a fresh look: another writer may have changed it.
             let before = self.state.sequence();
@@ -265,11 +298,10 @@ impl<L: Ledger> Running<L> {
             }
             Err(problem) => {
                 info!(%problem, expected, messages = batch.messages.len(), "not committed; catching up");
-                for (submission, verdict) in waiting.iter_mut().zip(&batch.verdicts) {
-                    if let Verdict::Store { outcome, first_event, .. } = verdict {
-                        let again = submission.tried.iter().any(|(event, _)| event == first_event);
-                        if !again {
-                            submission.tried.push((*first_event, outcome.clone()));
+                if matches!(problem, AppendError::Unknown(_)) {
+                    for (submission, verdict) in waiting.iter_mut().zip(&batch.verdicts) {
+                        if let Verdict::Store { outcome, first_event, .. } = verdict {
+                            submission.note_try(*first_event, outcome);
                         }
                     }
                 }
@@ -292,48 +324,21 @@ impl<L: Ledger> Running<L> {
                 warn!(from = self.max_batch_messages, to = smaller, "the server takes smaller batches than configured");
                 self.max_batch_messages = smaller;
             }
-            AppendError::Refused { .. } => tokio::time::sleep(FIRST_PAUSE).await,
-            // An id of the batch was stored before the state that we caught up to, so it is a repeated admin command:
-            // an order would have been known. The server does not say which, so they go one by one.
-            AppendError::Duplicate(_) if self.state.sequence() == before => {
-                self.one_by_one(commands, waiting).await?;
-            }
+            AppendError::Refused { .. } => tokio::time::sleep(REFUSED_PAUSE).await,
+            // An id of the batch was stored before the state that we had: a repeated admin command, for a repeated
+            // order would have been known. The server does not say which, so they go one by one.
+            AppendError::Duplicate(_) if self.state.sequence() == before => match waiting.front() {
+                Some(first) if commands == 1 && first.is_repeated_command() => {
+                    let repeated = waiting.pop_front().expect("there is a first");
+                    repeated.answer(Err(Rejection::Repeated.into()));
+                }
+                _ => {
+                    self.alone = commands;
+                    tokio::time::sleep(FIRST_PAUSE).await;
+                }
+            },
             AppendError::Duplicate(_) | AppendError::Conflict(_) | AppendError::Unknown(_) => {}
         }
-        Ok(())
-    }
-
-    /// Commits the first `commands` each in a batch of its own, to find the one whose events are stored already.
-    async fn one_by_one(&mut self, commands: usize, waiting: &mut VecDeque<Submission>) -> Result<(), ReadError> {
-        let mut rest = waiting.split_off(commands.min(waiting.len()));
-        let mut alone = VecDeque::new();
-        while let Some(submission) = waiting.pop_front() {
-            alone.push_back(submission);
-            let batch = self.decide(&alone, 1);
-            if batch.messages.is_empty() {
-                self.store(batch, &mut alone).await?;
-            } else {
-                match self.ledger.append(&batch.messages, self.state.sequence()).await {
-                    Err(AppendError::Duplicate(_)) => {
-                        let before = self.state.sequence();
-                        self.catch_up(&mut alone).await?;
-                        if self.state.sequence() == before
-                            && let Some(repeated) = alone.pop_front()
-                        {
-                            repeated.answer(Err(Rejection::Repeated.into()));
-                        }
-                    }
-                    // Stored or not, catching up tells; what stays undecided goes back into the queue.
-                    _ => self.catch_up(&mut alone).await?,
-                }
-            }
-            // Whatever is left of it takes part in the next ordinary batch, before the others.
-            if let Some(undecided) = alone.pop_front() {
-                rest.push_front(undecided);
-                break;
-            }
-        }
-        waiting.append(&mut rest);
         Ok(())
     }
 
@@ -386,14 +391,14 @@ impl<L: Ledger> Running<L> {
         for (position, submission) in waiting.iter().enumerate() {
             tried.extend(submission.tried.iter().map(|(event, _)| (*event, position)));
         }
-        let mut found: HashMap<usize, (EventId, u64)> = HashMap::new();
+        let mut found: HashMap<usize, (Envelope<LedgerEvent>, u64)> = HashMap::new();
         let mut pause = FIRST_PAUSE;
         loop {
             let caught_up = catch_up(&self.ledger, &mut self.state, |message, envelope| {
                 if let Some(envelope) = envelope
                     && let Some(position) = tried.get(&envelope.event_id)
                 {
-                    found.insert(*position, (envelope.event_id, message.sequence));
+                    found.insert(*position, (envelope.clone(), message.sequence));
                 }
             });
             match caught_up.await {
@@ -413,12 +418,11 @@ impl<L: Ledger> Running<L> {
         if !found.is_empty() {
             let all = std::mem::take(waiting);
             for (position, submission) in all.into_iter().enumerate() {
-                match found.get(&position) {
+                match found.remove(&position) {
                     None => waiting.push_back(submission),
-                    Some((event, sequence)) => {
-                        let stored = submission.tried.iter().find(|(tried, _)| tried == event);
-                        let outcome = stored.map(|(_, outcome)| outcome.clone()).expect("it was found by its try");
-                        submission.answer(Ok(Committed { outcome, sequence: *sequence }));
+                    Some((envelope, sequence)) => {
+                        let outcome = submission.outcome_of(&envelope);
+                        submission.answer(Ok(Committed { outcome, sequence }));
                     }
                 }
             }

@@ -1,0 +1,287 @@
+//! The committer on the in-memory ledger, where answers get lost on demand.
+//!
+//! The law throughout: whatever the ledger does, every command is carried out once, its caller hears the truth, and the
+//! stream is a chain.
+
+use lomash_contract::{InventoryUpdated, ProductId, UpdatedBy};
+use lomash_ledger::{Fault, MemoryLedger};
+use proptest::prelude::*;
+use uuid::Uuid;
+
+use super::*;
+use crate::inventory::{Action, Details, Order, OrderLine, ProductCommand};
+
+fn clock() -> Timestamp {
+    "2026-01-31T09:30:00.123Z".parse().expect("a valid instant")
+}
+
+fn product_id(n: u128) -> ProductId {
+    ProductId(Uuid::from_u128(n))
+}
+
+fn command(n: u128, action: Action) -> Command {
+    let by = UpdatedBy::System;
+    Command::Product(ProductCommand { command_id: Uuid::new_v4(), product_id: product_id(n), by, action })
+}
+
+fn register(n: u128, quantity: u32) -> Command {
+    let details = Details {
+        sku: format!("SKU-{n}").parse().expect("a valid sku"),
+        name: "Oak base unit".into(),
+        category: None,
+        low_stock_threshold: None,
+        active: true,
+    };
+    command(n, Action::Register { details, initial_quantity: quantity })
+}
+
+fn order(n: u128, product: u128, quantity: u32) -> Command {
+    let order_id = Uuid::from_u128(0xabc0_0000 + n).into();
+    Command::Order(Order { order_id, lines: vec![OrderLine { product_id: product_id(product), quantity }] })
+}
+
+/// A running committer; dropping the token's guard stops it.
+fn start(ledger: &MemoryLedger) -> (Committer, tokio_util::sync::DropGuard) {
+    let stop = CancellationToken::new();
+    let (committer, running) = committer(ledger.clone(), State::default(), clock, stop.clone());
+    tokio::spawn(running);
+    (committer, stop.drop_guard())
+}
+
+/// Folds what is stored, as any reader does; panics on a message that breaks the rule.
+async fn fold(ledger: &MemoryLedger) -> State {
+    ledger.make_unreadable(0);
+    let mut state = State::default();
+    catch_up(ledger, &mut state, |_, _| {}).await.expect("a ledger in memory can be read");
+    assert_eq!(state.skipped(), 0, "every stored message is ours and chains");
+    state
+}
+
+fn stock(state: &State, n: u128) -> u32 {
+    state.product(&product_id(n)).expect("it is registered").quantity
+}
+
+#[tokio::test]
+async fn each_unknown_outcome_resolves_to_exactly_one() {
+    for fault in [Fault::UnknownStored, Fault::UnknownLost, Fault::UnknownLater, Fault::Refused] {
+        let ledger = MemoryLedger::default();
+        let (committer, _running) = start(&ledger);
+        committer.submit(register(1, 10), None).await.expect("a registration");
+        for (what, next, left, shows) in [
+            ("an order", order(1, 1, 4), 6, Outcome::Allocated),
+            (
+                "an adjustment, which would act twice if it were decided twice",
+                command(1, Action::Adjust { delta: -1 }),
+                5,
+                Outcome::StockChanged { previous_quantity: 6, new_quantity: 5, shortfall: 0 },
+            ),
+        ] {
+            ledger.inject([fault]);
+            ledger.make_unreadable(2);
+            let committed = committer.submit(next, None).await.expect("it is carried out");
+            assert_eq!(committed.outcome, shows, "{what} with {fault:?}");
+            let state = fold(&ledger).await;
+            assert_eq!(stock(&state, 1), left, "{what} with {fault:?}");
+            assert_eq!(committed.sequence, state.sequence(), "{what} with {fault:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_repeated_command_is_told_so_and_its_neighbours_go_through() {
+    let ledger = MemoryLedger::default();
+    let (committer, _running) = start(&ledger);
+    committer.submit(register(1, 10), None).await.expect("a registration");
+    let repeated = command(1, Action::Adjust { delta: -1 });
+    committer.submit(repeated.clone(), None).await.expect("the first time");
+    let neighbours: Vec<_> = (0..20).map(|n| committer.submit(order(n, 1, 1), None)).collect();
+    let (again, neighbours) =
+        tokio::join!(committer.submit(repeated, None), futures::future::join_all(neighbours));
+    assert_eq!(again, Err(CommandError::Rejected(Rejection::Repeated)));
+    let allocated = neighbours.iter().filter(|answer| {
+        matches!(answer, Ok(Committed { outcome: Outcome::Allocated, .. }))
+    });
+    assert_eq!(allocated.count(), 9);
+    assert_eq!(stock(&fold(&ledger).await, 1), 0);
+}
+
+#[tokio::test]
+async fn a_server_with_smaller_batches_is_adapted_to_and_what_cannot_fit_is_told() {
+    let ledger = MemoryLedger::default();
+    ledger.limit_batches(150);
+    let (committer, _running) = start(&ledger);
+    let registrations: Vec<_> = (0..400).map(|n| committer.submit(register(n, 1), None)).collect();
+    for answer in futures::future::join_all(registrations).await {
+        answer.expect("every registration fits by itself");
+    }
+    let lines = (0..400).map(|n| OrderLine { product_id: product_id(n), quantity: 1 }).collect();
+    let large = Command::Order(Order { order_id: Uuid::from_u128(1).into(), lines });
+    let answer = committer.submit(large, None).await;
+    assert!(matches!(answer, Err(CommandError::TooLarge { messages: 800, limit }) if limit <= 150), "{answer:?}");
+    assert_eq!(fold(&ledger).await.products().count(), 400);
+}
+
+#[tokio::test]
+async fn a_no_is_said_on_fresh_knowledge() {
+    let ledger = MemoryLedger::default();
+    let (first, _running) = start(&ledger);
+    let (second, _also_running) = start(&ledger);
+    first.submit(register(1, 5), None).await.expect("a registration");
+    // The second writer has not heard of the product; it must look before it says that there is none.
+    let answer = second.submit(command(1, Action::Adjust { delta: -6 }), None).await;
+    let expected = Rejection::BelowZero { quantity: 5, taken: 6 };
+    assert_eq!(answer, Err(CommandError::Rejected(expected)));
+}
+
+#[tokio::test]
+async fn foreign_messages_are_skipped_and_do_not_stop_the_writer() {
+    let ledger = MemoryLedger::default();
+    let (committer, _running) = start(&ledger);
+    committer.submit(register(1, 5), None).await.expect("a registration");
+    let event = LedgerEvent::InventoryUpdated(InventoryUpdated {
+        product_id: product_id(1),
+        sku: "SKU-1".parse().expect("a valid sku"),
+        previous_quantity: 77,
+        new_quantity: 78,
+        trigger: lomash_contract::Trigger::AdminUpdate,
+        order_id: None,
+        updated_by: UpdatedBy::System,
+    });
+    let forged = Fact { event_id: Uuid::new_v4().into(), event };
+    let last = ledger.last_sequence().await.expect("readable");
+    ledger.append(&[message(&forged, clock(), None)], last).await.expect("a foreign message gets in");
+    committer.submit(order(1, 1, 5), None).await.expect("the order is decided all the same");
+    let mut state = State::default();
+    catch_up(&ledger, &mut state, |_, _| {}).await.expect("readable");
+    assert_eq!((state.skipped(), stock(&state, 1)), (1, 0));
+}
+
+#[tokio::test]
+async fn stopping_answers_those_who_wait() {
+    let ledger = MemoryLedger::default();
+    ledger.inject([Fault::UnknownLost]);
+    ledger.make_unreadable(u32::MAX);
+    let stop = CancellationToken::new();
+    let (committer, running) = committer(ledger, State::default(), clock, stop.clone());
+    let running = tokio::spawn(running);
+    let waiting = tokio::spawn(async move { committer.submit(register(1, 5), None).await });
+    tokio::task::yield_now().await;
+    stop.cancel();
+    running.await.expect("no panic").expect("no fatal error");
+    assert_eq!(waiting.await.expect("no panic"), Err(CommandError::Stopping));
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    First(Command),
+    Second(Command),
+    Fault(Fault),
+    Unreadable,
+}
+
+fn any_step() -> impl Strategy<Value = Step> {
+    let act = prop_oneof![
+        4 => (0_u128..30, 1_u128..4, 1_u32..5).prop_map(|(n, product, quantity)| order(n, product, quantity)),
+        1 => (1_u128..4, -3_i64..10).prop_map(|(n, delta)| command(n, Action::Adjust { delta })),
+        1 => (1_u128..4, 0_u32..9).prop_map(|(n, quantity)| register(n, quantity)),
+    ];
+    let fault = prop_oneof![
+        Just(Fault::UnknownStored),
+        Just(Fault::UnknownLost),
+        Just(Fault::UnknownLater),
+        Just(Fault::Refused)
+    ];
+    prop_oneof![
+        5 => act.clone().prop_map(Step::First),
+        5 => act.prop_map(Step::Second),
+        2 => fault.prop_map(Step::Fault),
+        1 => Just(Step::Unreadable),
+    ]
+}
+
+proptest! {
+    /// Two committers on one ledger, both given the same orders among others, with answers getting lost: the stream is
+    /// one chain, every order is decided once, and every answer that was given is true.
+    #[test]
+    fn two_committers_interleaved_end_in_one_chain(steps in proptest::collection::vec(any_step(), 1..60)) {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .start_paused(true)
+            .build()
+            .expect("a runtime");
+        runtime.block_on(async move {
+            let ledger = MemoryLedger::default();
+            let (first, _first_running) = start(&ledger);
+            let (second, _second_running) = start(&ledger);
+            let mut answers = Vec::new();
+            for step in steps {
+                match step {
+                    Step::First(command) => {
+                        let first = first.clone();
+                        answers.push(tokio::spawn(async move { (command.clone(), first.submit(command, None).await) }));
+                    }
+                    Step::Second(command) => {
+                        let second = second.clone();
+                        answers.push(tokio::spawn(async move { (command.clone(), second.submit(command, None).await) }));
+                    }
+                    Step::Fault(fault) => ledger.inject([fault]),
+                    Step::Unreadable => ledger.make_unreadable(1),
+                }
+            }
+            let mut adjusted = 0_i64;
+            let mut registered = 0_i64;
+            let mut orders = hashbrown::HashMap::new();
+            for answer in answers {
+                let (command, answer) = answer.await.expect("no panic");
+                match (command, answer) {
+                    (Command::Order(order), Ok(committed)) => {
+                        let decisions: &mut Vec<Outcome> = orders.entry(order).or_default();
+                        decisions.push(committed.outcome);
+                    }
+                    (Command::Product(ProductCommand { action, .. }), Ok(committed)) => match (action, committed.outcome) {
+                        (_, Outcome::StockChanged { previous_quantity, new_quantity, .. }) => {
+                            adjusted += i64::from(new_quantity) - i64::from(previous_quantity);
+                        }
+                        (Action::Register { initial_quantity, .. }, Outcome::Registered) => {
+                            registered += i64::from(initial_quantity);
+                        }
+                        _ => {}
+                    },
+                    (_, Err(CommandError::Rejected(_))) => {}
+                    (command, Err(problem)) => panic!("{command:?} got {problem}"),
+                }
+            }
+            // fold() panics on a message that does not chain; what is left is arithmetic over the true answers.
+            let state = fold(&ledger).await;
+            let mut sold = 0_i64;
+            let mut decided = hashbrown::HashMap::new();
+            for message in ledger.messages() {
+                let event = message.parse().expect("ours").payload;
+                let (order, outcome) = match event {
+                    LedgerEvent::InventoryUpdated(InventoryUpdated {
+                        order_id: Some(order),
+                        previous_quantity,
+                        new_quantity,
+                        ..
+                    }) => {
+                        sold += i64::from(previous_quantity) - i64::from(new_quantity);
+                        (order, Outcome::Allocated)
+                    }
+                    LedgerEvent::InventoryUpdateFailed(failed) => {
+                        (failed.order_id, Outcome::Refused { reason: failed.reason })
+                    }
+                    _ => continue,
+                };
+                assert_eq!(decided.insert(order, outcome), None, "order {order} is decided once");
+            }
+            for (order, decisions) in orders {
+                // A writer whose answer was lost may find the other's identical decision and tell that: also true.
+                let stored = &decided[&order.order_id];
+                let told = |decision: &Outcome| decision == stored || *decision == Outcome::AlreadyDecided;
+                assert!(decisions.iter().all(told), "{order:?} came to {stored:?} and was told {decisions:?}");
+            }
+            let total: i64 = state.products().map(|(_, product)| i64::from(product.quantity)).sum();
+            assert_eq!(total, registered + adjusted - sold);
+        });
+    }
+}

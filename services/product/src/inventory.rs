@@ -29,7 +29,7 @@ pub enum Command {
 }
 
 /// An order as it is decided: every product once.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Order {
     /// Which order; decided once, for ever.
     pub order_id: OrderId,
@@ -38,7 +38,7 @@ pub struct Order {
 }
 
 /// What an order wants of one product.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct OrderLine {
     /// The product.
     pub product_id: ProductId,

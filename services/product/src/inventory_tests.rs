@@ -1,0 +1,371 @@
+//! Given a history, when a command is decided, then these events: one line per outcome, and the laws that hold for all.
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn id(n: u128) -> ProductId {
+    ProductId(Uuid::from_u128(n))
+}
+
+fn order_id(n: u128) -> OrderId {
+    OrderId(Uuid::from_u128(0xabc0_0000 + n))
+}
+
+fn now() -> Timestamp {
+    "2026-01-31T09:30:00.123Z".parse().expect("a valid instant")
+}
+
+fn details(sku: &str) -> Details {
+    Details {
+        sku: sku.parse().expect("a valid sku"),
+        name: "Oak base unit".into(),
+        category: None,
+        low_stock_threshold: None,
+        active: true,
+    }
+}
+
+fn product(n: u128, action: Action) -> Command {
+    let command_id = Uuid::new_v5(&Uuid::from_u128(n), format!("{action:?}").as_bytes());
+    Command::Product(ProductCommand { command_id, product_id: id(n), by: UpdatedBy::System, action })
+}
+
+fn register(n: u128, quantity: u32) -> Command {
+    product(n, Action::Register { details: details(&format!("SKU-{n}")), initial_quantity: quantity })
+}
+
+fn order(n: u128, lines: &[(u128, u32)]) -> Command {
+    let lines = lines.iter().map(|(product, quantity)| OrderLine { product_id: id(*product), quantity: *quantity });
+    Command::Order(Order { order_id: order_id(n), lines: lines.collect() })
+}
+
+/// Decides on the state alone.
+fn decide_on(state: &State, command: &Command) -> Decision {
+    decide(&Draft::new(state), command, now())
+}
+
+fn given(history: &[Command]) -> State {
+    let mut state = State::default();
+    for command in history {
+        if let Decision::Store(facts, _) = decide_on(&state, command) {
+            for fact in facts {
+                state.admits(&fact.event).expect("our own events chain");
+                state.evolve(state.sequence() + 1, &fact.event);
+            }
+        }
+    }
+    state
+}
+
+/// A decision as one line: the events, then the outcome.
+fn told(decision: &Decision) -> String {
+    let event = |fact: &Fact| match &fact.event {
+        LedgerEvent::InventoryUpdated(updated) => {
+            format!("{}→{} {}", updated.previous_quantity, updated.new_quantity, updated.trigger)
+        }
+        LedgerEvent::InventoryUpdateFailed(failed) => {
+            let item = |item: &FailedItem| format!("{}/{}", item.available, item.requested);
+            format!("{} {}", failed.reason, failed.items.iter().map(item).collect::<Vec<_>>().join(" "))
+        }
+        LedgerEvent::ProductUpdated(updated) => format!("{:?}", updated.changed_fields),
+        LedgerEvent::ProductRegistered(_) => "registered".to_owned(),
+        LedgerEvent::ProductRevised(_) => "revised".to_owned(),
+        LedgerEvent::InventoryCounted(_) => "counted".to_owned(),
+    };
+    match decision {
+        Decision::Store(facts, outcome) => {
+            format!("{} => {outcome:?}", facts.iter().map(event).collect::<Vec<_>>().join(", "))
+        }
+        Decision::Settled(outcome) => format!("=> {outcome:?}"),
+        Decision::Reject(rejection) => format!("=> {rejection}"),
+    }
+}
+
+#[test]
+fn every_outcome_of_every_command() {
+    let set = |quantity, expected_quantity| Action::SetQuantity { quantity, expected_quantity };
+    let count = |counted, stock_at_count| Action::CorrectCount { counted, stock_at_count };
+    let revise = |sku: &str, name: &str| Action::Revise { details: Details { name: name.into(), ..details(sku) } };
+    let stocked = &[register(1, 10), register(2, 5)];
+    let off_sale = &[register(1, 10), product(1, Action::Activate { active: false })];
+    let once = &[register(1, 10), order(1, &[(1, 4)])];
+    let refused_once = &[register(1, 1), order(1, &[(1, 4)]), product(1, set(100, None))];
+    let table: &[(&str, &[Command], Command, &str)] = &[
+        ("an order takes stock", stocked, order(1, &[(1, 4)]), "10→6 ORDER_CONFIRMED => Allocated"),
+        (
+            "an order of two lines",
+            stocked,
+            order(1, &[(2, 1), (1, 4)]),
+            "5→4 ORDER_CONFIRMED, 10→6 ORDER_CONFIRMED => Allocated",
+        ),
+        (
+            "the last one ends availability",
+            stocked,
+            order(1, &[(2, 5)]),
+            "5→0 ORDER_CONFIRMED, [StockQuantity, IsAvailable] => Allocated",
+        ),
+        (
+            "one too many takes nothing of any line",
+            stocked,
+            order(1, &[(1, 4), (2, 6)]),
+            "INSUFFICIENT_STOCK 5/6 => Refused { reason: InsufficientStock }",
+        ),
+        (
+            "an unknown product is the gravest reason",
+            stocked,
+            order(1, &[(2, 6), (9, 1)]),
+            "UNKNOWN_PRODUCT 0/1 => Refused { reason: UnknownProduct }",
+        ),
+        (
+            "a product off sale is refused whatever its stock",
+            off_sale,
+            order(1, &[(1, 1)]),
+            "PRODUCT_INACTIVE 10/1 => Refused { reason: ProductInactive }",
+        ),
+        ("an order again is a no-op", once, order(1, &[(1, 4)]), "=> AlreadyDecided"),
+        ("also with other lines", once, order(1, &[(1, 1), (9, 9)]), "=> AlreadyDecided"),
+        ("a refused order stays refused when stock comes", refused_once, order(1, &[(1, 4)]), "=> AlreadyDecided"),
+        ("registering without stock", &[], register(1, 0), "registered => Registered"),
+        (
+            "registering with stock",
+            &[],
+            register(1, 7),
+            "registered, 0→7 ADMIN_UPDATE, [StockQuantity, IsAvailable] => Registered",
+        ),
+        ("registering the same again", once, register(1, 99), "=> Unchanged"),
+        (
+            "registering it with other details",
+            once,
+            product(1, Action::Register { details: details("OTHER"), initial_quantity: 0 }),
+            "=> the product is registered already, with other details; revise it instead",
+        ),
+        (
+            "a unit belongs to one product",
+            once,
+            product(3, Action::Register { details: details("SKU-1"), initial_quantity: 0 }),
+            "=> the sku belongs to product 00000000-0000-0000-0000-000000000001 already",
+        ),
+        (
+            "a name must be visible",
+            stocked,
+            product(1, revise("SKU-1", " ")),
+            "=> the name must have 1 to 200 characters, none of them a control character",
+        ),
+        (
+            "revising names what changed",
+            stocked,
+            product(1, revise("SKU-1", "Ash base unit")),
+            "revised, [Name] => Revised { changed_fields: [Name] }",
+        ),
+        ("revising to the same", stocked, product(1, revise("SKU-1", "Oak base unit")), "=> Unchanged"),
+        (
+            "a revised unit must be free",
+            stocked,
+            product(1, revise("SKU-2", "Oak base unit")),
+            "=> the sku belongs to product 00000000-0000-0000-0000-000000000002 already",
+        ),
+        (
+            "taking a product off sale",
+            stocked,
+            product(1, Action::Activate { active: false }),
+            "revised, [Active] => Revised { changed_fields: [Active] }",
+        ),
+        (
+            "setting the stock",
+            stocked,
+            product(1, set(12, Some(10))),
+            "10→12 ADMIN_UPDATE => StockChanged { previous_quantity: 10, new_quantity: 12, shortfall: 0 }",
+        ),
+        ("setting the same stock is no event", stocked, product(1, set(10, None)), "=> Unchanged"),
+        (
+            "setting a stock that moved meanwhile",
+            stocked,
+            product(1, set(12, Some(11))),
+            "=> the stock is 10, not the expected 11",
+        ),
+        (
+            "more than there can be",
+            stocked,
+            product(1, set(MAX_STOCK + 1, None)),
+            "=> the quantity must be from 0 to 1000000000",
+        ),
+        (
+            "adjusting to zero and no further",
+            stocked,
+            product(1, Action::Adjust { delta: -10 }),
+            "10→0 ADMIN_UPDATE, [StockQuantity, IsAvailable] => StockChanged { previous_quantity: 10, new_quantity: 0, \
+             shortfall: 0 }",
+        ),
+        (
+            "adjusting below zero",
+            stocked,
+            product(1, Action::Adjust { delta: -11 }),
+            "=> the stock is 10; taking 11 away would leave less than nothing",
+        ),
+        (
+            "adjusting by the most negative number there is",
+            stocked,
+            product(1, Action::Adjust { delta: i64::MIN }),
+            "=> the stock is 10; taking 9223372036854775808 away would leave less than nothing",
+        ),
+        ("adjusting by nothing", stocked, product(1, Action::Adjust { delta: 0 }), "=> Unchanged"),
+        (
+            "an unknown product cannot be changed",
+            &[],
+            product(1, Action::Adjust { delta: 1 }),
+            "=> the product is not registered",
+        ),
+        (
+            "a count corrects by its difference, not to its figure",
+            once,
+            product(1, count(12, 10)),
+            "6→8 SCHEDULED_SYNC => StockChanged { previous_quantity: 6, new_quantity: 8, shortfall: 0 }",
+        ),
+        (
+            "a correction stops at zero and tells the shortfall",
+            once,
+            product(1, count(1, 10)),
+            "6→0 SCHEDULED_SYNC, [StockQuantity, IsAvailable] => StockChanged { previous_quantity: 6, new_quantity: 0, \
+             shortfall: 3 }",
+        ),
+        ("a count that agrees", once, product(1, count(10, 10)), "=> Unchanged"),
+    ];
+    for (what, history, command, expected) in table {
+        assert_eq!(told(&decide_on(&given(history), command)), *expected, "{what}");
+    }
+}
+
+#[test]
+fn stock_that_returns_makes_available_again() {
+    let state = given(&[register(1, 1), order(1, &[(1, 1)])]);
+    let decision = decide_on(&state, &product(1, Action::Adjust { delta: 2 }));
+    assert!(told(&decision).starts_with("0→2 ADMIN_UPDATE, [StockQuantity, IsAvailable]"), "{}", told(&decision));
+}
+
+#[test]
+fn a_draft_frees_the_unit_that_it_takes_away() {
+    let state = given(&[register(1, 1)]);
+    let mut draft = Draft::new(&state);
+    let renamed = product(1, Action::Revise { details: details("NEW") });
+    let Decision::Store(facts, _) = decide(&draft, &renamed, now()) else { panic!("a revision is stored") };
+    draft.apply(&facts);
+    let heir = product(2, Action::Register { details: details("SKU-1"), initial_quantity: 0 });
+    assert!(matches!(decide(&draft, &heir, now()), Decision::Store(_, Outcome::Registered)));
+    let late = product(3, Action::Register { details: details("NEW"), initial_quantity: 0 });
+    assert_eq!(decide(&draft, &late, now()), Decision::Reject(Rejection::SkuTaken { owner: id(1) }));
+}
+
+#[test]
+fn a_retry_repeats_its_event_ids_and_another_cause_does_not() {
+    let state = given(&[register(1, 10)]);
+    let ids = |command: &Command| match decide_on(&state, command) {
+        Decision::Store(facts, _) => facts.iter().map(|fact| fact.event_id).collect::<Vec<_>>(),
+        other => panic!("nothing stored: {other:?}"),
+    };
+    assert_eq!(ids(&order(1, &[(1, 10)])), ids(&order(1, &[(1, 10)])));
+    assert_eq!(ids(&order(1, &[(1, 10)])).len(), 2, "inventory-updated and product-updated have ids of their own");
+    assert_ne!(ids(&order(1, &[(1, 10)])), ids(&order(2, &[(1, 10)])));
+}
+
+#[test]
+#[should_panic(expected = "without gaps")]
+fn a_gap_in_the_fold_is_a_broken_invariant() {
+    let mut state = given(&[register(1, 10)]);
+    state.skip(state.sequence() + 2);
+}
+
+/// Commands over few products and few orders, so that they meet.
+fn any_command() -> impl Strategy<Value = Command> {
+    let lines = proptest::collection::btree_map(1_u128..6, 1_u32..20, 1..4);
+    let an_order =
+        (0_u128..40, lines).prop_map(|(n, lines)| order(n, &lines.into_iter().collect::<Vec<_>>()));
+    let action = prop_oneof![
+        (0_u32..50).prop_map(|quantity| Action::SetQuantity { quantity, expected_quantity: None }),
+        (-60_i64..60).prop_map(|delta| Action::Adjust { delta }),
+        (0_u32..50, 0_u32..50).prop_map(|(counted, stock_at_count)| Action::CorrectCount { counted, stock_at_count }),
+        any::<bool>().prop_map(|active| Action::Activate { active }),
+        Just(Action::Revise { details: details("SKU-R") }),
+    ];
+    prop_oneof![
+        3 => an_order,
+        1 => (1_u128..6, 0_u32..50).prop_map(|(n, quantity)| register(n, quantity)),
+        2 => (1_u128..6, action, any::<u128>()).prop_map(|(n, action, command)| {
+            Command::Product(ProductCommand {
+                command_id: Uuid::from_u128(command),
+                product_id: id(n),
+                by: UpdatedBy::System,
+                action,
+            })
+        }),
+    ]
+}
+
+proptest! {
+    /// Decided in one batch or one by one, it is the same: the same events, and the same state.
+    #[test]
+    fn a_batch_decides_as_its_commands_one_by_one(commands in proptest::collection::vec(any_command(), 0..60)) {
+        let state = State::default();
+        let mut draft = Draft::new(&state);
+        let mut batched = Vec::new();
+        for command in &commands {
+            let decision = decide(&draft, command, now());
+            if let Decision::Store(facts, _) = &decision {
+                draft.apply(facts);
+                batched.extend(facts.clone());
+            }
+        }
+        let mut one_by_one = State::default();
+        let mut single = Vec::new();
+        for command in &commands {
+            if let Decision::Store(facts, _) = decide_on(&one_by_one, command) {
+                for fact in facts {
+                    one_by_one.evolve(one_by_one.sequence() + 1, &fact.event);
+                    single.push(fact);
+                }
+            }
+        }
+        prop_assert_eq!(&batched, &single);
+        let mut folded = State::default();
+        for fact in &batched {
+            // The chain holds and nothing is negative: every reader would admit it.
+            prop_assert_eq!(folded.admits(&fact.event), Ok(()));
+            folded.evolve(folded.sequence() + 1, &fact.event);
+        }
+        prop_assert_eq!(folded, one_by_one);
+    }
+
+    /// Whatever happened, the same orders again store nothing.
+    #[test]
+    fn an_order_twice_adds_nothing(commands in proptest::collection::vec(any_command(), 0..60)) {
+        let state = given(&commands);
+        for command in commands.iter().filter(|command| matches!(command, Command::Order(_))) {
+            prop_assert_eq!(decide_on(&state, command), Decision::Settled(Outcome::AlreadyDecided));
+        }
+    }
+
+    /// An order takes exactly what it asked for of each product, or nothing of any.
+    #[test]
+    fn all_lines_or_none(
+        commands in proptest::collection::vec(any_command(), 0..40),
+        lines in proptest::collection::btree_map(1_u128..7, 1_u32..20, 1..5),
+    ) {
+        let before = given(&commands);
+        let mut after = before.clone();
+        let wanted: Vec<_> = lines.into_iter().collect();
+        let Decision::Store(facts, outcome) = decide_on(&before, &order(1_000, &wanted)) else {
+            return Err(TestCaseError::fail("a new order is always decided"));
+        };
+        for fact in facts {
+            after.evolve(after.sequence() + 1, &fact.event);
+        }
+        for (product, quantity) in wanted {
+            let stock = |state: &State| state.product(&id(product)).map(|product| product.quantity);
+            let expected = match outcome {
+                Outcome::Allocated => stock(&before).map(|stock| stock - quantity),
+                _ => stock(&before),
+            };
+            prop_assert_eq!(stock(&after), expected);
+        }
+    }
+}

@@ -1,11 +1,23 @@
 //! The `product-service` binary.
 
+use std::process::ExitCode;
+
 use clap::Parser;
 use product_service::service::{Config, run};
 
 #[tokio::main]
-async fn main() -> anyhow::Result<()> {
+async fn main() -> ExitCode {
     let config = Config::parse();
     lomash_platform::telemetry::init(config.log_format);
-    run(config, lomash_platform::shutdown::token()?).await
+    let ended = match lomash_platform::shutdown::token() {
+        Ok(stop) => run(config, stop).await,
+        Err(error) => Err(error.into()),
+    };
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }

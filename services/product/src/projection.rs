@@ -15,6 +15,7 @@ use lomash_contract::{
     ProductRevised, UpdatedBy, chains,
 };
 use lomash_ledger::{Ledger, Messages, ReadError, StoredMessage, crash_point};
+use lomash_platform::{Secret, postgres};
 use serde_json::Value;
 use time::OffsetDateTime;
 use tokio_postgres::binary_copy::BinaryCopyInWriter;
@@ -76,12 +77,17 @@ impl From<tokio_postgres::Error> for ProjectionError {
 ///
 /// # Errors
 /// [`ProjectionError::Read`] for what trying again cannot mend.
-pub async fn run<L: Ledger>(ledger: L, pool: Pool, stop: CancellationToken) -> Result<(), ProjectionError> {
+pub async fn run<L: Ledger>(
+    ledger: L,
+    pool: Pool,
+    url: Secret,
+    stop: CancellationToken,
+) -> Result<(), ProjectionError> {
     let mut pause = FIRST_PAUSE;
     while !stop.is_cancelled() {
         let outcome = tokio::select! {
             () = stop.cancelled() => break,
-            outcome = project(&ledger, &pool, &mut pause) => outcome,
+            outcome = project(&ledger, &pool, &url, &mut pause) => outcome,
         };
         match outcome {
             Ok(never) => match never {},
@@ -89,7 +95,7 @@ pub async fn run<L: Ledger>(ledger: L, pool: Pool, stop: CancellationToken) -> R
                 error!(%problem, "the projection cannot go on");
                 return Err(problem.into());
             }
-            Err(problem) => warn!(%problem, pause_ms = pause.as_millis(), "projecting was interrupted, trying again"),
+            Err(problem) => warn!(%problem, pause_ms = pause.as_millis(), "no projection just now, orders are decided meanwhile; trying again"),
         }
         tokio::select! {
             () = stop.cancelled() => break,
@@ -104,8 +110,11 @@ pub async fn run<L: Ledger>(ledger: L, pool: Pool, stop: CancellationToken) -> R
 async fn project<L: Ledger>(
     ledger: &L,
     pool: &Pool,
+    url: &Secret,
     pause: &mut Duration,
 ) -> Result<std::convert::Infallible, ProjectionError> {
+    // Every time: a schema that was dropped while we ran is made again and filled from the stream.
+    postgres::migrate(url).await.map_err(|error| ProjectionError::Postgres(format!("{error:#}")))?;
     let client = pool.get().await.map_err(|error| ProjectionError::Postgres(error.to_string()))?;
     // Taken out of the pool: the lock lives and dies with this connection.
     let mut client = Client::take(client);

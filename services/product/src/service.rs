@@ -22,9 +22,6 @@ use crate::{commands, orders, projection};
 /// How often start-up says how far it is.
 const PROGRESS_EVERY: Duration = Duration::from_secs(2);
 
-/// Pauses between tries to migrate while Postgres is down.
-const MIGRATE_PAUSE: Duration = Duration::from_secs(1);
-
 /// Pauses between tries to read the stream at start.
 const START_PAUSE: Duration = Duration::from_millis(500);
 
@@ -75,7 +72,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let committing = CancellationToken::new();
     let (committer, commit_loop) = committer(ledger.clone(), state, Timestamp::now, committing.clone());
     let commit_task = tokio::spawn(commit_loop);
-    let projector_task = tokio::spawn(project(ledger, pool, config.database_url.clone(), stop.clone()));
+    let projector_task = tokio::spawn(projection::run(ledger, pool, config.database_url.clone(), stop.clone()));
     let orders_task = tokio::spawn({
         let (committer, stop) = (committer.clone(), stop.clone());
         async move {
@@ -98,7 +95,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         }),
         ended = &mut projector_task => match ended {
             Ok(Ok(())) => None,
-            Ok(Err(problem)) => Some(problem.context("the projector cannot go on")),
+            Ok(Err(problem)) => Some(anyhow::Error::new(problem).context("the projector cannot go on")),
             Err(panic) => Some(anyhow::Error::new(panic).context("the projector panicked")),
         },
     };
@@ -191,29 +188,4 @@ async fn initial_state<L: Ledger>(ledger: &L, stop: &CancellationToken) -> anyho
         "folded the ledger"
     );
     Ok(Some(state))
-}
-
-/// Migrates when Postgres is there, then projects.
-async fn project<L: Ledger>(
-    ledger: L,
-    pool: deadpool_postgres::Pool,
-    url: Secret,
-    stop: CancellationToken,
-) -> anyhow::Result<()> {
-    loop {
-        let migrated = tokio::select! {
-            () = stop.cancelled() => return Ok(()),
-            migrated = postgres::migrate(&url) => migrated,
-        };
-        match migrated {
-            Ok(()) => break,
-            Err(problem) => warn!(problem = format!("{problem:#}"), "no projection yet; orders are decided meanwhile"),
-        }
-        tokio::select! {
-            () = stop.cancelled() => return Ok(()),
-            () = tokio::time::sleep(MIGRATE_PAUSE) => {}
-        }
-    }
-    projection::run(ledger, pool, stop).await?;
-    Ok(())
 }

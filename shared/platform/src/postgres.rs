@@ -66,7 +66,11 @@ pub async fn migrate(url: &Secret) -> anyhow::Result<()> {
     const MIGRATION_LOCK: i64 = 0x6c6f_6d61_7368_0001;
     let mut client = connect(url).await?;
     client.execute("SELECT pg_advisory_lock($1)", &[&MIGRATION_LOCK]).await.context("cannot lock the schema")?;
-    // The lock goes with the connection.
-    embedded::migrations::runner().run_async(&mut client).await.context("a migration of sql/ failed")?;
+    // The history lives in the schema it is about: whoever drops the schema drops it too, and the next start makes both
+    // anew. The lock goes with the connection.
+    client.batch_execute("CREATE SCHEMA IF NOT EXISTS inventory").await.context("cannot create the schema")?;
+    let mut runner = embedded::migrations::runner();
+    runner.set_migration_table_name("inventory.schema_history");
+    runner.run_async(&mut client).await.context("a migration of sql/ failed")?;
     Ok(())
 }

@@ -19,7 +19,8 @@ pub const DEFAULT_FILTER: &str = "warn,product_service=info,lomash=info,lomash_l
 /// Starts logging; to be called once, first thing in `main`. Later calls do nothing.
 pub fn init(format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(DEFAULT_FILTER));
-    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr);
     // An error means that logging is set up already, as in tests.
     let _ = match format {
         LogFormat::Pretty => logs.with_target(false).try_init(),
