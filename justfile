@@ -77,7 +77,7 @@ clippy:
 deny:
     "$(deploy/dev/setup.sh --with-deny --quiet)" --log-level error check licenses bans sources
 
-# Build and open the documentation of our own crates
+# Build the documentation of our own crates
 [group('develop')]
 doc *ARGS:
     cargo doc --workspace --no-deps --locked {{ ARGS }}

@@ -1,8 +1,6 @@
 -- The projection of the INVENTORY stream for reads. Disposable: it can be dropped and rebuilt from the stream, and
 -- nothing on the write path reads it. Every row names the stream sequence that wrote it and holds absolute values.
 
-CREATE SCHEMA IF NOT EXISTS inventory;
-
 CREATE TABLE inventory.checkpoint (
     projection   text        PRIMARY KEY,
     sequence     bigint      NOT NULL CHECK (sequence >= 0),

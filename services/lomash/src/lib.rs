@@ -1,1 +1,15 @@
-//! Placeholder.
+//! The operator's command line, as a library: the servers of a laptop, files of products and orders, the verifier.
+//!
+//! Tests and the demo use the same parts as the commands do.
+
+pub mod audit;
+pub mod catalogue;
+pub mod demo;
+pub mod import;
+pub mod orders;
+pub mod output;
+pub mod retail;
+pub mod stack;
+pub mod status;
+pub mod up;
+pub mod verify;

@@ -1,1 +1,54 @@
-fn main(){}
+//! The `lomash` binary: parses the command line and runs the command.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use lomash::{demo, import, orders, status, up, verify};
+use lomash_platform::telemetry::{self, LogFormat};
+
+/// Lomash Inventory: stock that is never oversold, lost or double-counted.
+#[derive(Debug, Parser)]
+#[command(name = "lomash", version)]
+struct Cli {
+    /// How log lines look.
+    #[arg(long, env = "LOG_FORMAT", value_enum, default_value_t = LogFormat::Pretty, global = true)]
+    log_format: LogFormat,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Start NATS, Postgres, Redis and the services on this machine, until Ctrl-C.
+    Up(up::UpArgs),
+    /// Show the whole way of orders on real servers, check every number, and end.
+    Demo(demo::DemoArgs),
+    /// Import a catalogue of products.
+    Import(import::ImportArgs),
+    /// Publish orders from a file.
+    #[command(subcommand)]
+    Orders(orders::OrdersCommand),
+    /// Check the whole ledger and its projection.
+    Verify(verify::VerifyArgs),
+    /// Show streams, consumers, lag and checkpoints.
+    Status(status::StatusArgs),
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let cli = Cli::parse();
+    telemetry::init(cli.log_format, telemetry::COMMAND_FILTER);
+    let outcome = match cli.command {
+        Command::Up(args) => up::run(args).await.map(|()| ExitCode::SUCCESS),
+        Command::Demo(args) => demo::run(args).await,
+        Command::Import(args) => import::run(args).await,
+        Command::Orders(command) => orders::run(command).await.map(|()| ExitCode::SUCCESS),
+        Command::Verify(args) => verify::run(args).await,
+        Command::Status(args) => status::run(args).await,
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}

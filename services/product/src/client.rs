@@ -59,7 +59,9 @@ impl ProductClient {
     pub async fn ping(&self) -> Result<u64, ClientError> {
         match self.ask(&Request::Ping).await.map_err(ClientError::Unavailable)? {
             Reply::Pong { sequence } => Ok(sequence),
-            other => Err(ClientError::BadRequest(format!("unexpected reply to a ping: {other:?}"))),
+            other => Err(ClientError::BadRequest(format!(
+                "unexpected reply to a ping: {other:?}"
+            ))),
         }
     }
 
@@ -76,8 +78,14 @@ impl ProductClient {
             let problem = match self.ask(&request).await {
                 Ok(Reply::Committed { outcome, sequence }) => return Ok(Done { outcome, sequence }),
                 // The try before was carried out and only its answer was lost.
-                Ok(Reply::Rejected { rejection: Rejection::Repeated, .. }) if tries > 1 => {
-                    return Ok(Done { outcome: Outcome::Unchanged, sequence: 0 });
+                Ok(Reply::Rejected {
+                    rejection: Rejection::Repeated,
+                    ..
+                }) if tries > 1 => {
+                    return Ok(Done {
+                        outcome: Outcome::Unchanged,
+                        sequence: 0,
+                    });
                 }
                 Ok(Reply::Rejected { rejection, .. }) => return Err(ClientError::Rejected(rejection)),
                 Ok(Reply::BadRequest { detail }) => return Err(ClientError::BadRequest(detail)),
@@ -94,11 +102,15 @@ impl ProductClient {
     async fn ask(&self, request: &Request) -> Result<Reply, String> {
         let body = serde_json::to_vec(request).map_err(|problem| problem.to_string())?;
         let request = NatsRequest::new().payload(body.into()).timeout(Some(TRY_TIMEOUT));
-        let answer = self.client.send_request(SUBJECT, request).await.map_err(|problem| match problem.kind() {
-            RequestErrorKind::TimedOut => format!("no answer within {} s", TRY_TIMEOUT.as_secs()),
-            RequestErrorKind::NoResponders => "no replica is running".to_owned(),
-            _ => problem.to_string(),
-        })?;
+        let answer = self
+            .client
+            .send_request(SUBJECT, request)
+            .await
+            .map_err(|problem| match problem.kind() {
+                RequestErrorKind::TimedOut => format!("no answer within {} s", TRY_TIMEOUT.as_secs()),
+                RequestErrorKind::NoResponders => "no replica is running".to_owned(),
+                _ => problem.to_string(),
+            })?;
         serde_json::from_slice(&answer.payload).map_err(|problem| format!("the answer is not a reply: {problem}"))
     }
 }

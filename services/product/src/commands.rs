@@ -93,8 +93,12 @@ impl From<Result<Committed, CommandError>> for Reply {
                 let detail = rejection.to_string();
                 Self::Rejected { rejection, detail }
             }
-            Err(problem @ CommandError::TooLarge { .. }) => Self::BadRequest { detail: problem.to_string() },
-            Err(problem @ CommandError::Stopping) => Self::Unavailable { detail: problem.to_string() },
+            Err(problem @ CommandError::TooLarge { .. }) => Self::BadRequest {
+                detail: problem.to_string(),
+            },
+            Err(problem @ CommandError::Stopping) => Self::Unavailable {
+                detail: problem.to_string(),
+            },
         }
     }
 }
@@ -118,7 +122,9 @@ pub async fn serve(client: Client, committer: Committer, stop: CancellationToken
                 None => break,
             },
         };
-        let Ok(place) = places.clone().acquire_owned().await else { break };
+        let Ok(place) = places.clone().acquire_owned().await else {
+            break;
+        };
         let (client, committer) = (client.clone(), committer.clone());
         at_work.spawn(async move {
             answer(&client, &committer, message).await;
@@ -136,11 +142,16 @@ async fn answer(client: &Client, committer: &Committer, message: Message) {
     };
     let reply = match parse(&message) {
         Err(detail) => Reply::BadRequest { detail },
-        Ok(Request::Ping) => Reply::Pong { sequence: committer.sequence() },
+        Ok(Request::Ping) => Reply::Pong {
+            sequence: committer.sequence(),
+        },
         Ok(Request::Command { command, reason }) => {
             let text = |name: &str| Some(message.headers.as_ref()?.get(name)?.as_str().to_owned());
-            let carried =
-                Carried { traceparent: text(header::TRACEPARENT), tracestate: text(header::TRACESTATE), reason };
+            let carried = Carried {
+                traceparent: text(header::TRACEPARENT),
+                tracestate: text(header::TRACESTATE),
+                reason,
+            };
             let carried = (carried != Carried::default()).then(|| Arc::new(carried));
             committer.submit(Command::Product(command), carried).await.into()
         }
@@ -153,12 +164,17 @@ async fn answer(client: &Client, committer: &Committer, message: Message) {
 
 fn parse(message: &Message) -> Result<Request, String> {
     if message.payload.len() > MAX_REQUEST_BYTES {
-        return Err(format!("the request has {} bytes, at most {MAX_REQUEST_BYTES} are read", message.payload.len()));
+        return Err(format!(
+            "the request has {} bytes, at most {MAX_REQUEST_BYTES} are read",
+            message.payload.len()
+        ));
     }
     let request: Request =
         serde_json::from_slice(&message.payload).map_err(|problem| format!("not a command: {problem}"))?;
     match &request {
-        Request::Command { reason: Some(reason), .. } if reason.chars().count() > MAX_REASON_CHARS => {
+        Request::Command {
+            reason: Some(reason), ..
+        } if reason.chars().count() > MAX_REASON_CHARS => {
             Err(format!("the reason is longer than {MAX_REASON_CHARS} characters"))
         }
         _ => Ok(request),

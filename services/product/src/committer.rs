@@ -95,7 +95,11 @@ impl Submission {
     /// What the command came to, now that an event of one of its tries was found in the stream. The event says more than
     /// the try: an earlier try may be the one that was stored, and it had seen another stock.
     fn outcome_of(&self, envelope: &Envelope<LedgerEvent>) -> Outcome {
-        let tried = self.tried.iter().find(|(event, _)| *event == envelope.event_id).map(|(_, outcome)| outcome);
+        let tried = self
+            .tried
+            .iter()
+            .find(|(event, _)| *event == envelope.event_id)
+            .map(|(_, outcome)| outcome);
         match (&envelope.payload, tried) {
             (LedgerEvent::InventoryUpdateFailed(failed), _) => Outcome::Refused { reason: failed.reason },
             (LedgerEvent::InventoryUpdated(updated), Some(Outcome::StockChanged { shortfall, .. })) => {
@@ -136,7 +140,12 @@ impl Committer {
     /// [`CommandError`].
     pub async fn submit(&self, command: Command, carried: Option<Arc<Carried>>) -> Answer {
         let (reply, answer) = oneshot::channel();
-        let submission = Submission { command, carried, reply, tried: Vec::new() };
+        let submission = Submission {
+            command,
+            carried,
+            reply,
+            tried: Vec::new(),
+        };
         self.queue.send(submission).await.map_err(|_| CommandError::Stopping)?;
         answer.await.unwrap_or(Err(CommandError::Stopping))
     }
@@ -161,7 +170,9 @@ pub async fn catch_up<L: Ledger>(
     let mut messages = ledger.read(state.sequence()).await?;
     while let Some(message) = messages.next().await {
         let message = message?;
-        let admitted = message.parse().and_then(|envelope| state.admits(&envelope.payload).map(|()| envelope));
+        let admitted = message
+            .parse()
+            .and_then(|envelope| state.admits(&envelope.payload).map(|()| envelope));
         match admitted {
             Ok(envelope) => {
                 state.evolve(message.sequence, &envelope.payload);
@@ -194,7 +205,15 @@ pub fn committer<L: Ledger>(
 ) -> (Committer, impl Future<Output = Result<State, ReadError>> + Send) {
     let (queue, submissions) = mpsc::channel(MAX_QUEUED_COMMANDS);
     let (known, sequence) = watch::channel(state.sequence());
-    let running = Running { ledger, state, clock, stop, known, max_batch_messages: MAX_BATCH_MESSAGES, alone: 0 };
+    let running = Running {
+        ledger,
+        state,
+        clock,
+        stop,
+        known,
+        max_batch_messages: MAX_BATCH_MESSAGES,
+        alone: 0,
+    };
     (Committer { queue, sequence }, running.run(submissions))
 }
 
@@ -218,7 +237,11 @@ struct Batch {
 }
 
 enum Verdict {
-    Store { outcome: Outcome, first_event: EventId, last_message: usize },
+    Store {
+        outcome: Outcome,
+        first_event: EventId,
+        last_message: usize,
+    },
     Settled(Outcome),
     Reject(CommandError),
 }
@@ -288,7 +311,12 @@ impl<L: Ledger> Running<L> {
         match self.ledger.append(&batch.messages, expected).await {
             Ok(last) => {
                 crash_point!("commit-after-ack");
-                debug!(messages = batch.messages.len(), commands = batch.verdicts.len(), last, "committed");
+                debug!(
+                    messages = batch.messages.len(),
+                    commands = batch.verdicts.len(),
+                    last,
+                    "committed"
+                );
                 for (offset, fact) in batch.facts.iter().enumerate() {
                     self.state.evolve(expected + 1 + offset as u64, &fact.event);
                 }
@@ -300,7 +328,10 @@ impl<L: Ledger> Running<L> {
                 info!(%problem, expected, messages = batch.messages.len(), "not committed; catching up");
                 if matches!(problem, AppendError::Unknown(_)) {
                     for (submission, verdict) in waiting.iter_mut().zip(&batch.verdicts) {
-                        if let Verdict::Store { outcome, first_event, .. } = verdict {
+                        if let Verdict::Store {
+                            outcome, first_event, ..
+                        } = verdict
+                        {
                             submission.note_try(*first_event, outcome);
                         }
                     }
@@ -321,7 +352,11 @@ impl<L: Ledger> Running<L> {
         match problem {
             AppendError::TooLarge { messages, .. } => {
                 let smaller = (messages / 2).max(MIN_BATCH_MESSAGES);
-                warn!(from = self.max_batch_messages, to = smaller, "the server takes smaller batches than configured");
+                warn!(
+                    from = self.max_batch_messages,
+                    to = smaller,
+                    "the server takes smaller batches than configured"
+                );
                 self.max_batch_messages = smaller;
             }
             AppendError::Refused { .. } => tokio::time::sleep(REFUSED_PAUSE).await,
@@ -345,24 +380,38 @@ impl<L: Ledger> Running<L> {
     fn decide(&self, waiting: &VecDeque<Submission>, most: usize) -> Batch {
         let now = (self.clock)();
         let mut draft = Draft::new(&self.state);
-        let mut batch = Batch { facts: Vec::new(), messages: Vec::new(), verdicts: Vec::new() };
+        let mut batch = Batch {
+            facts: Vec::new(),
+            messages: Vec::new(),
+            verdicts: Vec::new(),
+        };
         for submission in waiting.iter().take(most) {
             let verdict = match decide(&draft, &submission.command, now) {
                 Decision::Settled(outcome) => Verdict::Settled(outcome),
                 Decision::Reject(rejection) => Verdict::Reject(rejection.into()),
                 Decision::Store(facts, _) if facts.len() > self.max_batch_messages => {
-                    let error = CommandError::TooLarge { messages: facts.len(), limit: self.max_batch_messages };
+                    let error = CommandError::TooLarge {
+                        messages: facts.len(),
+                        limit: self.max_batch_messages,
+                    };
                     Verdict::Reject(error)
                 }
                 Decision::Store(facts, _) if batch.facts.len() + facts.len() > self.max_batch_messages => break,
                 Decision::Store(facts, outcome) => {
                     draft.apply(&facts);
-                    let first_event = facts.first().map(|fact| fact.event_id).expect("a decision stores something");
+                    let first_event = facts
+                        .first()
+                        .map(|fact| fact.event_id)
+                        .expect("a decision stores something");
                     for fact in &facts {
                         batch.messages.push(message(fact, now, submission.carried.clone()));
                     }
                     batch.facts.extend(facts);
-                    Verdict::Store { outcome, first_event, last_message: batch.facts.len() }
+                    Verdict::Store {
+                        outcome,
+                        first_event,
+                        last_message: batch.facts.len(),
+                    }
                 }
             };
             batch.verdicts.push(verdict);
@@ -375,10 +424,16 @@ impl<L: Ledger> Running<L> {
         for verdict in batch.verdicts {
             let submission = waiting.pop_front().expect("there is a submission for each verdict");
             submission.answer(match verdict {
-                Verdict::Store { outcome, last_message, .. } => {
-                    Ok(Committed { outcome, sequence: expected + last_message as u64 })
-                }
-                Verdict::Settled(outcome) => Ok(Committed { outcome, sequence: self.state.sequence() }),
+                Verdict::Store {
+                    outcome, last_message, ..
+                } => Ok(Committed {
+                    outcome,
+                    sequence: expected + last_message as u64,
+                }),
+                Verdict::Settled(outcome) => Ok(Committed {
+                    outcome,
+                    sequence: self.state.sequence(),
+                }),
                 Verdict::Reject(error) => Err(error),
             });
         }
@@ -434,7 +489,10 @@ impl<L: Ledger> Running<L> {
 impl Verdict {
     /// An order decided before stays decided; every other answer without an event rests on the state being current.
     const fn depends_on_freshness(&self) -> bool {
-        !matches!(self, Self::Settled(Outcome::AlreadyDecided) | Self::Reject(CommandError::TooLarge { .. }))
+        !matches!(
+            self,
+            Self::Settled(Outcome::AlreadyDecided) | Self::Reject(CommandError::TooLarge { .. })
+        )
     }
 }
 

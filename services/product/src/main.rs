@@ -3,12 +3,13 @@
 use std::process::ExitCode;
 
 use clap::Parser;
+use lomash_platform::telemetry;
 use product_service::service::{Config, run};
 
 #[tokio::main]
 async fn main() -> ExitCode {
     let config = Config::parse();
-    lomash_platform::telemetry::init(config.log_format);
+    telemetry::init(config.log_format, telemetry::SERVICE_FILTER);
     let ended = match lomash_platform::shutdown::token() {
         Ok(stop) => run(config, stop).await,
         Err(error) => Err(error.into()),

@@ -68,7 +68,9 @@ pub enum ProjectionError {
 
 impl From<tokio_postgres::Error> for ProjectionError {
     fn from(error: tokio_postgres::Error) -> Self {
-        let detail = error.as_db_error().map_or_else(|| error.to_string(), ToString::to_string);
+        let detail = error
+            .as_db_error()
+            .map_or_else(|| error.to_string(), ToString::to_string);
         Self::Postgres(detail)
     }
 }
@@ -95,7 +97,9 @@ pub async fn run<L: Ledger>(
                 error!(%problem, "the projection cannot go on");
                 return Err(problem.into());
             }
-            Err(problem) => warn!(%problem, pause_ms = pause.as_millis(), "no projection just now, orders are decided meanwhile; trying again"),
+            Err(problem) => {
+                warn!(%problem, pause_ms = pause.as_millis(), "no projection just now, orders are decided meanwhile; trying again")
+            }
         }
         tokio::select! {
             () = stop.cancelled() => break,
@@ -114,11 +118,18 @@ async fn project<L: Ledger>(
     pause: &mut Duration,
 ) -> Result<std::convert::Infallible, ProjectionError> {
     // Every time: a schema that was dropped while we ran is made again and filled from the stream.
-    postgres::migrate(url).await.map_err(|error| ProjectionError::Postgres(format!("{error:#}")))?;
-    let client = pool.get().await.map_err(|error| ProjectionError::Postgres(error.to_string()))?;
+    postgres::migrate(url)
+        .await
+        .map_err(|error| ProjectionError::Postgres(format!("{error:#}")))?;
+    let client = pool
+        .get()
+        .await
+        .map_err(|error| ProjectionError::Postgres(error.to_string()))?;
     // Taken out of the pool: the lock lives and dies with this connection.
     let mut client = Client::take(client);
-    client.batch_execute(&format!("SET statement_timeout = {STATEMENT_TIMEOUT_MS}")).await?;
+    client
+        .batch_execute(&format!("SET statement_timeout = {STATEMENT_TIMEOUT_MS}"))
+        .await?;
     let lock = "SELECT pg_try_advisory_lock($1)";
     while !client.query_one(lock, &[&PROJECTOR_LOCK]).await?.get::<_, bool>(0) {
         tokio::time::sleep(STANDBY_PAUSE).await;
@@ -132,7 +143,9 @@ async fn project<L: Ledger>(
     let mut messages = ledger.follow(checkpoint).await?;
     loop {
         let batch = next_batch(&mut messages, checkpoint).await?;
-        let Some(reached) = batch.last().map(|message| message.sequence) else { continue };
+        let Some(reached) = batch.last().map(|message| message.sequence) else {
+            continue;
+        };
         apply(&mut client, &batch, checkpoint, reached).await?;
         crash_point!("project-after-commit");
         debug!(from = checkpoint + 1, to = reached, "projected");
@@ -143,7 +156,10 @@ async fn project<L: Ledger>(
 
 async fn read_checkpoint(client: &tokio_postgres::Client) -> Result<u64, ProjectionError> {
     let row = client
-        .query_one("SELECT sequence FROM inventory.checkpoint WHERE projection = $1", &[&PROJECTION])
+        .query_one(
+            "SELECT sequence FROM inventory.checkpoint WHERE projection = $1",
+            &[&PROJECTION],
+        )
         .await?;
     Ok(u64::try_from(row.get::<_, i64>(0)).unwrap_or(0))
 }
@@ -213,7 +229,10 @@ impl<'m> Changes<'m> {
     /// Takes one message in, or skips it by the rule that every reader applies.
     fn fold(&mut self, message: &'m StoredMessage, parsed: Parsed) {
         let admitted = parsed.and_then(|envelope| {
-            let stock = self.products.get(&ProductId(envelope.payload.key())).map(|row| row.quantity);
+            let stock = self
+                .products
+                .get(&ProductId(envelope.payload.key()))
+                .map(|row| row.quantity);
             chains(&envelope.payload, stock).map(|()| envelope)
         });
         let envelope = match admitted {
@@ -250,7 +269,12 @@ impl<'m> Changes<'m> {
                     self.decide(order_id, message, OrderDecision::Allocated);
                 }
                 let (event_id, occurred_at) = (envelope.event_id.0, envelope.timestamp.get());
-                self.movements.push(Movement { message, event_id, occurred_at, updated });
+                self.movements.push(Movement {
+                    message,
+                    event_id,
+                    occurred_at,
+                    updated,
+                });
             }
             LedgerEvent::InventoryUpdateFailed(failed) => {
                 self.decide(failed.order_id, message, OrderDecision::Refused(failed));
@@ -293,7 +317,10 @@ async fn apply(
         return Err(ProjectionError::Fenced { expected });
     }
     let keys: Vec<Uuid> = parsed.iter().flatten().map(|envelope| envelope.payload.key()).collect();
-    let mut changes = Changes { products: load_products(&transaction, &keys).await?, ..Changes::default() };
+    let mut changes = Changes {
+        products: load_products(&transaction, &keys).await?,
+        ..Changes::default()
+    };
     for (message, parsed) in batch.iter().zip(parsed) {
         changes.fold(message, parsed);
     }
@@ -304,7 +331,12 @@ async fn apply(
         .execute(
             "UPDATE inventory.checkpoint SET sequence = $1, skipped = skipped + $2, updated_at = now()
              WHERE projection = $3 AND sequence = $4",
-            &[&bigint(reached), &bigint(changes.skipped), &PROJECTION, &bigint(expected)],
+            &[
+                &bigint(reached),
+                &bigint(changes.skipped),
+                &PROJECTION,
+                &bigint(expected),
+            ],
         )
         .await?;
     if moved != 1 {
@@ -370,7 +402,10 @@ async fn write_products(
     let skus: Vec<&str> = rows.iter().map(|row| row.details.sku.as_str()).collect();
     let names: Vec<&str> = rows.iter().map(|row| &*row.details.name).collect();
     let categories: Vec<Option<&str>> = rows.iter().map(|row| row.details.category.as_deref()).collect();
-    let thresholds: Vec<Option<i32>> = rows.iter().map(|row| row.details.low_stock_threshold.map(integer)).collect();
+    let thresholds: Vec<Option<i32>> = rows
+        .iter()
+        .map(|row| row.details.low_stock_threshold.map(integer))
+        .collect();
     let actives: Vec<bool> = rows.iter().map(|row| row.details.active).collect();
     let quantities: Vec<i32> = rows.iter().map(|row| integer(row.quantity)).collect();
     let sequences: Vec<i64> = rows.iter().map(|row| bigint(row.sequence)).collect();
@@ -433,7 +468,13 @@ async fn write_movements(
     ];
     let writer = BinaryCopyInWriter::new(sink, &types);
     let mut writer = std::pin::pin!(writer);
-    for Movement { message, event_id, occurred_at, updated } in movements {
+    for Movement {
+        message,
+        event_id,
+        occurred_at,
+        updated,
+    } in movements
+    {
         let by = match updated.updated_by {
             UpdatedBy::System => None,
             UpdatedBy::User(id) => Some(id),

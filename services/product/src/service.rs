@@ -30,11 +30,21 @@ const START_PAUSE: Duration = Duration::from_millis(500);
 #[command(name = "product-service", version)]
 pub struct Config {
     /// NATS server or servers, comma-separated.
-    #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222", hide_env_values = true)]
+    #[arg(
+        long,
+        env = "NATS_URL",
+        default_value = "nats://127.0.0.1:4222",
+        hide_env_values = true
+    )]
     pub nats_url: Secret,
 
     /// Postgres with the projection.
-    #[arg(long, env = "DATABASE_URL", default_value = "postgres://lomash@127.0.0.1:5432/lomash", hide_env_values = true)]
+    #[arg(
+        long,
+        env = "DATABASE_URL",
+        default_value = "postgres://lomash@127.0.0.1:5432/lomash",
+        hide_env_values = true
+    )]
     pub database_url: Secret,
 
     /// Copies of each stream that is created: 1 on a laptop, 3 in a cluster.
@@ -63,10 +73,15 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     for difference in streams::apply(&context, config.stream_replicas).await? {
         warn!(%difference, "the server differs from streams/");
     }
-    refuse_a_weaker_ledger(streams::compare(&context, streams::INVENTORY).await?, &config.ledger_allow_weaker)?;
+    refuse_a_weaker_ledger(
+        streams::compare(&context, streams::INVENTORY).await?,
+        &config.ledger_allow_weaker,
+    )?;
 
     let ledger = JetStreamLedger::new(context.clone(), streams::INVENTORY);
-    let Some(state) = initial_state(&ledger, &stop).await? else { return Ok(()) };
+    let Some(state) = initial_state(&ledger, &stop).await? else {
+        return Ok(());
+    };
 
     // Intake stops first and what it took is still decided; then the committer, then the rest.
     let committing = CancellationToken::new();
@@ -103,7 +118,10 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let (orders_end, commands_end) = tokio::join!(orders_task, commands_task);
     committing.cancel();
     if early.is_none() {
-        commit_task.await.context("the committer panicked")?.context("the committer cannot go on")?;
+        commit_task
+            .await
+            .context("the committer panicked")?
+            .context("the committer cannot go on")?;
     }
     if !projector_task.is_finished() {
         projector_task.await.context("the projector panicked")??;
@@ -124,8 +142,9 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
 }
 
 fn refuse_a_weaker_ledger(differences: Vec<Difference>, allowed: &[String]) -> anyhow::Result<()> {
-    let (accepted, refused): (Vec<_>, Vec<_>) =
-        differences.into_iter().partition(|difference| allowed.contains(&difference.field));
+    let (accepted, refused): (Vec<_>, Vec<_>) = differences
+        .into_iter()
+        .partition(|difference| allowed.contains(&difference.field));
     for difference in accepted {
         warn!(%difference, "a weaker ledger was allowed by name");
     }

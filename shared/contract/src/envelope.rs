@@ -32,7 +32,13 @@ pub struct Envelope<P> {
 impl<P: Payload> Envelope<P> {
     /// An envelope of the current version around `payload`.
     pub fn new(event_id: EventId, timestamp: Timestamp, payload: P) -> Self {
-        Self { event_id, event_type: P::EVENT_TYPE, timestamp, version: Version::CURRENT, payload }
+        Self {
+            event_id,
+            event_type: P::EVENT_TYPE,
+            timestamp,
+            version: Version::CURRENT,
+            payload,
+        }
     }
 }
 
@@ -131,7 +137,10 @@ impl FromStr for Version {
             let plain = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
             if plain { digits.parse().map_err(|_| ()) } else { Err(()) }
         };
-        Ok(Self { major: number(major)?, minor: number(minor)? })
+        Ok(Self {
+            major: number(major)?,
+            minor: number(minor)?,
+        })
     }
 }
 
@@ -152,7 +161,8 @@ impl<'de> Deserialize<'de> for Version {
             }
 
             fn visit_str<E: de::Error>(self, text: &str) -> Result<Version, E> {
-                text.parse().map_err(|()| E::invalid_value(de::Unexpected::Str(text), &self))
+                text.parse()
+                    .map_err(|()| E::invalid_value(de::Unexpected::Str(text), &self))
             }
         }
         deserializer.deserialize_str(VersionVisitor)

@@ -202,7 +202,7 @@ pub struct InventoryUpdated {
 }
 
 /// Why an order was refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum FailureReason {
     /// Less stock than asked for.
@@ -425,6 +425,9 @@ impl LedgerEvent {
     /// The subject it is stored under: topic and key.
     #[must_use]
     pub const fn subject(&self) -> KeyedSubject {
-        KeyedSubject { topic: self.topic(), key: self.key() }
+        KeyedSubject {
+            topic: self.topic(),
+            key: self.key(),
+        }
     }
 }

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::stream::BoxStream;
-use lomash_contract::{EventId, Foreign, Envelope, LedgerEvent};
+use lomash_contract::{Envelope, EventId, Foreign, LedgerEvent};
 use time::OffsetDateTime;
 
 pub use jetstream::{APPEND_TIMEOUT, JetStreamLedger, READ_STALL_TIMEOUT};

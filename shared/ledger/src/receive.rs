@@ -36,7 +36,10 @@ pub const DEAD_LETTER_RETRY: Duration = Duration::from_secs(2);
 /// Pause before a message comes back whose handler panicked.
 pub const PANIC_RETRY: Duration = Duration::from_secs(1);
 
-const _: () = assert!(PULL_HEARTBEAT.as_millis() * 2 <= PULL_EXPIRES.as_millis(), "the server requires it");
+const _: () = assert!(
+    PULL_HEARTBEAT.as_millis() * 2 <= PULL_EXPIRES.as_millis(),
+    "the server requires it"
+);
 
 /// What a handler made of a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -164,7 +167,11 @@ async fn pump<H, F>(
     drop(messages);
     let drained = tokio::time::timeout(DRAIN_TIMEOUT, async { while at_work.next().await.is_some() {} }).await;
     if drained.is_err() {
-        warn!(consumer = receive.consumer, left = at_work.len(), "handlers did not finish in time; their messages come back");
+        warn!(
+            consumer = receive.consumer,
+            left = at_work.len(),
+            "handlers did not finish in time; their messages come back"
+        );
     }
 }
 
@@ -179,7 +186,11 @@ where
     F: Future<Output = Settle> + Send + 'a,
 {
     let (sequence, deliveries, stored_at) = match message.info() {
-        Ok(info) => (info.stream_sequence, u64::try_from(info.delivered).unwrap_or(1), info.published),
+        Ok(info) => (
+            info.stream_sequence,
+            u64::try_from(info.delivered).unwrap_or(1),
+            info.published,
+        ),
         Err(_) => (0, 1, OffsetDateTime::UNIX_EPOCH),
     };
     let (message, acker) = message.split();
@@ -200,7 +211,13 @@ where
         };
         let settle = outcome.unwrap_or_else(|panic| {
             let what = panic_text(&*panic);
-            error!(consumer = receive.consumer, sequence, deliveries, panic = what, "handler panicked");
+            error!(
+                consumer = receive.consumer,
+                sequence,
+                deliveries,
+                panic = what,
+                "handler panicked"
+            );
             if deliveries >= receive.max_panics {
                 Settle::Dead(format!("the handler panicked {deliveries} times, last with: {what}"))
             } else {
@@ -241,6 +258,9 @@ where
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    let text = panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str));
     text.unwrap_or("no message").to_owned()
 }

@@ -50,7 +50,11 @@ pub struct Difference {
 
 impl std::fmt::Display for Difference {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}: {} is {}, its definition says {}", self.name, self.field, self.actual, self.defined)
+        write!(
+            f,
+            "{}: {} is {}, its definition says {}",
+            self.name, self.field, self.actual, self.defined
+        )
     }
 }
 
@@ -90,25 +94,36 @@ pub fn definitions() -> Vec<Definition> {
     let stream = |name: &str, config: &str, consumers: &[(&str, &str)]| Definition {
         name: name.to_owned(),
         config: object(config),
-        consumers: consumers.iter().map(|(name, text)| ((*name).to_owned(), object(text))).collect(),
+        consumers: consumers
+            .iter()
+            .map(|(name, text)| ((*name).to_owned(), object(text)))
+            .collect(),
     };
     vec![
         stream("DEAD_LETTERS", include_str!("../../../streams/DEAD_LETTERS.json"), &[]),
         stream(INVENTORY, include_str!("../../../streams/INVENTORY.json"), &[]),
         stream("JOBS", include_str!("../../../streams/JOBS.json"), &[]),
-        stream("NOTIFICATIONS", include_str!("../../../streams/NOTIFICATIONS.json"), &[]),
+        stream(
+            "NOTIFICATIONS",
+            include_str!("../../../streams/NOTIFICATIONS.json"),
+            &[],
+        ),
         stream(
             ORDERS,
             include_str!("../../../streams/ORDERS.json"),
-            &[(PRODUCT_ORDERS, include_str!("../../../streams/consumers/ORDERS.product-orders.json"))],
+            &[(
+                PRODUCT_ORDERS,
+                include_str!("../../../streams/consumers/ORDERS.product-orders.json"),
+            )],
         ),
     ]
 }
 
 async fn call(context: &Context, subject: String, body: &Value) -> Result<Value, StreamsError> {
-    context.request(subject, body).await.map_err(|error: async_nats::jetstream::context::RequestError| {
-        StreamsError::Unavailable(error.to_string())
-    })
+    context
+        .request(subject, body)
+        .await
+        .map_err(|error: async_nats::jetstream::context::RequestError| StreamsError::Unavailable(error.to_string()))
 }
 
 fn refusal(name: &str, answer: &Value) -> Option<StreamsError> {
@@ -116,7 +131,11 @@ fn refusal(name: &str, answer: &Value) -> Option<StreamsError> {
     Some(StreamsError::Refused {
         name: name.to_owned(),
         code: error.get("err_code").and_then(Value::as_u64).unwrap_or_default(),
-        description: error.get("description").and_then(Value::as_str).unwrap_or("no description").to_owned(),
+        description: error
+            .get("description")
+            .and_then(Value::as_str)
+            .unwrap_or("no description")
+            .to_owned(),
     })
 }
 
@@ -157,7 +176,12 @@ pub async fn wait_until_ready(context: &Context) -> Result<(), StreamsError> {
 /// [`StreamsError`].
 pub async fn apply(context: &Context, replicas: u32) -> Result<Vec<Difference>, StreamsError> {
     let mut found = Vec::new();
-    for Definition { name, mut config, consumers } in definitions() {
+    for Definition {
+        name,
+        mut config,
+        consumers,
+    } in definitions()
+    {
         config.insert("num_replicas".to_owned(), replicas.into());
         match actual(context, format!("STREAM.INFO.{name}"), &name).await? {
             Some(actual) => found.extend(differences(&name, &config, &actual)),
@@ -200,8 +224,13 @@ fn consumer_create_subject(stream: &str, consumer: &str, config: &Map<String, Va
 /// [`StreamsError::Missing`] when there is no such stream.
 pub async fn compare(context: &Context, name: &str) -> Result<Vec<Difference>, StreamsError> {
     let missing = || StreamsError::Missing(name.to_owned());
-    let definition = definitions().into_iter().find(|definition| definition.name == name).ok_or_else(missing)?;
-    let actual = actual(context, format!("STREAM.INFO.{name}"), name).await?.ok_or_else(missing)?;
+    let definition = definitions()
+        .into_iter()
+        .find(|definition| definition.name == name)
+        .ok_or_else(missing)?;
+    let actual = actual(context, format!("STREAM.INFO.{name}"), name)
+        .await?
+        .ok_or_else(missing)?;
     Ok(differences(name, &definition.config, &actual))
 }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use async_nats::{Client, ConnectOptions, Event};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 /// How long a process waits at start for a server to take its connection.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -22,17 +22,25 @@ const SUBSCRIPTION_CAPACITY: usize = 65_536;
 pub async fn connect(url: &str, name: &str) -> anyhow::Result<Client> {
     let addresses: Vec<async_nats::ServerAddr> = url
         .split(',')
-        .map(|address| address.trim().parse().with_context(|| format!("NATS_URL: `{address}` is not an address")))
+        .map(|address| {
+            address
+                .trim()
+                .parse()
+                .with_context(|| format!("NATS_URL: `{address}` is not an address"))
+        })
         .collect::<anyhow::Result<_>>()?;
     let deadline = tokio::time::Instant::now() + CONNECT_TIMEOUT;
     loop {
         match options(name).connect(&addresses[..]).await {
             Ok(client) => return Ok(client),
-            Err(error) if error.kind() == async_nats::ConnectErrorKind::Io && tokio::time::Instant::now() < deadline => {
+            Err(error)
+                if error.kind() == async_nats::ConnectErrorKind::Io && tokio::time::Instant::now() < deadline =>
+            {
                 tokio::time::sleep(RECONNECT_PAUSE).await;
             }
             Err(error) => {
-                return Err(error).with_context(|| format!("cannot connect to NATS at {}; is it running?", plain(&addresses)));
+                return Err(error)
+                    .with_context(|| format!("cannot connect to NATS at {}; is it running?", plain(&addresses)));
             }
         }
     }
@@ -40,7 +48,10 @@ pub async fn connect(url: &str, name: &str) -> anyhow::Result<Client> {
 
 /// The addresses without any user or password.
 fn plain(addresses: &[async_nats::ServerAddr]) -> String {
-    let plain: Vec<_> = addresses.iter().map(|address| format!("{}:{}", address.host(), address.port())).collect();
+    let plain: Vec<_> = addresses
+        .iter()
+        .map(|address| format!("{}:{}", address.host(), address.port()))
+        .collect();
     plain.join(", ")
 }
 
@@ -56,6 +67,7 @@ fn options(name: &str) -> ConnectOptions {
         .event_callback(|event| async move {
             match event {
                 Event::Connected => info!("connected to NATS"),
+                Event::Closed => debug!("connection to NATS closed"),
                 other => warn!(event = %other, "NATS connection"),
             }
         })

@@ -1,0 +1,285 @@
+//! `lomash orders`: publishes orders from a file, as the order service does.
+//!
+//! Every order is published to its topic with its event id as `Nats-Msg-Id` and counts once the stream confirmed it, so
+//! a lost connection or a restarted server only makes it be published again under the same id.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use async_nats::HeaderMap;
+use async_nats::jetstream::Context;
+use clap::{Args, Subcommand};
+use comfy_table::Cell;
+use futures::stream::{FuturesUnordered, StreamExt};
+use lomash_contract::{ContentType, Envelope, OrderCreated, Topic, codec};
+use lomash_ledger::streams;
+use lomash_platform::{Secret, nats};
+use serde::Serialize;
+use tokio::time::Instant;
+use tracing::warn;
+
+use crate::output::{self, Progress};
+use crate::retail;
+
+/// Orders published and not yet confirmed.
+const IN_FLIGHT: usize = 1_000;
+
+/// How long the stream may take to confirm an order before it is published again.
+const CONFIRM_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long an order is published again and again before the replay gives up: longer than a server's restart.
+const GIVE_UP_AFTER: Duration = Duration::from_secs(120);
+
+const RETRY_PAUSE: Duration = Duration::from_millis(200);
+
+/// How often `--wait` looks whether all orders are decided.
+const WAIT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Subcommands of `lomash orders`.
+#[derive(Clone, Debug, Subcommand)]
+pub enum OrdersCommand {
+    /// Publish the orders of a file: NDJSON envelopes, or a retail CSV (one order per invoice), gzip or plain.
+    Replay(ReplayArgs),
+    /// Print the products of a retail CSV as a catalogue for `lomash import`.
+    Catalogue(CatalogueArgs),
+}
+
+/// Arguments of `lomash orders replay`.
+#[derive(Clone, Debug, Args)]
+pub struct ReplayArgs {
+    /// The file with the orders.
+    pub file: PathBuf,
+    /// Orders a second; as fast as the server takes them when not given.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub rate: Option<u32>,
+    /// Publish at most so many orders.
+    #[arg(long)]
+    pub limit: Option<u64>,
+    /// Wait until the product service has decided every order that is waiting.
+    #[arg(long)]
+    pub wait: bool,
+    /// NATS server or servers, comma-separated.
+    #[arg(
+        long,
+        env = "NATS_URL",
+        default_value = "nats://127.0.0.1:4222",
+        hide_env_values = true
+    )]
+    pub nats_url: Secret,
+    /// Print the report as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `lomash orders catalogue`.
+#[derive(Clone, Debug, Args)]
+pub struct CatalogueArgs {
+    /// The retail CSV, gzip or plain.
+    pub file: PathBuf,
+    /// Stock of each product, in percent of what the file's orders want of it.
+    #[arg(long, default_value_t = 100)]
+    pub percent: u32,
+}
+
+/// What a replay came to.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ReplayReport {
+    /// Orders that the stream confirmed.
+    pub published: u64,
+    /// Of these, how many it had already, within its de-duplication window.
+    pub duplicates: u64,
+    /// Lines of these orders.
+    pub lines: u64,
+    /// Units of these orders.
+    pub units: u64,
+    /// What the file held that is no order, by reason.
+    pub skipped: Vec<(String, u64)>,
+    /// Seconds until the last order was confirmed.
+    pub publish_seconds: f64,
+    /// Seconds until the last order was decided, when waited for.
+    pub decided_seconds: Option<f64>,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// When the file cannot be read or the servers do not answer.
+pub async fn run(command: OrdersCommand) -> anyhow::Result<()> {
+    match command {
+        OrdersCommand::Catalogue(args) => print_catalogue(&args),
+        OrdersCommand::Replay(args) => {
+            let client = nats::connect(args.nats_url.expose(), "lomash orders replay").await?;
+            let report = replay(&async_nats::jetstream::new(client), &args).await?;
+            if args.json {
+                output::print_json(&report)
+            } else {
+                show(&report)
+            }
+        }
+    }
+}
+
+async fn replay(context: &Context, args: &ReplayArgs) -> anyhow::Result<ReplayReport> {
+    let mut orders = retail::open(&args.file).with_context(|| format!("cannot read {}", args.file.display()))?;
+    let limit = args.limit.unwrap_or(u64::MAX);
+    let mut report = ReplayReport::default();
+    let mut progress = Progress::counting("publishing orders");
+    let mut in_flight = FuturesUnordered::new();
+    let started = Instant::now();
+    let mut taken = 0;
+    while taken < limit {
+        let Some(order) = orders.next() else { break };
+        let order = order.with_context(|| format!("{}, order {}", args.file.display(), taken + 1))?;
+        if let Some(rate) = args.rate {
+            let due = started + Duration::from_secs_f64(taken as f64 / f64::from(rate));
+            tokio::time::sleep_until(due).await;
+        }
+        taken += 1;
+        report.lines += order.payload.items.as_slice().len() as u64;
+        report.units += order
+            .payload
+            .items
+            .as_slice()
+            .iter()
+            .map(|item| u64::from(item.quantity.get()))
+            .sum::<u64>();
+        in_flight.push(publish(context, order));
+        while in_flight.len() >= IN_FLIGHT {
+            confirmed(in_flight.next().await, &mut report, &mut progress)?;
+        }
+        // Confirmations that are there already free places without waiting.
+        while let Some(next) = futures::FutureExt::now_or_never(in_flight.next()).flatten() {
+            confirmed(Some(next), &mut report, &mut progress)?;
+        }
+    }
+    while let Some(next) = in_flight.next().await {
+        confirmed(Some(next), &mut report, &mut progress)?;
+    }
+    progress.finish();
+    report.publish_seconds = started.elapsed().as_secs_f64();
+    report.skipped = orders
+        .skipped()
+        .into_iter()
+        .map(|(reason, count)| (reason.to_owned(), count))
+        .collect();
+    if args.wait {
+        wait_until_decided(context).await?;
+        report.decided_seconds = Some(started.elapsed().as_secs_f64());
+    }
+    Ok(report)
+}
+
+fn confirmed(
+    next: Option<anyhow::Result<bool>>,
+    report: &mut ReplayReport,
+    progress: &mut Progress,
+) -> anyhow::Result<()> {
+    if let Some(outcome) = next {
+        report.duplicates += u64::from(outcome?);
+        report.published += 1;
+        progress.inc(1);
+    }
+    Ok(())
+}
+
+/// Publishes an order until the stream confirms it; whether the stream had it already.
+///
+/// # Errors
+/// When it is refused, or nobody confirms it for long.
+pub async fn publish(context: &Context, order: Envelope<OrderCreated>) -> anyhow::Result<bool> {
+    let body = bytes::Bytes::from(codec::encode(ContentType::Json, &order));
+    let deadline = Instant::now() + GIVE_UP_AFTER;
+    loop {
+        let mut headers = HeaderMap::new();
+        headers.insert(async_nats::header::NATS_MESSAGE_ID, order.event_id.to_string());
+        let attempt = async {
+            let sent = context
+                .publish_with_headers(Topic::OrdersCreated.as_str(), headers, body.clone())
+                .await?;
+            sent.await
+        };
+        let problem = match tokio::time::timeout(CONFIRM_TIMEOUT, attempt).await {
+            Ok(Ok(confirmation)) => return Ok(confirmation.duplicate),
+            Ok(Err(problem)) => problem.to_string(),
+            Err(_) => format!("no confirmation within {} s", CONFIRM_TIMEOUT.as_secs()),
+        };
+        if Instant::now() >= deadline {
+            bail!(
+                "order {} was not confirmed by the stream ORDERS: {problem}",
+                order.payload.order_id
+            );
+        }
+        tracing::debug!(order.id = %order.payload.order_id, problem, "publishing the order again");
+        tokio::time::sleep(RETRY_PAUSE).await;
+    }
+}
+
+/// Waits until no order is waiting for a decision: all delivered, all acknowledged.
+///
+/// # Errors
+/// When there is no such consumer.
+pub async fn wait_until_decided(context: &Context) -> anyhow::Result<()> {
+    let mut last_problem = Instant::now();
+    loop {
+        let consumer = context.get_consumer_from_stream::<async_nats::jetstream::consumer::pull::Config, _, _>(
+            streams::PRODUCT_ORDERS,
+            streams::ORDERS,
+        );
+        match consumer.await {
+            Ok(consumer) => {
+                let info = consumer.cached_info();
+                if info.num_pending == 0 && info.num_ack_pending == 0 {
+                    return Ok(());
+                }
+                last_problem = Instant::now();
+            }
+            Err(problem) if last_problem.elapsed() > GIVE_UP_AFTER => return Err(problem.into()),
+            Err(problem) => warn!(%problem, "cannot see the waiting orders just now"),
+        }
+        tokio::time::sleep(WAIT_PAUSE).await;
+    }
+}
+
+fn show(report: &ReplayReport) -> anyhow::Result<()> {
+    let mut table = output::table(&["orders", "count"]);
+    let mut row = |what: String, count: u64| {
+        table.add_row(vec![Cell::new(what), output::number_cell(count)]);
+    };
+    row("published".to_owned(), report.published);
+    row("of these, already in the stream".to_owned(), report.duplicates);
+    row("lines".to_owned(), report.lines);
+    row("units".to_owned(), report.units);
+    for (reason, count) in &report.skipped {
+        row(format!("skipped: {reason}"), *count);
+    }
+    println!("{table}");
+    let rate = |seconds: f64| {
+        format!(
+            "{seconds:.1} s: {} orders/s, {} lines/s",
+            output::thousands((report.published as f64 / seconds) as i64),
+            output::thousands((report.lines as f64 / seconds) as i64)
+        )
+    };
+    println!("published in {}", rate(report.publish_seconds));
+    if let Some(seconds) = report.decided_seconds {
+        println!("decided in   {}", rate(seconds));
+    }
+    Ok(())
+}
+
+fn print_catalogue(args: &CatalogueArgs) -> anyhow::Result<()> {
+    let percent = u64::from(args.percent);
+    let stock = |ordered: u64| u32::try_from(ordered * percent / 100).unwrap_or(u32::MAX);
+    let products = retail::catalogue_of(&args.file, stock)?;
+    let mut writer = csv::Writer::from_writer(std::io::stdout().lock());
+    writer.write_record(["sku", "name", "category", "quantity", "threshold"])?;
+    for product in products {
+        let row = product.row;
+        let quantity = row.quantity.to_string();
+        writer.write_record([row.sku.as_str(), &row.name, "", &quantity, ""])?;
+    }
+    writer.flush()?;
+    Ok(())
+}

@@ -1,0 +1,449 @@
+//! `lomash up`: the whole system on one machine, from nothing to ready, and back to nothing.
+//!
+//! Owns the order: servers side by side, then streams and schema, then services; and down again the other way
+//! round. [`Stack`] is that without a terminal: the demo and the tests use it as it is.
+//!
+//! Assumes that `./just setup` has run, and that the services' programs lie beside this one.
+
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use clap::Args;
+use futures::FutureExt;
+use lomash_platform::Secret;
+use product_service::client::ProductClient;
+use serde::Serialize;
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use crate::stack::{FolderLock, Kind, Nats, Postgres, Redis, Server, Service, log_tail};
+
+/// How long the product service may take to fold the stream and answer: minutes, for tens of millions of events.
+const PRODUCT_SERVICE_START_TIMEOUT: Duration = Duration::from_secs(600);
+/// How often it is asked.
+const READY_PAUSE: Duration = Duration::from_millis(100);
+/// One server of each kind: there is nobody to replicate to.
+const REPLICAS: u32 = 1;
+/// The name under which we connect.
+const CLIENT_NAME: &str = "lomash up";
+/// The file with the URLs, for a shell or another program to read.
+const ENV_FILE: &str = "stack.env";
+
+/// Start everything on this machine and keep it running until Ctrl-C.
+#[derive(Clone, Debug, Args)]
+pub struct UpArgs {
+    /// Folder for data, logs and `stack.env`; kept over restarts.
+    #[arg(long, env = "LOMASH_DATA", default_value = ".data", value_name = "DIR")]
+    pub data: PathBuf,
+    /// Show the parts as JSON once they are ready.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Starts everything, shows one line a part, and waits: for Ctrl-C or SIGTERM, or for a part that ends by itself.
+///
+/// # Errors
+/// When a part does not start, ends by itself, or does not stop in order.
+pub async fn run(args: UpArgs) -> Result<()> {
+    let stop = lomash_platform::shutdown::token().context("could not listen for signals")?;
+    let stack = tokio::select! {
+        // Dropping a start that is under way ends what it has started.
+        () = stop.cancelled() => bail!("interrupted while starting; what had started is stopped"),
+        stack = Stack::start(&args.data) => stack?,
+    };
+    show(&stack, args.json)?;
+    let ended = tokio::select! {
+        () = stop.cancelled() => None,
+        ended = stack.part_ended() => Some(ended),
+    };
+    if let Some(ended) = &ended {
+        eprintln!("{ended:#}");
+        eprintln!("Stopping the rest.");
+    } else if !args.json {
+        println!("Stopping.");
+    }
+    let stopped = stack.stop().await;
+    match ended {
+        Some(ended) => {
+            if let Err(error) = stopped {
+                warn!("{error:#}");
+            }
+            // Its story, with the end of the log, was told above.
+            Err(anyhow!("{} ended by itself", ended.name))
+        }
+        None => stopped,
+    }
+}
+
+/// The running system. Dropping it ends every process; [`Stack::stop`] does so in order.
+// Fields are dropped from the first to the last: in the order in which things must end.
+#[derive(Debug)]
+pub struct Stack {
+    env_file: EnvFile,
+    services: Vec<Service>,
+    /// The cache.
+    pub redis: Redis,
+    /// The projection.
+    pub postgres: Postgres,
+    /// The source of truth.
+    pub nats: Nats,
+    data: PathBuf,
+    _lock: FolderLock,
+}
+
+/// One part of the system, as it is shown.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Part {
+    /// What it is.
+    pub name: String,
+    /// `running` or `ended`.
+    pub state: &'static str,
+    /// Where it listens, without secrets; None for what only talks to NATS.
+    pub address: Option<String>,
+    /// Its process id while it runs.
+    pub pid: Option<u32>,
+    /// Where it logs.
+    pub log: PathBuf,
+    /// What else there is to know.
+    pub note: Option<String>,
+}
+
+/// A part that ended by itself; displayed with the end of its log.
+#[derive(Debug)]
+pub struct Ended {
+    /// Which part.
+    pub name: String,
+    /// How it ended.
+    pub status: ExitStatus,
+    /// Where it logged.
+    pub log: PathBuf,
+}
+
+impl std::fmt::Display for Ended {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{} ended by itself ({}); {}",
+            self.name,
+            self.status,
+            log_tail(&self.log)
+        )
+    }
+}
+
+impl Stack {
+    /// Starts the servers and the services with their data under `data`, and returns when all of it is ready.
+    ///
+    /// # Errors
+    /// When another one runs on `data`, or a part does not start: what had started is ended.
+    pub async fn start(data: &Path) -> Result<Self> {
+        let mut stack = Self::start_servers(data).await?;
+        stack.start_services().await?;
+        Ok(stack)
+    }
+
+    /// The same without services: the servers, with streams and schema applied.
+    ///
+    /// # Errors
+    /// When another one runs on `data`, or a server does not start.
+    pub async fn start_servers(data: &Path) -> Result<Self> {
+        fs::create_dir_all(data).with_context(|| format!("could not create the data folder {}", data.display()))?;
+        let data = data
+            .canonicalize()
+            .with_context(|| format!("could not resolve {}", data.display()))?;
+        // No patience: whoever holds it runs a whole stack.
+        let lock = FolderLock::acquire(&data, Duration::ZERO).await?;
+        let (nats_dir, postgres_dir, redis_dir) = (data.join("nats"), data.join("postgres"), data.join("redis"));
+        let (nats, postgres, redis) = tokio::try_join!(
+            Nats::start(&nats_dir),
+            Postgres::start(&postgres_dir),
+            Redis::start(&redis_dir)
+        )?;
+        tokio::try_join!(apply_streams(&nats), apply_sql(&postgres))?;
+        let env_file = EnvFile::write(&data, &nats, &postgres, &redis)?;
+        Ok(Self {
+            env_file,
+            services: Vec::new(),
+            redis,
+            postgres,
+            nats,
+            data,
+            _lock: lock,
+        })
+    }
+
+    async fn start_services(&mut self) -> Result<()> {
+        let mut product = self.service("product-service")?;
+        product.start()?;
+        // From here on the stack owns it.
+        self.services.push(product);
+        let product = self.services.last().context("the service was just added")?;
+        product_service_is_ready(&self.nats.url(), product).await
+    }
+
+    /// A service of ours that is told where the servers are; not started.
+    ///
+    /// # Errors
+    /// When its program is not built.
+    pub fn service(&self, name: &str) -> Result<Service> {
+        let log = self.data.join(format!("{name}.log"));
+        Ok(Service::new(name, &program(name)?, &log)
+            .env("NATS_URL", self.nats.url())
+            .env("DATABASE_URL", self.postgres.url())
+            .env("REDIS_URL", self.redis.url()))
+    }
+
+    /// The running services, to be killed and restarted by tests.
+    pub fn services(&mut self) -> &mut [Service] {
+        &mut self.services
+    }
+
+    /// The data folder, resolved.
+    #[must_use]
+    pub fn data(&self) -> &Path {
+        &self.data
+    }
+
+    /// The file with the URLs.
+    #[must_use]
+    pub fn env_file(&self) -> &Path {
+        &self.env_file.0
+    }
+
+    /// Everything that was started, in that order.
+    #[must_use]
+    pub fn parts(&self) -> Vec<Part> {
+        let servers = [
+            server_part(&self.nats),
+            server_part(&self.postgres),
+            server_part(&self.redis),
+        ];
+        let services = self.services.iter().map(|service| Part {
+            name: service.name().to_owned(),
+            state: state(service.pid()),
+            address: None,
+            pid: service.pid(),
+            log: service.log().to_owned(),
+            note: None,
+        });
+        servers.into_iter().chain(services).collect()
+    }
+
+    /// Completes when a part ends that was not told to.
+    pub async fn part_ended(&self) -> Ended {
+        let services = self.services.iter().map(|service| {
+            async move {
+                (
+                    service.name().to_owned(),
+                    service.ended().await,
+                    service.log().to_owned(),
+                )
+            }
+            .boxed()
+        });
+        let parts = [
+            server_ended(&self.nats).boxed(),
+            server_ended(&self.postgres).boxed(),
+            server_ended(&self.redis).boxed(),
+        ];
+        let ((name, status, log), _, _) = futures::future::select_all(parts.into_iter().chain(services)).await;
+        Ended { name, status, log }
+    }
+
+    /// Stops services, then Redis, Postgres and NATS, each in order and within its own bound.
+    ///
+    /// # Errors
+    /// When a part did not end in order; all of them are gone all the same.
+    pub async fn stop(mut self) -> Result<()> {
+        let mut problems = Vec::new();
+        // What ended by itself was told by `part_ended`; it cannot be stopped any more.
+        for service in self.services.iter_mut().filter(|service| service.pid().is_some()) {
+            problems.extend(service.stop().await.err());
+        }
+        if self.redis.pid().is_some() {
+            problems.extend(self.redis.stop().await.err());
+        }
+        if self.postgres.pid().is_some() {
+            problems.extend(self.postgres.stop().await.err());
+        }
+        if self.nats.pid().is_some() {
+            problems.extend(self.nats.stop().await.err());
+        }
+        let problems: Vec<String> = problems.iter().map(|problem| format!("{problem:#}")).collect();
+        if problems.is_empty() {
+            Ok(())
+        } else {
+            Err(anyhow!("{}", problems.join("\n")))
+        }
+    }
+}
+
+/// Creates the streams and consumers that are missing; what exists and differs is said, not changed.
+async fn apply_streams(nats: &Nats) -> Result<()> {
+    let client = lomash_platform::nats::connect(&nats.url(), CLIENT_NAME).await?;
+    let context = async_nats::jetstream::new(client);
+    lomash_ledger::streams::wait_until_ready(&context).await?;
+    for difference in lomash_ledger::streams::apply(&context, REPLICAS)
+        .await
+        .context("could not apply streams/")?
+    {
+        warn!(%difference, "a stream on the server is not as it is defined");
+    }
+    Ok(())
+}
+
+/// Brings the schema up to date.
+async fn apply_sql(postgres: &Postgres) -> Result<()> {
+    lomash_platform::postgres::migrate(&Secret::from(postgres.url()))
+        .await
+        .context("could not apply sql/")
+}
+
+async fn product_service_is_ready(nats_url: &str, service: &Service) -> Result<()> {
+    let client = ProductClient::new(lomash_platform::nats::connect(nats_url, CLIENT_NAME).await?);
+    let started = Instant::now();
+    loop {
+        let problem = tokio::select! {
+            biased;
+            status = service.ended() => {
+                bail!("{} ended while it was starting ({status}); {}", service.name(), log_tail(service.log()))
+            }
+            answer = client.ping() => match answer {
+                Ok(sequence) => {
+                    info!(sequence, "the product service is ready");
+                    return Ok(());
+                }
+                Err(problem) => problem,
+            },
+        };
+        if started.elapsed() >= PRODUCT_SERVICE_START_TIMEOUT {
+            let seconds = PRODUCT_SERVICE_START_TIMEOUT.as_secs();
+            bail!(
+                "{} was not ready after {seconds} s ({problem}); {}",
+                service.name(),
+                log_tail(service.log())
+            );
+        }
+        tokio::time::sleep(READY_PAUSE).await;
+    }
+}
+
+/// The program `name` beside this one; for a test, which cargo puts one folder deeper, beside that folder.
+///
+/// # Errors
+/// When there is none.
+pub fn program(name: &str) -> Result<PathBuf> {
+    let exe = std::env::current_exe().context("could not find out where this program is")?;
+    let folder = exe.parent().context("this program has no folder")?;
+    let folder = if folder.ends_with("deps") {
+        folder.parent().unwrap_or(folder)
+    } else {
+        folder
+    };
+    let program = folder.join(name);
+    if !program.is_file() {
+        bail!(
+            "{} is not there: build it with `cargo build --workspace --bins`, in the profile of this program",
+            program.display()
+        );
+    }
+    Ok(program)
+}
+
+/// `stack.env`: for its owner only, since the URLs hold passwords; removed when dropped.
+#[derive(Debug)]
+struct EnvFile(PathBuf);
+
+impl EnvFile {
+    fn write(data: &Path, nats: &Nats, postgres: &Postgres, redis: &Redis) -> Result<Self> {
+        let path = data.join(ENV_FILE);
+        let unfinished = data.join(format!("{ENV_FILE}.new"));
+        let text = format!(
+            "NATS_URL={}\nDATABASE_URL={}\nREDIS_URL={}\n",
+            nats.url(),
+            postgres.url(),
+            redis.url()
+        );
+        // A run that was killed leaves files behind: made anew, so that the mode is ours.
+        let _ = fs::remove_file(&unfinished);
+        OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&unfinished)
+            .and_then(|mut file| file.write_all(text.as_bytes()))
+            .and_then(|()| fs::rename(&unfinished, &path))
+            .with_context(|| format!("could not write {}", path.display()))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for EnvFile {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+fn server_part<K: Kind>(server: &Server<K>) -> Part {
+    Part {
+        name: K::NAME.to_owned(),
+        state: state(server.pid()),
+        address: Some(format!("127.0.0.1:{}", server.port())),
+        pid: server.pid(),
+        log: server.log(),
+        note: server.note(),
+    }
+}
+
+async fn server_ended<K: Kind>(server: &Server<K>) -> (String, ExitStatus, PathBuf) {
+    (K::NAME.to_owned(), server.ended().await, server.log())
+}
+
+fn state(pid: Option<u32>) -> &'static str {
+    if pid.is_some() { "running" } else { "ended" }
+}
+
+fn show(stack: &Stack, json: bool) -> Result<()> {
+    let parts = stack.parts();
+    let text = if json {
+        let shown = serde_json::json!({ "data": stack.data(), "env": stack.env_file(), "parts": parts });
+        serde_json::to_string_pretty(&shown).context("could not show the parts as JSON")?
+    } else {
+        let mut lines = Vec::new();
+        for part in &parts {
+            let address = part.address.as_deref().unwrap_or("-");
+            let pid = part.pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string());
+            let log = part.log.strip_prefix(stack.data()).unwrap_or(&part.log);
+            lines.push(format!(
+                "{:<16} {:<8} {:<16} pid {:<8} log {}",
+                part.name,
+                part.state,
+                address,
+                pid,
+                log.display()
+            ));
+        }
+        for part in &parts {
+            if let Some(note) = &part.note {
+                lines.push(format!("Note on {}: {note}.", part.name));
+            }
+        }
+        lines.push(format!(
+            "Data and logs are in {}; URLs in {}.",
+            stack.data().display(),
+            stack.env_file().display()
+        ));
+        lines.push("Ready. Ctrl-C stops everything.".to_owned());
+        lines.join("\n")
+    };
+    let mut out = std::io::stdout().lock();
+    // Whoever started us may have closed its end: that is no reason to stop.
+    let _ = writeln!(out, "{text}").and_then(|()| out.flush());
+    Ok(())
+}

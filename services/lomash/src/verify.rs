@@ -1,0 +1,746 @@
+//! `lomash verify`: reads the stream, the orders, the dead letters and the projection, and lets the auditor judge.
+//!
+//! Owns the order of the reads and nothing else; what must hold is in `audit.rs`.
+//!
+//! Traffic may go on meanwhile. The order of the reads makes every verdict sound all the same:
+//!
+//! 1. The acknowledgement floor of `product-orders`. Orders are acknowledged last, so whatever is at or below the floor
+//!    was decided, or written as a dead letter, before this moment; everything that is read later contains it.
+//! 2. A snapshot of Postgres (one repeatable-read transaction). Its checkpoint is a sequence that the stream had then,
+//!    so a checkpoint beyond what step 3 finds means that the stream went backwards.
+//! 3. The last sequence of `INVENTORY`: the fold ends there, or where the atomic batch ends that it falls into.
+//! 4. `DEAD_LETTERS`, then `ORDERS` to its end. An order is stored before it is decided, so every decision of the fold
+//!    finds its order. Orders that came after step 1 are above the floor and owe nothing yet.
+//! 5. `INVENTORY` from 1 to the checkpoint, comparing rows on the way, then to the end.
+//!
+//! No table and no stream is held in memory: rows come through portals, a few hundred at a time.
+
+use std::borrow::Cow;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow, bail};
+use async_nats::HeaderMap;
+use async_nats::jetstream::Context;
+use async_nats::jetstream::consumer::{DeliverPolicy, PullConsumer, pull};
+use async_nats::jetstream::stream::RawMessageErrorKind;
+use clap::Args;
+use comfy_table::Cell;
+use futures::StreamExt;
+use lomash_contract::{ContentType, OrderCreated, Topic, codec, subject};
+use lomash_ledger::{JetStreamLedger, Ledger, READ_STALL_TIMEOUT, ReadError, dead_letter, header, streams};
+use lomash_platform::Secret;
+use time::OffsetDateTime;
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{IsolationLevel, Portal, Row as PostgresRow, Transaction};
+use uuid::Uuid;
+
+use crate::audit::{
+    Audit, DecisionRow, Evidence, MovementRow, ProductRow, Projected, Projection, Report, Row, Status, TableComparison,
+    canonical_items, micros,
+};
+use crate::output::{self, Progress};
+
+/// How long `--wait` waits when no number is given.
+pub const DEFAULT_WAIT_SECONDS: u64 = 60;
+
+/// How often a read that was interrupted is taken up again without having moved.
+const MAX_INTERRUPTIONS: u32 = 5;
+
+/// Pause before it is.
+const INTERRUPTION_PAUSE: Duration = Duration::from_millis(500);
+
+/// Pause between two looks while waiting for quiet.
+const WAIT_PAUSE: Duration = Duration::from_millis(100);
+
+/// How often the rest of a batch is looked for that the fold ended in, a [`WAIT_PAUSE`] apart.
+const MAX_LOOKS_FOR_REST: u32 = 20;
+
+/// Rows that one trip to Postgres brings.
+const ROWS_A_TRIP: i32 = 512;
+
+/// Name under which the program connects.
+const CLIENT_NAME: &str = "lomash verify";
+
+/// Name of the projection in `inventory.checkpoint`.
+const PROJECTION: &str = "inventory";
+
+/// Checks the ledger and its projection against the invariants.
+#[derive(Clone, Debug, Args)]
+pub struct VerifyArgs {
+    /// The NATS server or servers.
+    #[arg(
+        long,
+        env = "NATS_URL",
+        hide_env_values = true,
+        default_value = "nats://127.0.0.1:4222"
+    )]
+    pub nats_url: String,
+    /// The Postgres database of the projection; without it the projection is not checked.
+    #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
+    pub database_url: Option<Secret>,
+    /// First wait until no order is pending and the projection has reached the end of the stream, at most so long.
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "60"
+    )]
+    pub wait: Option<u64>,
+    /// Print the report as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Runs the command. Success is a clean report; what was not checked is shown and is no failure.
+///
+/// # Errors
+/// When the stream or the orders cannot be read, or `--wait` waited in vain.
+pub async fn run(args: VerifyArgs) -> anyhow::Result<ExitCode> {
+    let client = lomash_platform::nats::connect(&args.nats_url, CLIENT_NAME).await?;
+    let context = async_nats::jetstream::new(client);
+    if let Some(seconds) = args.wait {
+        wait_until_quiet(&context, args.database_url.as_ref(), Duration::from_secs(seconds)).await?;
+    }
+    let report = verify(&context, args.database_url.as_ref(), Show::Progress).await?;
+    if args.json {
+        output::print_json(&report)?;
+    } else {
+        print!("{}", render(&report));
+    }
+    Ok(if report.is_clean() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// Whether reading shows how far it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Show {
+    /// On standard error.
+    Progress,
+    /// Not at all.
+    Nothing,
+}
+
+impl Show {
+    fn progress(self, what: &str, total: u64) -> Progress {
+        match self {
+            Self::Progress => Progress::new(what, total),
+            Self::Nothing => Progress::hidden(),
+        }
+    }
+}
+
+/// Audits the ledger that `context` reaches, and the projection at `database_url` when there is one.
+///
+/// # Errors
+/// When a stream cannot be read. A projection that cannot be read is a finding of the report.
+pub async fn verify(context: &Context, database_url: Option<&Secret>, show: Show) -> anyhow::Result<Report> {
+    let ledger = JetStreamLedger::new(context.clone(), streams::INVENTORY);
+    let configuration = match streams::compare(context, streams::INVENTORY).await {
+        Ok(differences) => Ok(differences.iter().map(ToString::to_string).collect()),
+        Err(missing @ streams::StreamsError::Missing(_)) => return Err(missing.into()),
+        Err(problem) => Err(format!("the configuration of INVENTORY cannot be read: {problem}")),
+    };
+    let mut audit = Audit::new(ack_floor(context).await?);
+
+    let mut database = match database_url {
+        None => None,
+        Some(url) => Some(lomash_platform::postgres::connect(url).await),
+    };
+    let mut comparing = match &mut database {
+        None => Err(Projection::NotChecked("no DATABASE_URL".to_owned())),
+        Some(Err(problem)) => Err(Projection::Unreadable(format!("{problem:#}"))),
+        Some(Ok(client)) => Snapshot::open(client)
+            .await
+            .map_err(|problem| Projection::Unreadable(format!("{problem:#}"))),
+    };
+    let last = ledger.last_sequence().await?;
+    if let Ok(snapshot) = &comparing
+        && snapshot.checkpoint > last
+    {
+        let checkpoint = snapshot.checkpoint;
+        comparing = Err(Projection::AheadOfStream { checkpoint });
+    }
+
+    let letters_removed = read_letters(context, &mut audit, show).await?;
+    let orders_sequence = read_orders(context, &mut audit, show).await?;
+
+    let mut progress = show.progress("reading INVENTORY", last);
+    let mut fold = Fold {
+        context,
+        ledger: &ledger,
+        audit: &mut audit,
+        progress: &mut progress,
+    };
+    let projection = match comparing {
+        Err(projection) => projection,
+        Ok(mut snapshot) => {
+            let checkpoint = snapshot.checkpoint;
+            fold.run(checkpoint, Some(&mut snapshot)).await?;
+            snapshot.finish(fold.audit).await
+        }
+    };
+    fold.run(last, None).await?;
+    fold.run_to_end_of_batch().await?;
+    progress.finish();
+    Ok(audit.finish(Evidence {
+        orders_sequence,
+        letters_removed,
+        configuration,
+        projection,
+    }))
+}
+
+// ── Waiting ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/// Waits until no order is pending or being decided and the projection (when there is one) is at the stream's end.
+///
+/// # Errors
+/// After `timeout`, saying what was still open.
+pub async fn wait_until_quiet(
+    context: &Context,
+    database_url: Option<&Secret>,
+    timeout: Duration,
+) -> anyhow::Result<()> {
+    let deadline = tokio::time::Instant::now() + timeout;
+    let ledger = JetStreamLedger::new(context.clone(), streams::INVENTORY);
+    let database = match database_url {
+        None => None,
+        Some(url) => Some(lomash_platform::postgres::connect(url).await?),
+    };
+    loop {
+        let open = match still_open(context, &ledger, database.as_ref()).await {
+            Ok(None) => return Ok(()),
+            Ok(Some(open)) => open,
+            Err(problem) => format!("{problem:#}"),
+        };
+        if tokio::time::Instant::now() >= deadline {
+            bail!(
+                "waited {} s in vain: {open}; is the product service running?",
+                timeout.as_secs()
+            );
+        }
+        tokio::time::sleep(WAIT_PAUSE).await;
+    }
+}
+
+async fn still_open(
+    context: &Context,
+    ledger: &JetStreamLedger,
+    database: Option<&tokio_postgres::Client>,
+) -> anyhow::Result<Option<String>> {
+    let consumer: PullConsumer = context
+        .get_consumer_from_stream(streams::PRODUCT_ORDERS, streams::ORDERS)
+        .await
+        .map_err(|problem| anyhow!("the consumer product-orders cannot be read: {problem}"))?;
+    let info = consumer.cached_info();
+    if info.num_pending > 0 || info.num_ack_pending > 0 {
+        return Ok(Some(format!(
+            "{} orders are pending, {} are being decided",
+            output::thousands(info.num_pending),
+            output::thousands(info.num_ack_pending as u64)
+        )));
+    }
+    let Some(database) = database else { return Ok(None) };
+    let last = ledger.last_sequence().await?;
+    let checkpoint = database
+        .query_opt(
+            "SELECT sequence FROM inventory.checkpoint WHERE projection = $1",
+            &[&PROJECTION],
+        )
+        .await
+        .context("the checkpoint cannot be read")?
+        .map_or(0, |row| unsigned(row.get(0)));
+    if checkpoint < last {
+        let behind = output::thousands(last - checkpoint);
+        return Ok(Some(format!("the projection is {behind} events behind")));
+    }
+    Ok(None)
+}
+
+// ── ORDERS and DEAD_LETTERS ─────────────────────────────────────────────────────────────────────────────────────
+
+async fn ack_floor(context: &Context) -> anyhow::Result<Option<u64>> {
+    // The subject is asked directly: a missing consumer is an answer here, and a missing stream too.
+    let subject = format!("CONSUMER.INFO.{}.{}", streams::ORDERS, streams::PRODUCT_ORDERS);
+    let answer: serde_json::Value = context
+        .request(subject, &serde_json::json!({}))
+        .await
+        .context("the consumer product-orders cannot be read")?;
+    match answer
+        .pointer("/ack_floor/stream_seq")
+        .and_then(serde_json::Value::as_u64)
+    {
+        Some(floor) => Ok(Some(floor)),
+        None if answer.pointer("/error/code").and_then(serde_json::Value::as_u64) == Some(404) => Ok(None),
+        None => bail!("the consumer product-orders cannot be read: {answer}"),
+    }
+}
+
+/// Reads the letters of `product-orders`; returns how many letters the stream lost, whosever they were.
+async fn read_letters(context: &Context, audit: &mut Audit, show: Show) -> anyhow::Result<u64> {
+    let filter = subject::dead_letter(streams::PRODUCT_ORDERS);
+    let state = read_subject(context, dead_letter::STREAM, &filter, show, |sequence, headers, _| {
+        let of_orders = text(headers, dead_letter::ORIGIN_STREAM) == Some(streams::ORDERS);
+        let origin = text(headers, dead_letter::ORIGIN_SEQUENCE).and_then(|text| text.parse().ok());
+        audit.observe_letter(sequence, origin.filter(|_| of_orders));
+    })
+    .await?;
+    Ok(state.last_sequence.saturating_sub(state.messages))
+}
+
+/// Reads the orders; returns the last sequence of their stream.
+async fn read_orders(context: &Context, audit: &mut Audit, show: Show) -> anyhow::Result<u64> {
+    let filter = Topic::OrdersCreated.as_str();
+    let state = read_subject(context, streams::ORDERS, filter, show, |sequence, headers, payload| {
+        let decoded = ContentType::from_header(text(headers, header::CONTENT_TYPE))
+            .and_then(|content_type| codec::decode::<OrderCreated>(content_type, payload));
+        match decoded {
+            Ok(envelope) => audit.observe_order(sequence, &envelope.payload),
+            Err(problem) => audit.observe_malformed_order(sequence, &problem.to_string()),
+        }
+    })
+    .await?;
+    Ok(state.last_sequence)
+}
+
+fn text<'h>(headers: Option<&'h HeaderMap>, name: &str) -> Option<&'h str> {
+    headers?.get(name).map(async_nats::HeaderValue::as_str)
+}
+
+/// Reads all messages of `stream` on `filter` that are there now. Gaps are allowed: both streams may be cleaned up.
+async fn read_subject(
+    context: &Context,
+    stream: &str,
+    filter: &str,
+    show: Show,
+    mut each: impl FnMut(u64, Option<&HeaderMap>, &[u8]),
+) -> anyhow::Result<async_nats::jetstream::stream::State> {
+    let cannot = || format!("{stream} cannot be read; does it exist? `lomash status` shows");
+    let handle = context.get_stream(stream).await.with_context(cannot)?;
+    let state = handle.cached_info().state.clone();
+    let mut progress = show.progress(&format!("reading {stream}"), state.messages);
+    let mut seen = 0;
+    let mut interruptions = 0;
+    while seen < state.last_sequence {
+        let config = pull::OrderedConfig {
+            deliver_policy: DeliverPolicy::ByStartSequence {
+                start_sequence: seen + 1,
+            },
+            filter_subject: filter.to_owned(),
+            ..Default::default()
+        };
+        let consumer = handle.create_consumer(config).await.with_context(cannot)?;
+        if consumer.cached_info().num_pending == 0 {
+            break;
+        }
+        let mut messages = consumer.messages().await.with_context(cannot)?;
+        let interrupted = loop {
+            let message = match tokio::time::timeout(READ_STALL_TIMEOUT, messages.next()).await {
+                Ok(Some(Ok(message))) => message,
+                Ok(Some(Err(problem))) => break problem.to_string(),
+                Ok(None) => break "the server ended the read".to_owned(),
+                Err(_) => break format!("nothing came within {} s", READ_STALL_TIMEOUT.as_secs()),
+            };
+            let (sequence, pending) = {
+                let info = message.info().map_err(|problem| anyhow!("{stream}: {problem}"))?;
+                (info.stream_sequence, info.pending)
+            };
+            if sequence > state.last_sequence {
+                seen = state.last_sequence;
+                break String::new();
+            }
+            if sequence > seen {
+                each(sequence, message.headers.as_ref(), &message.payload);
+                seen = sequence;
+                interruptions = 0;
+                progress.inc(1);
+            }
+            if pending == 0 {
+                seen = state.last_sequence;
+                break String::new();
+            }
+        };
+        if seen < state.last_sequence {
+            interruptions += 1;
+            if interruptions > MAX_INTERRUPTIONS {
+                bail!("{stream} cannot be read on after sequence {seen}: {interrupted}");
+            }
+            tokio::time::sleep(INTERRUPTION_PAUSE).await;
+        }
+    }
+    progress.finish();
+    Ok(state)
+}
+
+// ── INVENTORY ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+/// Feeds the auditor from the stream.
+struct Fold<'f> {
+    context: &'f Context,
+    ledger: &'f JetStreamLedger,
+    audit: &'f mut Audit,
+    progress: &'f mut Progress,
+}
+
+impl Fold<'_> {
+    /// Folds on up to and including `upto`, comparing rows when there is a snapshot.
+    async fn run(&mut self, upto: u64, mut snapshot: Option<&mut Snapshot<'_>>) -> anyhow::Result<()> {
+        let mut interruptions = 0;
+        while self.audit.sequence() < upto {
+            let before = self.audit.sequence();
+            let problem = match self.pass(upto, &mut snapshot).await {
+                Ok(()) => continue,
+                Err(ReadError::Gap { after, found }) => {
+                    self.audit.observe_gap(after, found.min(upto + 1));
+                    continue;
+                }
+                Err(ReadError::Unavailable(problem)) => problem,
+                Err(problem @ ReadError::WentBackwards { .. }) => return Err(problem.into()),
+            };
+            let at = self.audit.sequence();
+            if at == before {
+                // Silence may also mean that the end of the stream was taken away.
+                if self.is_gone(at + 1).await {
+                    self.audit.observe_gap(at, upto + 1);
+                    continue;
+                }
+                interruptions += 1;
+            } else {
+                interruptions = 0;
+            }
+            if interruptions > MAX_INTERRUPTIONS {
+                bail!("INVENTORY cannot be read on after sequence {at}: {problem}");
+            }
+            tokio::time::sleep(INTERRUPTION_PAUSE).await;
+        }
+        Ok(())
+    }
+
+    async fn pass(&mut self, upto: u64, snapshot: &mut Option<&mut Snapshot<'_>>) -> Result<(), ReadError> {
+        let mut messages = self.ledger.read(self.audit.sequence()).await?;
+        while let Some(message) = messages.next().await {
+            let message = message?;
+            let projected = self.audit.observe(&message);
+            self.progress.inc(1);
+            if let Some(snapshot) = snapshot {
+                snapshot.compare(projected).await;
+            }
+            if message.sequence == upto {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    async fn is_gone(&self, sequence: u64) -> bool {
+        let Ok(stream) = self.context.get_stream_no_info(streams::INVENTORY).await else {
+            return false;
+        };
+        let answer = stream.get_raw_message(sequence).await;
+        answer.is_err_and(|error| matches!(error.kind(), RawMessageErrorKind::NoMessageFound))
+    }
+
+    /// The last sequence may be looked up while a batch is being stored; its rest is there in a moment.
+    async fn run_to_end_of_batch(&mut self) -> anyhow::Result<()> {
+        let mut looks = 0;
+        while self.audit.in_batch() && looks < MAX_LOOKS_FOR_REST {
+            let next = self.audit.sequence() + 1;
+            if self.ledger.last_sequence().await? >= next {
+                self.run(next, None).await?;
+            } else {
+                looks += 1;
+                tokio::time::sleep(WAIT_PAUSE).await;
+            }
+        }
+        Ok(())
+    }
+}
+
+// ── The projection ──────────────────────────────────────────────────────────────────────────────────────────────
+
+/// A table of the snapshot and what the fold says about it.
+struct Table<R: Row> {
+    portal: Portal,
+    read: fn(&PostgresRow) -> R,
+    comparison: TableComparison<R>,
+}
+
+/// The projection at one moment.
+///
+/// Portals and not one query after the other: two tables are read side by side, in the order of the stream.
+struct Snapshot<'c> {
+    transaction: Transaction<'c>,
+    checkpoint: u64,
+    skipped: u64,
+    products: Table<ProductRow>,
+    movements: Table<MovementRow>,
+    decisions: Table<DecisionRow>,
+    /// The first failure of Postgres; after it nothing is compared.
+    failure: Option<tokio_postgres::Error>,
+}
+
+impl<'c> Snapshot<'c> {
+    async fn open(client: &'c mut tokio_postgres::Client) -> anyhow::Result<Self> {
+        let transaction = client
+            .build_transaction()
+            .isolation_level(IsolationLevel::RepeatableRead)
+            .read_only(true)
+            .start()
+            .await
+            .context("Postgres does not begin a transaction")?;
+        let query = "SELECT sequence, skipped FROM inventory.checkpoint WHERE projection = $1";
+        let row = transaction
+            .query_opt(query, &[&PROJECTION])
+            .await
+            .context("the checkpoint of the projection cannot be read; start the product service to build it")?
+            .context("the projection has no checkpoint; start the product service to build it")?;
+        let cannot = "the projection's tables cannot be read; start the product service to build them";
+        let products = Table::open(
+            &transaction,
+            "SELECT product_id, sku, name, category, low_stock_threshold, active, quantity, is_available, sequence,
+                    registered_at, updated_at
+             FROM inventory.products ORDER BY product_id",
+            product_row,
+        );
+        let movements = Table::open(
+            &transaction,
+            "SELECT sequence, product_id, previous_quantity, new_quantity, trigger, order_id, updated_by, reason,
+                    event_id, occurred_at, stored_at
+             FROM inventory.movements ORDER BY sequence",
+            movement_row,
+        );
+        let decisions = Table::open(
+            &transaction,
+            "SELECT sequence, order_id, outcome, reason, items, decided_at
+             FROM inventory.order_decisions ORDER BY sequence, order_id",
+            decision_row,
+        );
+        Ok(Self {
+            checkpoint: unsigned(row.get(0)),
+            skipped: unsigned(row.get(1)),
+            products: products.await.context(cannot)?,
+            movements: movements.await.context(cannot)?,
+            decisions: decisions.await.context(cannot)?,
+            transaction,
+            failure: None,
+        })
+    }
+
+    /// Compares what one message adds.
+    async fn compare(&mut self, projected: Projected) {
+        if self.failure.is_some() {
+            return;
+        }
+        let Projected { movement, decision } = projected;
+        let compared = async {
+            if let Some(row) = movement {
+                self.movements.compare(&self.transaction, row).await?;
+            }
+            if let Some(row) = decision {
+                self.decisions.compare(&self.transaction, row).await?;
+            }
+            Ok(())
+        };
+        self.failure = compared.await.err();
+    }
+
+    /// Compares the products as the fold has them at the checkpoint and ends the tables.
+    async fn finish(mut self, audit: &Audit) -> Projection {
+        let compared = async {
+            if let Some(failure) = self.failure.take() {
+                return Err(failure);
+            }
+            for row in audit.product_rows() {
+                self.products.compare(&self.transaction, row).await?;
+            }
+            self.products.drain(&self.transaction).await?;
+            self.movements.drain(&self.transaction).await?;
+            self.decisions.drain(&self.transaction).await
+        };
+        if let Err(problem) = compared.await {
+            let detail = problem
+                .as_db_error()
+                .map_or_else(|| problem.to_string(), ToString::to_string);
+            return Projection::Unreadable(format!("the projection could not be read to its end: {detail}"));
+        }
+        Projection::Compared {
+            checkpoint: self.checkpoint,
+            skipped: self.skipped,
+            skipped_by_fold: audit.skipped(),
+            tables: vec![
+                self.products.comparison.report(),
+                self.movements.comparison.report(),
+                self.decisions.comparison.report(),
+            ],
+        }
+    }
+}
+
+impl<R: Row> Table<R> {
+    async fn open(
+        transaction: &Transaction<'_>,
+        query: &str,
+        read: fn(&PostgresRow) -> R,
+    ) -> Result<Self, tokio_postgres::Error> {
+        let none: &[&(dyn ToSql + Sync)] = &[];
+        let portal = transaction.bind(query, none).await?;
+        Ok(Self {
+            portal,
+            read,
+            comparison: TableComparison::default(),
+        })
+    }
+
+    async fn compare(&mut self, transaction: &Transaction<'_>, row: R) -> Result<(), tokio_postgres::Error> {
+        let mut row = row;
+        while let Some(back) = self.comparison.push_fold(row) {
+            row = back;
+            self.fetch(transaction).await?;
+        }
+        Ok(())
+    }
+
+    async fn drain(&mut self, transaction: &Transaction<'_>) -> Result<(), tokio_postgres::Error> {
+        loop {
+            self.comparison.drain_projection();
+            if self.comparison.is_projection_ended() {
+                return Ok(());
+            }
+            self.fetch(transaction).await?;
+        }
+    }
+
+    async fn fetch(&mut self, transaction: &Transaction<'_>) -> Result<(), tokio_postgres::Error> {
+        let rows = transaction.query_portal(&self.portal, ROWS_A_TRIP).await?;
+        if rows.is_empty() {
+            self.comparison.end_projection();
+        }
+        self.comparison.push_projection(rows.iter().map(self.read));
+        Ok(())
+    }
+}
+
+fn unsigned(value: i64) -> u64 {
+    u64::try_from(value).unwrap_or(0)
+}
+
+fn instant(row: &PostgresRow, column: usize) -> i64 {
+    micros(row.get::<_, OffsetDateTime>(column))
+}
+
+fn product_row(row: &PostgresRow) -> ProductRow {
+    ProductRow {
+        product_id: row.get(0),
+        sku: row.get(1),
+        name: row.get(2),
+        category: row.get(3),
+        low_stock_threshold: row.get::<_, Option<i32>>(4).map(i64::from),
+        active: row.get(5),
+        quantity: i64::from(row.get::<_, i32>(6)),
+        is_available: row.get(7),
+        sequence: unsigned(row.get(8)),
+        registered_at: instant(row, 9),
+        updated_at: instant(row, 10),
+    }
+}
+
+fn movement_row(row: &PostgresRow) -> MovementRow {
+    MovementRow {
+        sequence: unsigned(row.get(0)),
+        product_id: row.get(1),
+        previous_quantity: i64::from(row.get::<_, i32>(2)),
+        new_quantity: i64::from(row.get::<_, i32>(3)),
+        trigger: Cow::Owned(row.get(4)),
+        order_id: row.get::<_, Option<Uuid>>(5),
+        updated_by: row.get::<_, Option<Uuid>>(6),
+        reason: row.get(7),
+        event_id: row.get(8),
+        occurred_at: instant(row, 9),
+        stored_at: instant(row, 10),
+    }
+}
+
+fn decision_row(row: &PostgresRow) -> DecisionRow {
+    DecisionRow {
+        sequence: unsigned(row.get(0)),
+        order_id: row.get(1),
+        outcome: Cow::Owned(row.get(2)),
+        reason: row.get::<_, Option<String>>(3).map(Cow::Owned),
+        items: row.get::<_, Option<serde_json::Value>>(4).map(canonical_items),
+        decided_at: instant(row, 5),
+    }
+}
+
+// ── Printing ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/// The report as a person reads it.
+#[must_use]
+pub fn render(report: &Report) -> String {
+    let as_of = &report.as_of;
+    let floor = as_of
+        .orders_ack_floor
+        .map_or_else(|| "none".to_owned(), output::thousands);
+    let checkpoint = as_of.projection_checkpoint.map_or_else(String::new, |checkpoint| {
+        format!(", the projection at {}", output::thousands(checkpoint))
+    });
+    let mut text = format!(
+        "Read from the streams: INVENTORY up to sequence {}, ORDERS up to {} (acknowledged up to {floor}){checkpoint}.\n",
+        output::thousands(as_of.inventory_sequence),
+        output::thousands(as_of.orders_sequence),
+    );
+    let mut table = output::table(&["", "what must hold", "", "checked", "violations"]);
+    for invariant in &report.invariants {
+        let checked: Vec<String> = invariant
+            .checked
+            .iter()
+            .map(|count| format!("{} {}", output::thousands(count.count), count.what))
+            .collect();
+        table.add_row([
+            output::number_cell(u64::from(invariant.number)),
+            Cell::new(invariant.holds),
+            Cell::new(invariant.status),
+            Cell::new(checked.join(", ")),
+            output::number_cell(invariant.violations),
+        ]);
+    }
+    text.push_str(&format!("{table}\n"));
+    for invariant in &report.invariants {
+        for violation in &invariant.first {
+            text.push_str(&format!("violates {}: {violation}\n", invariant.number));
+        }
+        let more = invariant.violations.saturating_sub(invariant.first.len() as u64);
+        if more > 0 {
+            text.push_str(&format!(
+                "violates {}: and {} more\n",
+                invariant.number,
+                output::thousands(more)
+            ));
+        }
+        for note in &invariant.notes {
+            text.push_str(&format!("note on {}: {note}\n", invariant.number));
+        }
+    }
+    let unchecked: Vec<String> = report
+        .unchecked()
+        .map(|invariant| format!("invariant {}", invariant.number))
+        .collect();
+    let violated = report
+        .invariants
+        .iter()
+        .filter(|invariant| invariant.status == Status::Violated)
+        .count();
+    text.push_str(&match (violated, unchecked.is_empty()) {
+        (0, true) => "Clean: every invariant holds.\n".to_owned(),
+        (0, false) => format!("Clean as far as it was checked; {} was not.\n", unchecked.join(", ")),
+        (violated, _) => format!(
+            "NOT clean: {violated} of {} invariants are violated.\n",
+            report.invariants.len()
+        ),
+    });
+    text
+}
