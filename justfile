@@ -89,8 +89,10 @@ ci: (_step "setup") (_step "fmt-check") (_step "clippy") (_step "deny") (_step "
 _setup:
     @deploy/dev/setup.sh --quiet
 
+# All targets and not only the programs: what tests depend on adds features to shared crates, and building in two
+# ways would compile most of the tree twice.
 _programs: _setup
-    cargo build --workspace --bins --locked
+    cargo build --workspace --all-targets --locked
 
 # Runs one recipe and says how long it took.
 _step RECIPE:

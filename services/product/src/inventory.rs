@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use hashbrown::{HashMap, HashSet};
+use lomash_contract::event::is_name;
 use lomash_contract::id::EventRole;
 use lomash_contract::limits::{MAX_NAME_CHARS, MAX_STOCK, OUT_OF_STOCK_THRESHOLD};
 use lomash_contract::{
@@ -756,13 +757,8 @@ fn in_range(field: &str, quantity: i64) -> Result<u32, Rejection> {
 impl Details {
     fn check(&self) -> Result<(), Rejection> {
         for (field, text) in [("name", Some(&self.name)), ("category", self.category.as_ref())] {
-            if let Some(text) = text {
-                let visible = !text.trim().is_empty() && !text.chars().any(char::is_control);
-                if !visible || text.chars().count() > MAX_NAME_CHARS {
-                    return Err(Rejection::BadText {
-                        field: field.to_owned(),
-                    });
-                }
+            if text.is_some_and(|text| !is_name(text)) {
+                return Err(Rejection::BadText { field: field.to_owned() });
             }
         }
         in_range("low-stock threshold", i64::from(self.low_stock_threshold.unwrap_or(0))).map(|_| ())

@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use crate::envelope::{EventType, Payload};
 use crate::id::{CustomerId, EventId, LineQuantity, OrderId, ProductId, Sku};
-use crate::limits::MAX_ORDER_ITEMS;
+use crate::limits::{MAX_NAME_CHARS, MAX_ORDER_ITEMS, MAX_STOCK};
 use crate::subject::{KeyedSubject, Topic};
 use crate::timestamp::Timestamp;
 
@@ -281,15 +281,50 @@ pub struct ProductDetails {
     pub product_id: ProductId,
     /// Its unit; unique in the catalogue.
     pub sku: Sku,
-    /// Its name.
+    /// Its name; see [`is_name`].
+    #[serde(deserialize_with = "name")]
     pub name: Box<str>,
-    /// Its category, if it has one.
+    /// Its category, if it has one; see [`is_name`].
+    #[serde(default, deserialize_with = "optional_name")]
     pub category: Option<Box<str>>,
-    /// Its own low-stock threshold, if it has one.
+    /// Its own low-stock threshold, if it has one; at most [`MAX_STOCK`].
+    #[serde(default, deserialize_with = "optional_stock")]
     pub low_stock_threshold: Option<u32>,
     /// Whether it is for sale.
     pub active: bool,
 }
+
+/// Whether a text can be the name of a product or category: 1 to 200 characters, something to see, no control
+/// characters. Checked where messages are read, too: a NUL that got into the ledger would stop the projection.
+#[must_use]
+pub fn is_name(text: &str) -> bool {
+    !text.trim().is_empty() && text.chars().count() <= MAX_NAME_CHARS && !text.chars().any(char::is_control)
+}
+
+fn name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Box<str>, D::Error> {
+    let text = Box::<str>::deserialize(deserializer)?;
+    if is_name(&text) { Ok(text) } else { Err(de::Error::invalid_value(de::Unexpected::Str(&text), &NAME)) }
+}
+
+fn optional_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Box<str>>, D::Error> {
+    match Option::<Box<str>>::deserialize(deserializer)? {
+        Some(text) if !is_name(&text) => Err(de::Error::invalid_value(de::Unexpected::Str(&text), &NAME)),
+        text => Ok(text),
+    }
+}
+
+fn optional_stock<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    match Option::<u32>::deserialize(deserializer)? {
+        Some(stock) if stock > MAX_STOCK => {
+            Err(de::Error::invalid_value(de::Unexpected::Unsigned(stock.into()), &STOCK))
+        }
+        stock => Ok(stock),
+    }
+}
+
+const NAME: &str = "1 to 200 characters, none of them a control character";
+const STOCK: &str = "an integer from 0 to 1000000000";
+const _: () = assert!(MAX_NAME_CHARS == 200 && MAX_STOCK == 1_000_000_000, "as the two sentences say");
 
 macro_rules! details_payload {
     ($(#[$doc:meta])* $name:ident) => {

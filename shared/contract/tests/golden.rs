@@ -12,7 +12,8 @@ use lomash_contract::codec::{decode, encode};
 use lomash_contract::{
     ChangedField, ContentType, CountedBy, CustomerId, Envelope, EventId, FailedItem, FailureReason, InventoryCounted,
     InventoryUpdateFailed, InventoryUpdated, LineQuantity, LowStock, OrderCreated, OrderId, OrderItem, OrderItems,
-    Payload, ProductDetails, ProductId, ProductRegistered, ProductRevised, ProductUpdated, Topic, Trigger, UpdatedBy,
+    Payload, ProductDetails, ProductId, ProductRegistered, ProductRevised, ProductUpdated, Timestamp, Topic, Trigger,
+    UpdatedBy,
 };
 use messages::{GOLDEN, compact, golden, golden_value};
 use serde_json::{Value, json};
@@ -30,32 +31,17 @@ fn order() -> OrderId {
 }
 
 fn event<P: Payload>(event_id: &str, payload: P) -> Envelope<P> {
-    Envelope::new(
-        event_id.parse().unwrap(),
-        "2026-01-31T09:30:00.123Z".parse().unwrap(),
-        payload,
-    )
+    Envelope::new(event_id.parse().unwrap(), "2026-01-31T09:30:00.123Z".parse().unwrap(), payload)
 }
 
 fn item(product_id: ProductId, sku: Option<&str>, quantity: u32) -> OrderItem {
     let sku = sku.map(|sku| sku.parse().unwrap());
-    OrderItem {
-        product_id,
-        sku,
-        quantity: LineQuantity::new(quantity).unwrap(),
-    }
+    OrderItem { product_id, sku, quantity: LineQuantity::new(quantity).unwrap() }
 }
 
 fn order_created(customer_id: Option<CustomerId>, items: Vec<OrderItem>) -> Envelope<OrderCreated> {
     let items = OrderItems::new(items).unwrap();
-    event(
-        "3e23e816-0039-494a-b389-4f6564e1b134",
-        OrderCreated {
-            order_id: order(),
-            customer_id,
-            items,
-        },
-    )
+    event("3e23e816-0039-494a-b389-4f6564e1b134", OrderCreated { order_id: order(), customer_id, items })
 }
 
 fn details(active: bool) -> ProductDetails {
@@ -77,15 +63,8 @@ fn is_golden<P: Payload + PartialEq + Debug + Clone>(expected: &Envelope<P>) {
     assert_eq!(decode::<P>(ContentType::Json, file.as_bytes()).as_ref(), Ok(expected));
 
     let written = encode(ContentType::Json, expected);
-    assert_eq!(
-        serde_json::from_slice::<Value>(&written).unwrap(),
-        golden_value(P::TOPIC)
-    );
-    assert_eq!(
-        String::from_utf8(written).unwrap(),
-        compact(file),
-        "the order of the fields"
-    );
+    assert_eq!(serde_json::from_slice::<Value>(&written).unwrap(), golden_value(P::TOPIC));
+    assert_eq!(String::from_utf8(written).unwrap(), compact(file), "the order of the fields");
 
     let packed = encode(ContentType::MessagePack, expected);
     assert_eq!(decode::<P>(ContentType::MessagePack, &packed).as_ref(), Ok(expected));
@@ -98,10 +77,7 @@ fn is_golden<P: Payload + PartialEq + Debug + Clone>(expected: &Envelope<P>) {
 #[test]
 fn order_created_is_golden() {
     let customer = "0b9d8c7e-1a2f-4e3d-8c5b-6a79f8e0d1c2".parse().unwrap();
-    let items = vec![
-        item(cabinet(), Some("KIT-CAB-600-OAK"), 2),
-        item(bed(), Some("BED-FRM-150-WAL"), 1),
-    ];
+    let items = vec![item(cabinet(), Some("KIT-CAB-600-OAK"), 2), item(bed(), Some("BED-FRM-150-WAL"), 1)];
     is_golden(&order_created(Some(customer), items));
 }
 
@@ -123,19 +99,11 @@ fn inventory_updated_is_golden() {
 
 #[test]
 fn inventory_update_failed_is_golden() {
-    let missing = FailedItem {
-        product_id: bed(),
-        sku: Some("BED-FRM-150-WAL".parse().unwrap()),
-        requested: 1,
-        available: 0,
-    };
+    let missing =
+        FailedItem { product_id: bed(), sku: Some("BED-FRM-150-WAL".parse().unwrap()), requested: 1, available: 0 };
     is_golden(&event(
         "5feceb66-ffc8-5f38-9d95-2786c6d696c7",
-        InventoryUpdateFailed {
-            order_id: order(),
-            reason: FailureReason::InsufficientStock,
-            items: vec![missing],
-        },
+        InventoryUpdateFailed { order_id: order(), reason: FailureReason::InsufficientStock, items: vec![missing] },
     ));
 }
 
@@ -155,18 +123,12 @@ fn inventory_counted_is_golden() {
 
 #[test]
 fn product_registered_is_golden() {
-    is_golden(&event(
-        "4b227777-d4dd-5fc6-9f71-4f43b4c94acb",
-        ProductRegistered(details(true)),
-    ));
+    is_golden(&event("4b227777-d4dd-5fc6-9f71-4f43b4c94acb", ProductRegistered(details(true))));
 }
 
 #[test]
 fn product_revised_is_golden() {
-    is_golden(&event(
-        "ef2d127d-e37b-542b-aad0-6145e54b0c61",
-        ProductRevised(details(false)),
-    ));
+    is_golden(&event("ef2d127d-e37b-542b-aad0-6145e54b0c61", ProductRevised(details(false))));
 }
 
 #[test]
@@ -202,10 +164,7 @@ fn there_is_one_golden_file_for_each_event_and_no_other() {
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
     files.sort();
-    let mut expected: Vec<String> = Topic::ALL
-        .iter()
-        .map(|topic| format!("{}.json", topic.event_type()))
-        .collect();
+    let mut expected: Vec<String> = Topic::ALL.iter().map(|topic| format!("{}.json", topic.event_type())).collect();
     expected.sort();
     assert_eq!(files, expected);
     assert_eq!(GOLDEN.map(|(topic, _)| topic), Topic::ALL);
@@ -219,10 +178,7 @@ fn add_unknown_fields(value: &mut Value) {
     match value {
         Value::Object(fields) => {
             fields.values_mut().for_each(add_unknown_fields);
-            fields.insert(
-                "addedByALaterMinor".into(),
-                json!({ "deep": [1, "two", { "three": null }] }),
-            );
+            fields.insert("addedByALaterMinor".into(), json!({ "deep": [1, "two", { "three": null }] }));
         }
         Value::Array(items) => items.iter_mut().for_each(add_unknown_fields),
         _ => {}
@@ -237,15 +193,9 @@ fn unknown_fields_are_ignored_at_every_level() {
         value["version"] = json!("1.7");
         let expected = compact(file).replace(r#""version":"1.0""#, r#""version":"1.7""#);
         let as_json = serde_json::to_vec(&value).unwrap();
-        assert_eq!(
-            messages::decode_as(topic, ContentType::Json, &as_json),
-            Ok(expected.clone())
-        );
+        assert_eq!(messages::decode_as(topic, ContentType::Json, &as_json), Ok(expected.clone()));
         let as_msgpack = rmp_serde::to_vec_named(&value).unwrap();
-        assert_eq!(
-            messages::decode_as(topic, ContentType::MessagePack, &as_msgpack),
-            Ok(expected)
-        );
+        assert_eq!(messages::decode_as(topic, ContentType::MessagePack, &as_msgpack), Ok(expected));
     }
 }
 
@@ -275,13 +225,7 @@ fn null_and_missing_read_alike() {
         let mut null = golden_value(topic);
         null.pointer_mut(parent).unwrap()[field] = Value::Null;
         let mut missing = golden_value(topic);
-        missing
-            .pointer_mut(parent)
-            .unwrap()
-            .as_object_mut()
-            .unwrap()
-            .remove(field)
-            .expect("the golden has the field");
+        missing.pointer_mut(parent).unwrap().as_object_mut().unwrap().remove(field).expect("the golden has the field");
 
         let read = |value: &Value| messages::decode_as(topic, ContentType::Json, &serde_json::to_vec(value).unwrap());
         let understood = read(&null).unwrap();
@@ -335,10 +279,7 @@ fn instants_are_read_with_any_offset_and_precision_and_written_as_utc_millisecon
     for (sent, expected) in cases {
         let mut value = golden_value(Topic::ProductsUpdated);
         value["payload"]["updatedAt"] = json!(sent);
-        assert_eq!(
-            read_both::<ProductUpdated>(&value).payload.updated_at.to_string(),
-            expected
-        );
+        assert_eq!(read_both::<ProductUpdated>(&value).payload.updated_at.to_string(), expected);
     }
 }
 

@@ -299,7 +299,8 @@ fn stored(message: jetstream::Message) -> Result<StoredMessage, ReadError> {
     let carried = Carried {
         traceparent: text(header::TRACEPARENT),
         tracestate: text(header::TRACESTATE),
-        reason: text(header::REASON),
+        // A foreign writer may have put in what a text column cannot hold.
+        reason: text(header::REASON).map(|reason| header_text(&reason)),
     };
     Ok(StoredMessage {
         sequence,

@@ -105,7 +105,7 @@ mod tests {
 
     #[test]
     fn the_store_is_the_only_difference() {
-        assert_eq!(CONFIG.matches("store_dir").count(), 1);
+        assert_eq!(CONFIG.matches(SHIPPED_STORE).count(), 1);
         let config = config_with_store(Path::new("/a \"b\"/c")).expect("quoted");
         assert!(config.contains(r#"store_dir: "/a \"b\"/c""#), "{config}");
         assert_eq!(config.lines().count(), CONFIG.lines().count());

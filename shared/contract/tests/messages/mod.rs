@@ -13,22 +13,10 @@ use lomash_contract::{
 /// The golden message of each topic, in the order of [`Topic::ALL`].
 pub const GOLDEN: [(Topic, &str); 8] = [
     (Topic::OrdersCreated, include_str!("../golden/order-created.json")),
-    (
-        Topic::InventoryUpdated,
-        include_str!("../golden/inventory-updated.json"),
-    ),
-    (
-        Topic::InventoryUpdateFailed,
-        include_str!("../golden/inventory-update-failed.json"),
-    ),
-    (
-        Topic::InventoryCounted,
-        include_str!("../golden/inventory-counted.json"),
-    ),
-    (
-        Topic::ProductsRegistered,
-        include_str!("../golden/product-registered.json"),
-    ),
+    (Topic::InventoryUpdated, include_str!("../golden/inventory-updated.json")),
+    (Topic::InventoryUpdateFailed, include_str!("../golden/inventory-update-failed.json")),
+    (Topic::InventoryCounted, include_str!("../golden/inventory-counted.json")),
+    (Topic::ProductsRegistered, include_str!("../golden/product-registered.json")),
     (Topic::ProductsRevised, include_str!("../golden/product-revised.json")),
     (Topic::ProductsUpdated, include_str!("../golden/product-updated.json")),
     (Topic::NotificationsLowStock, include_str!("../golden/low-stock.json")),
@@ -36,11 +24,7 @@ pub const GOLDEN: [(Topic, &str); 8] = [
 
 /// The golden message of one topic.
 pub fn golden(topic: Topic) -> &'static str {
-    GOLDEN
-        .iter()
-        .find(|(of, _)| *of == topic)
-        .expect("every topic has a golden message")
-        .1
+    GOLDEN.iter().find(|(of, _)| *of == topic).expect("every topic has a golden message").1
 }
 
 /// The golden message of one topic as a JSON value.
