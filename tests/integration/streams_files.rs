@@ -62,10 +62,7 @@ fn holds(defined: &Value, actual: Option<&Value>) -> bool {
 fn assert_kept(name: &str, file: &Map<String, Value>, actual: &Value) {
     for (field, defined) in file {
         let found = actual.get(field);
-        assert!(
-            holds(defined, found),
-            "{name}: {field} is {found:?} on the server and {defined} in the file"
-        );
+        assert!(holds(defined, found), "{name}: {field} is {found:?} on the server and {defined} in the file");
     }
 }
 
@@ -130,10 +127,8 @@ fn the_services_apply_exactly_the_files() -> Result<()> {
         files.into_iter().map(parse).collect()
     };
     let definitions = streams::definitions();
-    let applied_streams: BTreeMap<_, _> = definitions
-        .iter()
-        .map(|definition| (definition.name.clone(), definition.config.clone()))
-        .collect();
+    let applied_streams: BTreeMap<_, _> =
+        definitions.iter().map(|definition| (definition.name.clone(), definition.config.clone())).collect();
     let applied_consumers: BTreeMap<_, _> = definitions
         .iter()
         .flat_map(|definition| {
@@ -165,7 +160,7 @@ async fn applying_again_changes_nothing() -> Result<()> {
     assert_eq!(streams::apply(&world.context, 1).await?, []);
     assert_eq!(look().await?, before);
     for name in &names {
-        assert_eq!(streams::compare(&world.context, name).await?, [], "{name}");
+        assert_eq!(streams::compare(&world.context, name, 1).await?, [], "{name}");
     }
     world.close();
     Ok(())
@@ -209,7 +204,7 @@ async fn a_weaker_ledger_is_named_field_by_field() -> Result<()> {
             json!({ field: weaker })
         };
         weaken(&world, changes).await.with_context(|| field.to_owned())?;
-        let differences = streams::compare(&world.context, streams::INVENTORY).await?;
+        let differences = streams::compare(&world.context, streams::INVENTORY, 1).await?;
         let found = differences.iter().find(|difference| difference.field == field);
         let found = found.unwrap_or_else(|| panic!("{field} is weaker and not named: {differences:?}"));
         assert!(found.to_string().starts_with(&format!("INVENTORY: {field} is ")), "{found}");

@@ -124,15 +124,7 @@ impl World {
         streams::wait_until_ready(&context).await?;
         let differences = streams::apply(&context, 1).await?;
         ensure!(differences.is_empty(), "a fresh server differs: {differences:?}");
-        Ok(Self {
-            products: ProductClient::new(client.clone()),
-            context,
-            client,
-            postgres,
-            nats,
-            dir,
-            closed: false,
-        })
+        Ok(Self { products: ProductClient::new(client.clone()), context, client, postgres, nats, dir, closed: false })
     }
 
     /// The folder of this world; services log there, one `.log` file each.
@@ -232,12 +224,7 @@ impl World {
     /// # Errors
     /// When it is refused or nobody answers.
     pub async fn act(&self, product_id: ProductId, action: Action) -> anyhow::Result<Done> {
-        let command = ProductCommand {
-            command_id: Uuid::new_v4(),
-            product_id,
-            by: UpdatedBy::System,
-            action,
-        };
+        let command = ProductCommand { command_id: Uuid::new_v4(), product_id, by: UpdatedBy::System, action };
         Ok(self.products.send(command, None).await?)
     }
 
@@ -247,13 +234,8 @@ impl World {
     /// When it is refused or nobody answers.
     pub async fn register(&self, sku: &str, quantity: u32) -> anyhow::Result<ProductId> {
         let product_id = ProductId(Uuid::new_v4());
-        let action = Action::Register {
-            details: details(sku)?,
-            initial_quantity: quantity,
-        };
-        self.act(product_id, action)
-            .await
-            .with_context(|| format!("{sku} cannot be registered"))?;
+        let action = Action::Register { details: details(sku)?, initial_quantity: quantity };
+        self.act(product_id, action).await.with_context(|| format!("{sku} cannot be registered"))?;
         Ok(product_id)
     }
 
@@ -284,9 +266,7 @@ impl World {
     pub async fn publish_all(&self, orders: &[Envelope<OrderCreated>]) -> anyhow::Result<()> {
         /// Orders on the way at once.
         const IN_FLIGHT: usize = 256;
-        let mut outcomes = futures::stream::iter(orders)
-            .map(|order| self.publish(order))
-            .buffer_unordered(IN_FLIGHT);
+        let mut outcomes = futures::stream::iter(orders).map(|order| self.publish(order)).buffer_unordered(IN_FLIGHT);
         while let Some(outcome) = outcomes.next().await {
             outcome?;
         }
@@ -409,10 +389,8 @@ impl World {
     /// # Errors
     /// When it cannot be read.
     pub async fn product_orders(&self) -> anyhow::Result<async_nats::jetstream::consumer::Info> {
-        let consumer: async_nats::jetstream::consumer::PullConsumer = self
-            .context
-            .get_consumer_from_stream(streams::PRODUCT_ORDERS, streams::ORDERS)
-            .await?;
+        let consumer: async_nats::jetstream::consumer::PullConsumer =
+            self.context.get_consumer_from_stream(streams::PRODUCT_ORDERS, streams::ORDERS).await?;
         Ok(consumer.cached_info().clone())
     }
 
@@ -457,12 +435,7 @@ impl World {
         let unchecked: Vec<u8> = report.unchecked().map(|invariant| invariant.number).collect();
         let expected: &[u8] = if self.postgres.is_some() { &[] } else { &[7] };
         assert_eq!(unchecked, expected, "left unchecked\n{}", verify::render(&report));
-        assert_eq!(
-            report.totals.orders_undecided,
-            0,
-            "orders without a decision\n{}",
-            verify::render(&report)
-        );
+        assert_eq!(report.totals.orders_undecided, 0, "orders without a decision\n{}", verify::render(&report));
         Ok(report)
     }
 }
@@ -644,9 +617,8 @@ impl Dice {
 
     /// An order of 1 to `most_lines` lines over `products`, of 1 to `most_units` units each; products may repeat.
     pub fn order(&mut self, products: &[ProductId], most_lines: u32, most_units: u32) -> Envelope<OrderCreated> {
-        let lines: Vec<_> = (0..=self.below(most_lines))
-            .map(|_| (*self.pick(products), 1 + self.below(most_units)))
-            .collect();
+        let lines: Vec<_> =
+            (0..=self.below(most_lines)).map(|_| (*self.pick(products), 1 + self.below(most_units))).collect();
         order_as(EventId(self.uuid()), OrderId(self.uuid()), &lines)
     }
 }

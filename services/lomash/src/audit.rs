@@ -65,9 +65,7 @@ impl Report {
 
     /// The invariants that were not checked at all.
     pub fn unchecked(&self) -> impl Iterator<Item = &Invariant> {
-        self.invariants
-            .iter()
-            .filter(|invariant| invariant.status == Status::NotChecked)
+        self.invariants.iter().filter(|invariant| invariant.status == Status::NotChecked)
     }
 
     /// The invariant with this number.
@@ -227,33 +225,18 @@ impl Findings {
     fn violate(&mut self, source: &'static str, sequence: impl Into<Option<u64>>, problem: impl FnOnce() -> String) {
         self.violations += 1;
         if self.first.len() < MAX_NAMED {
-            self.first.push(Violation {
-                source,
-                sequence: sequence.into(),
-                problem: problem(),
-            });
+            self.first.push(Violation { source, sequence: sequence.into(), problem: problem() });
         }
     }
 
     fn conclude(mut self, number: u8, holds: &'static str, checked: &[(&str, u64)]) -> Invariant {
         // A batch or an order is judged when it ends, so findings can come out of order.
-        self.first
-            .sort_by_key(|violation| (violation.source, violation.sequence));
+        self.first.sort_by_key(|violation| (violation.source, violation.sequence));
         Invariant {
             number,
             holds,
-            status: if self.violations == 0 {
-                Status::Holds
-            } else {
-                Status::Violated
-            },
-            checked: checked
-                .iter()
-                .map(|(what, count)| Count {
-                    what: (*what).to_owned(),
-                    count: *count,
-                })
-                .collect(),
+            status: if self.violations == 0 { Status::Holds } else { Status::Violated },
+            checked: checked.iter().map(|(what, count)| Count { what: (*what).to_owned(), count: *count }).collect(),
             violations: self.violations,
             first: self.first,
             notes: self.notes,
@@ -400,9 +383,7 @@ pub fn micros(at: OffsetDateTime) -> i64 {
 #[must_use]
 pub fn canonical_items(items: serde_json::Value) -> serde_json::Value {
     let parsed: Option<Vec<FailedItem>> = serde_json::from_value(items.clone()).ok();
-    parsed
-        .and_then(|items| serde_json::to_value(items).ok())
-        .unwrap_or(items)
+    parsed.and_then(|items| serde_json::to_value(items).ok()).unwrap_or(items)
 }
 
 /// What one message of the stream adds to the projection.
@@ -539,9 +520,7 @@ impl<R: Row> TableComparison<R> {
     }
 
     fn missing(&mut self, row: &R) {
-        self.differences.violate(R::TABLE, row.sequence(), || {
-            format!("the projection lacks {}", json(row))
-        });
+        self.differences.violate(R::TABLE, row.sequence(), || format!("the projection lacks {}", json(row)));
     }
 
     fn surplus(&mut self) {
@@ -828,13 +807,7 @@ impl Audit {
             return;
         }
         let wish = self.keep(&wish);
-        let entry = OrderEntry {
-            published_at: sequence,
-            decided_at: 0,
-            wish,
-            outcome: Outcome::Undecided,
-            dead,
-        };
+        let entry = OrderEntry { published_at: sequence, decided_at: 0, wish, outcome: Outcome::Undecided, dead };
         self.orders.insert(order.order_id, entry);
         self.totals.orders_published += 1;
     }
@@ -844,10 +817,7 @@ impl Audit {
         let items = order.items.as_slice();
         let mut lines: Vec<Line> = items
             .iter()
-            .map(|item| Line {
-                product: self.place(item.product_id),
-                quantity: item.quantity.get(),
-            })
+            .map(|item| Line { product: self.place(item.product_id), quantity: item.quantity.get() })
             .collect();
         lines.sort_unstable();
         // 1,000 lines of at most 1,000,000 cannot overflow.
@@ -918,9 +888,7 @@ impl Audit {
     fn enter_batch(&mut self, message: &StoredMessage) {
         let Some(position) = &message.batch else {
             self.abandon_batch();
-            self.whole.violate(INVENTORY, message.sequence, || {
-                "the message was stored outside any batch".to_owned()
-            });
+            self.whole.violate(INVENTORY, message.sequence, || "the message was stored outside any batch".to_owned());
             self.totals.batches += 1;
             return;
         };
@@ -942,41 +910,26 @@ impl Audit {
         self.abandon_batch();
         self.totals.batches += 1;
         if position.sequence != 1 {
-            let problem = || {
-                format!(
-                    "batch {} begins with its message number {}",
-                    position.id, position.sequence
-                )
-            };
+            let problem = || format!("batch {} begins with its message number {}", position.id, position.sequence);
             self.whole.violate(INVENTORY, message.sequence, problem);
         }
         let before = message.sequence.checked_sub(1);
         if message.expected_last_sequence != before {
-            self.whole
-                .violate(INVENTORY, message.sequence, || match message.expected_last_sequence {
-                    Some(expected) => {
-                        format!("batch {} was written for a stream that ends at {expected}", position.id)
-                    }
-                    None => format!("batch {} was written without an expected last sequence", position.id),
-                });
+            self.whole.violate(INVENTORY, message.sequence, || match message.expected_last_sequence {
+                Some(expected) => {
+                    format!("batch {} was written for a stream that ends at {expected}", position.id)
+                }
+                None => format!("batch {} was written without an expected last sequence", position.id),
+            });
         }
-        let open = OpenBatch {
-            id: position.id.clone(),
-            position: position.sequence,
-            last: message.sequence,
-        };
+        let open = OpenBatch { id: position.id.clone(), position: position.sequence, last: message.sequence };
         self.batch = Some(open);
     }
 
     /// A batch that ends without its commit was torn: the server never stores one.
     fn abandon_batch(&mut self) {
         if let Some(open) = self.batch.take() {
-            let problem = || {
-                format!(
-                    "batch {} ends without its commit after {} messages",
-                    open.id, open.position
-                )
-            };
+            let problem = || format!("batch {} ends without its commit after {} messages", open.id, open.position);
             self.whole.violate(INVENTORY, open.last, problem);
             self.close_batch();
         }
@@ -1001,8 +954,7 @@ impl Audit {
 
     fn foreign(&mut self, sequence: u64, foreign: &Foreign) {
         self.totals.foreign += 1;
-        self.chained
-            .violate(INVENTORY, sequence, || format!("not an event of ours: {foreign}"));
+        self.chained.violate(INVENTORY, sequence, || format!("not an event of ours: {foreign}"));
         if let Foreign::MessageId { .. } = foreign {
             self.present.violate(INVENTORY, sequence, || foreign.to_string());
         }
@@ -1017,12 +969,8 @@ impl Audit {
         }
         let event = &envelope.payload;
         let of_product = !matches!(event, LedgerEvent::InventoryUpdateFailed(_));
-        let place = of_product
-            .then(|| self.places.get(&ProductId(event.key())).copied())
-            .flatten();
-        let stock = place
-            .and_then(|place| self.registered(place))
-            .map(|product| product.quantity);
+        let place = of_product.then(|| self.places.get(&ProductId(event.key())).copied()).flatten();
+        let stock = place.and_then(|place| self.registered(place)).map(|product| product.quantity);
         lomash_contract::chains(event, stock)?;
         let mut projected = Projected::default();
         match event {
@@ -1066,19 +1014,14 @@ impl Audit {
     /// The product of an event that `chains` let pass.
     fn known(&mut self, place: Option<u32>) -> &mut Registered {
         let place = place.expect("an event of an unregistered product does not chain") as usize;
-        self.products[place]
-            .registered
-            .as_deref_mut()
-            .expect("an event of an unregistered product does not chain")
+        self.products[place].registered.as_deref_mut().expect("an event of an unregistered product does not chain")
     }
 
     fn check_sku(&mut self, sequence: u64, place: Option<u32>, sku: &Sku) {
         let product = self.known(place);
         if product.details.sku != *sku {
             let known = product.details.sku.clone();
-            self.chained.violate(INVENTORY, sequence, || {
-                format!("the event's sku is {sku}, the product's is {known}")
-            });
+            self.chained.violate(INVENTORY, sequence, || format!("the event's sku is {sku}, the product's is {known}"));
         }
     }
 
@@ -1125,16 +1068,7 @@ impl Audit {
             _ => {}
         }
         let order = updated.order_id?;
-        self.allocated_line(
-            message,
-            order,
-            Line {
-                product: place,
-                quantity: 0,
-            },
-            delta,
-            active,
-        )
+        self.allocated_line(message, order, Line { product: place, quantity: 0 }, delta, active)
     }
 
     fn allocated_line(
@@ -1156,10 +1090,7 @@ impl Audit {
             let problem = || format!("order {order} added {delta} to product {product} where orders take away");
             self.decided.violate(INVENTORY, sequence, problem);
         }
-        let line = Line {
-            quantity: taken,
-            ..line
-        };
+        let line = Line { quantity: taken, ..line };
         if let Some(&index) = self.allocation_of.get(&order) {
             let allocation = &mut self.allocations[index];
             if allocation.lines.iter().any(|earlier| earlier.product == line.product) {
@@ -1171,12 +1102,7 @@ impl Audit {
         }
         let first = self.decide(sequence, order, Outcome::Allocated);
         self.allocation_of.insert(order, self.allocations.len());
-        self.allocations.push(Allocation {
-            order,
-            sequence,
-            lines: vec![line],
-            repeated: !first,
-        });
+        self.allocations.push(Allocation { order, sequence, lines: vec![line], repeated: !first });
         first.then(|| {
             self.totals.orders_allocated += 1;
             DecisionRow {
@@ -1200,11 +1126,7 @@ impl Audit {
             dead: false,
         });
         if entry.outcome != Outcome::Undecided {
-            let OrderEntry {
-                outcome: earlier,
-                decided_at,
-                ..
-            } = *entry;
+            let OrderEntry { outcome: earlier, decided_at, .. } = *entry;
             let problem = || format!("order {order} is {outcome}, but sequence {decided_at} {earlier} it already");
             self.decided.violate(INVENTORY, sequence, problem);
             return false;
@@ -1228,12 +1150,7 @@ impl Audit {
     }
 
     fn judge_allocation(&mut self, allocation: Allocation) {
-        let Allocation {
-            order,
-            sequence,
-            mut lines,
-            repeated,
-        } = allocation;
+        let Allocation { order, sequence, mut lines, repeated } = allocation;
         if repeated {
             return;
         }
@@ -1244,10 +1161,8 @@ impl Audit {
             Some(wish) => Some(*wish),
             None => {
                 if let Some(first) = wishes.first() {
-                    let (wished, taken) = (
-                        self.describe_lines(&self.lines[first.range()]),
-                        self.describe_lines(&lines),
-                    );
+                    let (wished, taken) =
+                        (self.describe_lines(&self.lines[first.range()]), self.describe_lines(&lines));
                     let problem = || format!("order {order} wants {wished} and took {taken}");
                     self.decided.violate(INVENTORY, sequence, problem);
                 }
@@ -1265,17 +1180,12 @@ impl Audit {
 
     fn describe_lines(&self, lines: &[Line]) -> String {
         let shown = lines.iter().take(MAX_LINES_IN_A_SENTENCE);
-        let mut parts: Vec<String> = shown
-            .map(|line| format!("{} of {}", line.quantity, self.products[line.product as usize].id))
-            .collect();
+        let mut parts: Vec<String> =
+            shown.map(|line| format!("{} of {}", line.quantity, self.products[line.product as usize].id)).collect();
         if lines.len() > MAX_LINES_IN_A_SENTENCE {
             parts.push(format!("{} more lines", lines.len() - MAX_LINES_IN_A_SENTENCE));
         }
-        if parts.is_empty() {
-            "nothing".to_owned()
-        } else {
-            parts.join(", ")
-        }
+        if parts.is_empty() { "nothing".to_owned() } else { parts.join(", ") }
     }
 
     // ── 4: refusals ──
@@ -1306,11 +1216,7 @@ impl Audit {
 
     /// What is untrue about a refusal, given the state right before it.
     fn untrue(&self, failed: &InventoryUpdateFailed) -> Option<String> {
-        let InventoryUpdateFailed {
-            order_id,
-            reason,
-            items,
-        } = failed;
+        let InventoryUpdateFailed { order_id, reason, items } = failed;
         let mut stated = items.clone();
         stated.sort_unstable_by_key(|item| item.product_id);
         let wishes = self.wishes(order_id);
@@ -1339,20 +1245,14 @@ impl Audit {
         lines: &[(ProductId, u32)],
     ) -> Option<String> {
         let Some((due_reason, due)) = self.due_refusal(lines) else {
-            return Some(format!(
-                "order {order} is refused for {reason}, but all it wants was there"
-            ));
+            return Some(format!("order {order} is refused for {reason}, but all it wants was there"));
         };
         if due_reason != reason {
-            return Some(format!(
-                "order {order} is refused for {reason} where {due_reason} was due"
-            ));
+            return Some(format!("order {order} is refused for {reason} where {due_reason} was due"));
         }
         if due != stated {
             let (stated, due) = (describe_items(stated), describe_items(&due));
-            return Some(format!(
-                "order {order} is refused for {reason} of {stated}; true was {due}"
-            ));
+            return Some(format!("order {order} is refused for {reason} of {stated}; true was {due}"));
         }
         None
     }
@@ -1375,11 +1275,7 @@ impl Audit {
                 available: product.map_or(0, |product| product.quantity),
             });
         }
-        let gravest = [
-            FailureReason::UnknownProduct,
-            FailureReason::ProductInactive,
-            FailureReason::InsufficientStock,
-        ];
+        let gravest = [FailureReason::UnknownProduct, FailureReason::ProductInactive, FailureReason::InsufficientStock];
         let (reason, mut items) = gravest.into_iter().zip(failing).find(|(_, items)| !items.is_empty())?;
         items.sort_unstable_by_key(|item| item.product_id);
         Some((reason, items))
@@ -1407,21 +1303,11 @@ impl Audit {
 
     /// The rows of `products` as of now, in the order of their ids.
     pub fn product_rows(&self) -> impl Iterator<Item = ProductRow> {
-        let mut known: Vec<&Registered> = self
-            .products
-            .iter()
-            .filter_map(|product| product.registered.as_deref())
-            .collect();
+        let mut known: Vec<&Registered> =
+            self.products.iter().filter_map(|product| product.registered.as_deref()).collect();
         known.sort_unstable_by_key(|product| product.details.product_id);
         known.into_iter().map(|product| {
-            let ProductDetails {
-                product_id,
-                sku,
-                name,
-                category,
-                low_stock_threshold,
-                active,
-            } = &product.details;
+            let ProductDetails { product_id, sku, name, category, low_stock_threshold, active } = &product.details;
             ProductRow {
                 product_id: product_id.0,
                 sku: sku.as_str().to_owned(),
@@ -1446,11 +1332,7 @@ impl Audit {
         self.abandon_batch();
         self.judge_lost_orders(evidence.letters_removed);
         self.judge_balance();
-        let undecided = self
-            .orders
-            .values()
-            .filter(|entry| entry.outcome == Outcome::Undecided)
-            .count();
+        let undecided = self.orders.values().filter(|entry| entry.outcome == Outcome::Undecided).count();
         self.totals.orders_undecided = undecided as u64;
         let as_of = AsOf {
             inventory_sequence: self.sequence,
@@ -1495,10 +1377,7 @@ impl Audit {
             present.conclude(
                 1,
                 "every acknowledged write is present, unchanged, once",
-                &[
-                    ("event ids", self.event_ids.len() as u64),
-                    ("acknowledged orders", self.acknowledged),
-                ],
+                &[("event ids", self.event_ids.len() as u64), ("acknowledged orders", self.acknowledged)],
             ),
             self.whole.conclude(
                 2,
@@ -1540,11 +1419,7 @@ impl Audit {
                 &[("changes of availability", self.crossings_seen)],
             ),
         ];
-        Report {
-            as_of,
-            invariants,
-            totals,
-        }
+        Report { as_of, invariants, totals }
     }
 
     fn judge_lost_orders(&mut self, letters_removed: u64) {
@@ -1579,22 +1454,9 @@ impl Audit {
     }
 
     fn judge_balance(&mut self) {
-        let Self {
-            products,
-            totals,
-            balanced,
-            ..
-        } = self;
-        for Registered {
-            details,
-            quantity,
-            sequence,
-            initial,
-            admin,
-            sync,
-            allocated,
-            ..
-        } in products.iter().filter_map(|product| product.registered.as_deref())
+        let Self { products, totals, balanced, .. } = self;
+        for Registered { details, quantity, sequence, initial, admin, sync, allocated, .. } in
+            products.iter().filter_map(|product| product.registered.as_deref())
         {
             totals.initial_units += i128::from(*initial);
             totals.admin_units += i128::from(*admin);
@@ -1615,10 +1477,7 @@ impl Audit {
         let sum = totals.initial_units + totals.admin_units + totals.sync_units - totals.allocated_units;
         if sum != totals.stock_units {
             balanced.violate(INVENTORY, None, || {
-                format!(
-                    "in total the changes add up to {sum}, the stock to {}",
-                    totals.stock_units
-                )
+                format!("in total the changes add up to {sum}, the stock to {}", totals.stock_units)
             });
         }
     }
@@ -1646,10 +1505,7 @@ impl Projection {
             Self::NotChecked(why) => {
                 findings.notes.push(format!("not checked: {why}"));
                 let invariant = findings.conclude(7, HOLDS, &[]);
-                return Invariant {
-                    status: Status::NotChecked,
-                    ..invariant
-                };
+                return Invariant { status: Status::NotChecked, ..invariant };
             }
             Self::Unreadable(why) => findings.violate("projection", None, || why),
             Self::AheadOfStream { checkpoint } => findings.violate("projection", checkpoint, || {
@@ -1657,12 +1513,7 @@ impl Projection {
                  to another one; restore the stream or rebuild the projection"
                     .to_owned()
             }),
-            Self::Compared {
-                checkpoint,
-                skipped,
-                skipped_by_fold,
-                tables,
-            } => {
+            Self::Compared { checkpoint, skipped, skipped_by_fold, tables } => {
                 if skipped != skipped_by_fold {
                     findings.violate("checkpoint", checkpoint, || {
                         format!("the projection skipped {skipped} messages, {skipped_by_fold} are not ours")
@@ -1678,12 +1529,7 @@ impl Projection {
                                 .to_owned()
                         });
                     }
-                    let TableReport {
-                        table,
-                        fold_sha256,
-                        projection_sha256,
-                        ..
-                    } = table;
+                    let TableReport { table, fold_sha256, projection_sha256, .. } = table;
                     findings.notes.push(if fold_sha256 == projection_sha256 {
                         format!("{table}: sha256 {fold_sha256}")
                     } else {
@@ -1726,18 +1572,11 @@ fn describe_items(items: &[FailedItem]) -> String {
     let mut parts: Vec<String> = shown
         .map(|item| {
             let sku = item.sku.as_ref().map_or("no sku", Sku::as_str);
-            format!(
-                "{} ({sku}) requested {} available {}",
-                item.product_id, item.requested, item.available
-            )
+            format!("{} ({sku}) requested {} available {}", item.product_id, item.requested, item.available)
         })
         .collect();
     if items.len() > MAX_LINES_IN_A_SENTENCE {
         parts.push(format!("{} more", items.len() - MAX_LINES_IN_A_SENTENCE));
     }
-    if parts.is_empty() {
-        "nothing".to_owned()
-    } else {
-        parts.join(", ")
-    }
+    if parts.is_empty() { "nothing".to_owned() } else { parts.join(", ") }
 }

@@ -104,11 +104,7 @@ impl Columns {
     fn of(header: &ByteRecord) -> Result<Self, CatalogueError> {
         let position = |name: &'static str| {
             let named = |cell: &[u8]| cell.trim_ascii().eq_ignore_ascii_case(name.as_bytes());
-            let mut found = header
-                .iter()
-                .enumerate()
-                .filter(|(_, cell)| named(cell))
-                .map(|(index, _)| index);
+            let mut found = header.iter().enumerate().filter(|(_, cell)| named(cell)).map(|(index, _)| index);
             match (found.next(), found.next()) {
                 (_, Some(_)) => Err(CatalogueError::RepeatedColumn(name)),
                 (index, None) => Ok(index),
@@ -118,24 +114,14 @@ impl Columns {
         let (category, threshold) = (position("category")?, position("threshold")?);
         let (Some(sku), Some(name), Some(quantity)) = columns else {
             let named = [("`sku`", columns.0), ("`name`", columns.1), ("`quantity`", columns.2)];
-            let missing: Vec<&str> = named
-                .iter()
-                .filter(|(_, index)| index.is_none())
-                .map(|(name, _)| *name)
-                .collect();
+            let missing: Vec<&str> = named.iter().filter(|(_, index)| index.is_none()).map(|(name, _)| *name).collect();
             let cells: Vec<_> = header.iter().map(String::from_utf8_lossy).collect();
             return Err(CatalogueError::MissingColumns {
                 missing: missing.join(", "),
                 found: excerpt(&cells.join(",")),
             });
         };
-        Ok(Self {
-            sku,
-            name,
-            category,
-            quantity,
-            threshold,
-        })
+        Ok(Self { sku, name, category, quantity, threshold })
     }
 }
 
@@ -151,13 +137,7 @@ pub fn read<R: Read>(file: R) -> Result<Rows<R>, CatalogueError> {
         return Err(CatalogueError::Empty);
     }
     let columns = Columns::of(header)?;
-    Ok(Rows {
-        csv,
-        columns,
-        record: ByteRecord::new(),
-        seen: HashMap::new(),
-        ended: false,
-    })
+    Ok(Rows { csv, columns, record: ByteRecord::new(), seen: HashMap::new(), ended: false })
 }
 
 /// The rows of a catalogue, good and bad, in the order of the file.
@@ -172,9 +152,7 @@ pub struct Rows<R> {
 
 impl<R> fmt::Debug for Rows<R> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Rows")
-            .field("seen", &self.seen.len())
-            .finish_non_exhaustive()
+        f.debug_struct("Rows").field("seen", &self.seen.len()).finish_non_exhaustive()
     }
 }
 
@@ -190,10 +168,7 @@ impl<R: Read> Iterator for Rows<R> {
                 Ok(None) => self.ended = true,
                 Err((line, problem)) => {
                     self.ended = true;
-                    return Some(Err(RowError {
-                        line,
-                        problem: format!("{problem}; nothing after it was read"),
-                    }));
+                    return Some(Err(RowError { line, problem: format!("{problem}; nothing after it was read") }));
                 }
             }
         }
@@ -229,9 +204,7 @@ impl<R: Read> Rows<R> {
         let mut parsed_sku = None;
         if let Some(sku) = sku {
             checked(
-                sku.parse()
-                    .map(|sku| parsed_sku = Some(sku))
-                    .map_err(|why| format!("sku `{}`: {why}", excerpt(sku))),
+                sku.parse().map(|sku| parsed_sku = Some(sku)).map_err(|why| format!("sku `{}`: {why}", excerpt(sku))),
             );
         }
         for (what, text) in [("name", name), ("category", category)] {
@@ -247,31 +220,19 @@ impl<R: Read> Rows<R> {
 
         let (Some(sku), Some(name), Some(quantity), true) = (parsed_sku, name, parsed_quantity, problems.is_empty())
         else {
-            return Err(RowError {
-                line,
-                problem: problems.join("; "),
-            });
+            return Err(RowError { line, problem: problems.join("; ") });
         };
         // Only good rows claim their unit: a corrected copy of a bad row may follow it.
         match self.seen.entry(product_id(&sku)) {
             Entry::Occupied(first) => {
-                let problem = format!(
-                    "sku `{sku}` is on line {} already; a catalogue lists a product once",
-                    first.get()
-                );
+                let problem =
+                    format!("sku `{sku}` is on line {} already; a catalogue lists a product once", first.get());
                 Err(RowError { line, problem })
             }
             Entry::Vacant(free) => {
                 free.insert(line);
                 let (name, category) = (name.into(), category.map(Into::into));
-                Ok(Row {
-                    line,
-                    sku,
-                    name,
-                    category,
-                    quantity,
-                    threshold: parsed_threshold,
-                })
+                Ok(Row { line, sku, name, category, quantity, threshold: parsed_threshold })
             }
         }
     }
@@ -283,20 +244,11 @@ fn check_name(what: &str, text: &str) -> Result<(), String> {
         Err(format!("{what} is empty"))
     } else if text.contains('\n') {
         let lines = text.lines().count();
-        Err(format!(
-            "{what} `{}` runs over {lines} lines; is a closing quote missing?",
-            excerpt(text)
-        ))
+        Err(format!("{what} `{}` runs over {lines} lines; is a closing quote missing?", excerpt(text)))
     } else if text.chars().any(char::is_control) {
-        Err(format!(
-            "{what} `{}` contains a control character, such as a tab",
-            excerpt(text)
-        ))
+        Err(format!("{what} `{}` contains a control character, such as a tab", excerpt(text)))
     } else if chars > MAX_NAME_CHARS {
-        Err(format!(
-            "{what} `{}` has {chars} characters; at most {MAX_NAME_CHARS} are allowed",
-            excerpt(text)
-        ))
+        Err(format!("{what} `{}` has {chars} characters; at most {MAX_NAME_CHARS} are allowed", excerpt(text)))
     } else {
         Ok(())
     }
@@ -364,14 +316,7 @@ pub(crate) struct Lines<R> {
 
 impl<R> Lines<R> {
     const fn new(file: R) -> Self {
-        Self {
-            file,
-            offset: 0,
-            allowed: MAX_ROW_BYTES,
-            line: 1,
-            blank: true,
-            begun: VecDeque::new(),
-        }
+        Self { file, offset: 0, allowed: MAX_ROW_BYTES, line: 1, blank: true, begun: VecDeque::new() }
     }
 
     fn allow(&mut self, offset: u64) {

@@ -130,15 +130,8 @@ impl Model {
             Some((_, false)) => Some(FailureReason::ProductInactive),
             Some((stock, true)) => (*stock < quantity).then_some(FailureReason::InsufficientStock),
         };
-        let problems: Vec<_> = wanted
-            .iter()
-            .filter_map(|(product, quantity)| problem(product, *quantity))
-            .collect();
-        let gravest = [
-            FailureReason::UnknownProduct,
-            FailureReason::ProductInactive,
-            FailureReason::InsufficientStock,
-        ];
+        let problems: Vec<_> = wanted.iter().filter_map(|(product, quantity)| problem(product, *quantity)).collect();
+        let gravest = [FailureReason::UnknownProduct, FailureReason::ProductInactive, FailureReason::InsufficientStock];
         let fate = match gravest.into_iter().find(|reason| problems.contains(reason)) {
             Some(reason) => Fate::Refused(reason),
             None => {
@@ -183,10 +176,7 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
             println!("{text}");
         }
     };
-    tell(&format!(
-        "Starting NATS, Postgres, Redis and the product service (seed {}) …",
-        args.seed
-    ));
+    tell(&format!("Starting NATS, Postgres, Redis and the product service (seed {}) …", args.seed));
     let stack = tokio::select! {
         () = stop.cancelled() => return Ok(ExitCode::FAILURE),
         stack = Stack::start(folder.path()) => stack?,
@@ -210,18 +200,11 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
     } else {
         let seconds = started.elapsed().as_secs_f64();
         match failed {
-            0 => println!(
-                "Every number is as it must be ({} checks, {seconds:.1} s).",
-                checks.len()
-            ),
+            0 => println!("Every number is as it must be ({} checks, {seconds:.1} s).", checks.len()),
             failed => println!("{failed} of {} checks failed; see above.", checks.len()),
         }
     }
-    Ok(if failed == 0 {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 async fn show(stack: &Stack, args: &DemoArgs) -> anyhow::Result<Vec<Check>> {
@@ -239,33 +222,19 @@ async fn show(stack: &Stack, args: &DemoArgs) -> anyhow::Result<Vec<Check>> {
     let rows: Vec<Row> = catalogue::read(CATALOGUE.as_bytes())?.collect::<Result<_, _>>()?;
     let product_client = ProductClient::new(client.clone());
     let imported = import(&product_client, rows.clone().into_iter().map(Ok), Progress::hidden()).await?;
-    ensure!(
-        imported.errors.is_empty(),
-        "the demo's catalogue was refused: {:?}",
-        imported.errors
-    );
-    tell(&format!(
-        "\nImported {} products of kitchens and bedrooms.",
-        imported.registered
-    ));
+    ensure!(imported.errors.is_empty(), "the demo's catalogue was refused: {:?}", imported.errors);
+    tell(&format!("\nImported {} products of kitchens and bedrooms.", imported.registered));
     let mut model = Model::default();
     for row in &rows {
-        model
-            .stock
-            .insert(catalogue::product_id(&row.sku), (row.quantity, true));
+        model.stock.insert(catalogue::product_id(&row.sku), (row.quantity, true));
     }
     let off_sale = take_off_sale(&product_client, &rows, &mut model).await?;
 
     tell("Publishing orders of every kind to lomash.orders.created …");
     let published = publish_all(&context, &rows, off_sale, &mut dice, &mut model).await?;
-    let malformed = published
-        .iter()
-        .filter(|message| message.kind == Kind::Malformed)
-        .count();
+    let malformed = published.iter().filter(|message| message.kind == Kind::Malformed).count();
 
-    timeout(SETTLE_TIMEOUT, wait_until_decided(&context))
-        .await
-        .context("the orders were not decided in time")??;
+    timeout(SETTLE_TIMEOUT, wait_until_decided(&context)).await.context("the orders were not decided in time")??;
     let database_url = Secret::from(stack.postgres.url());
     verify::wait_until_quiet(&context, Some(&database_url), SETTLE_TIMEOUT).await?;
 
@@ -284,97 +253,34 @@ async fn show(stack: &Stack, args: &DemoArgs) -> anyhow::Result<Vec<Check>> {
 
     let mut checks = Vec::new();
     let mut check = |what: &str, expected: String, found: String| {
-        checks.push(Check {
-            what: what.to_owned(),
-            ok: expected == found,
-            expected,
-            found,
-        });
+        checks.push(Check { what: what.to_owned(), ok: expected == found, expected, found });
     };
     let count = |fates: &HashMap<OrderId, Fate>, wanted: fn(&Fate) -> bool| {
         fates.values().filter(|fate| wanted(fate)).count().to_string()
     };
-    check(
-        "orders decided",
-        model.fates.len().to_string(),
-        ledger.fates.len().to_string(),
-    );
+    check("orders decided", model.fates.len().to_string(), ledger.fates.len().to_string());
     let allocated = |fate: &Fate| *fate == Fate::Allocated;
-    check(
-        "orders allocated",
-        count(&model.fates, allocated),
-        count(&ledger.fates, allocated),
-    );
-    for reason in [
-        FailureReason::InsufficientStock,
-        FailureReason::UnknownProduct,
-        FailureReason::ProductInactive,
-    ] {
+    check("orders allocated", count(&model.fates, allocated), count(&ledger.fates, allocated));
+    for reason in [FailureReason::InsufficientStock, FailureReason::UnknownProduct, FailureReason::ProductInactive] {
         let of = |fates: &HashMap<OrderId, Fate>| {
-            fates
-                .values()
-                .filter(|fate| **fate == Fate::Refused(reason))
-                .count()
-                .to_string()
+            fates.values().filter(|fate| **fate == Fate::Refused(reason)).count().to_string()
         };
-        check(
-            &format!("orders refused: {reason}"),
-            of(&model.fates),
-            of(&ledger.fates),
-        );
+        check(&format!("orders refused: {reason}"), of(&model.fates), of(&ledger.fates));
     }
-    let differing = model
-        .fates
-        .iter()
-        .filter(|(order, fate)| ledger.fates.get(*order) != Some(fate))
-        .count();
-    check(
-        "orders with another fate than the model says",
-        "0".to_owned(),
-        differing.to_string(),
-    );
-    check(
-        "units sold",
-        model.units_sold.to_string(),
-        ledger.units_sold.to_string(),
-    );
-    let stock_off = model
-        .stock
-        .iter()
-        .filter(|(product, (stock, _))| ledger.stock.get(*product).unwrap_or(&0) != stock)
-        .count();
-    check(
-        "products with another stock than the model says",
-        "0".to_owned(),
-        stock_off.to_string(),
-    );
+    let differing = model.fates.iter().filter(|(order, fate)| ledger.fates.get(*order) != Some(fate)).count();
+    check("orders with another fate than the model says", "0".to_owned(), differing.to_string());
+    check("units sold", model.units_sold.to_string(), ledger.units_sold.to_string());
+    let stock_off =
+        model.stock.iter().filter(|(product, (stock, _))| ledger.stock.get(*product).unwrap_or(&0) != stock).count();
+    check("products with another stock than the model says", "0".to_owned(), stock_off.to_string());
     let duplicates = published.iter().filter(|message| message.duplicate).count();
-    let same_event = published
-        .iter()
-        .filter(|message| message.kind == Kind::SameEvent)
-        .count();
-    check(
-        "events the stream knew already",
-        same_event.to_string(),
-        duplicates.to_string(),
-    );
+    let same_event = published.iter().filter(|message| message.kind == Kind::SameEvent).count();
+    check("events the stream knew already", same_event.to_string(), duplicates.to_string());
     check("dead letters", malformed.to_string(), letters.len().to_string());
     let without_reason = letters.iter().filter(|(_, reason)| reason.is_empty()).count();
-    check(
-        "dead letters without a reason",
-        "0".to_owned(),
-        without_reason.to_string(),
-    );
-    check(
-        "changes heard live on lomash.inventory.updated",
-        ledger.updates.to_string(),
-        heard.to_string(),
-    );
-    check(
-        "verify",
-        "clean".to_owned(),
-        if report.is_clean() { "clean" } else { "violated" }.to_owned(),
-    );
+    check("dead letters without a reason", "0".to_owned(), without_reason.to_string());
+    check("changes heard live on lomash.inventory.updated", ledger.updates.to_string(), heard.to_string());
+    check("verify", "clean".to_owned(), if report.is_clean() { "clean" } else { "violated" }.to_owned());
     if !args.json {
         show_checks(&checks);
     }
@@ -383,18 +289,10 @@ async fn show(stack: &Stack, args: &DemoArgs) -> anyhow::Result<Vec<Check>> {
 
 /// Takes one product off sale, as an admin would.
 async fn take_off_sale(client: &ProductClient, rows: &[Row], model: &mut Model) -> anyhow::Result<ProductId> {
-    let row = rows
-        .iter()
-        .find(|row| row.quantity > 10)
-        .context("the catalogue has a product in stock")?;
+    let row = rows.iter().find(|row| row.quantity > 10).context("the catalogue has a product in stock")?;
     let product_id = catalogue::product_id(&row.sku);
     let action = Action::Activate { active: false };
-    let command = ProductCommand {
-        command_id: Uuid::new_v4(),
-        product_id,
-        by: UpdatedBy::System,
-        action,
-    };
+    let command = ProductCommand { command_id: Uuid::new_v4(), product_id, by: UpdatedBy::System, action };
     client.send(command, Some("discontinued".to_owned())).await?;
     model.stock.entry(product_id).and_modify(|(_, active)| *active = false);
     Ok(product_id)
@@ -446,29 +344,17 @@ async fn publish_all(
             _ => {}
         }
         model.place(&envelope.payload);
-        let content_type = if kind == Kind::MessagePack {
-            ContentType::MessagePack
-        } else {
-            ContentType::Json
-        };
+        let content_type = if kind == Kind::MessagePack { ContentType::MessagePack } else { ContentType::Json };
         let body = codec::encode(content_type, &envelope);
         let duplicate = publish(context, &envelope.event_id.to_string(), content_type.as_str(), body).await?;
-        published.push(Published {
-            kind,
-            order: Some(envelope.payload.order_id),
-            duplicate,
-        });
+        published.push(Published { kind, order: Some(envelope.payload.order_id), duplicate });
         if matches!(kind, Kind::OneLine | Kind::ManyLines) {
             earlier = Some(envelope);
         }
     }
     for (content_type, body) in malformed(dice)? {
         publish(context, &dice.uuid().to_string(), content_type, body).await?;
-        published.push(Published {
-            kind: Kind::Malformed,
-            order: None,
-            duplicate: false,
-        });
+        published.push(Published { kind: Kind::Malformed, order: None, duplicate: false });
     }
     Ok(published)
 }
@@ -478,19 +364,11 @@ fn order(dice: &mut Dice, lines: &[(ProductId, u64)]) -> anyhow::Result<Envelope
         .iter()
         .map(|(product_id, quantity)| {
             let quantity = u32::try_from(*quantity).ok().and_then(LineQuantity::new);
-            Ok(OrderItem {
-                product_id: *product_id,
-                sku: None,
-                quantity: quantity.context("a quantity in range")?,
-            })
+            Ok(OrderItem { product_id: *product_id, sku: None, quantity: quantity.context("a quantity in range")? })
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
     let items = OrderItems::new(items).context("an order has lines")?;
-    let payload = OrderCreated {
-        order_id: dice.uuid().into(),
-        customer_id: Some(dice.uuid().into()),
-        items,
-    };
+    let payload = OrderCreated { order_id: dice.uuid().into(), customer_id: Some(dice.uuid().into()), items };
     Ok(Envelope::new(dice.uuid().into(), Timestamp::now(), payload))
 }
 
@@ -503,10 +381,7 @@ fn malformed(dice: &mut Dice) -> anyhow::Result<Vec<(&'static str, Vec<u8>)>> {
     Ok(vec![
         (json, good[..good.len() / 2].to_vec()),
         (json, text.replace("\"quantity\":1", "\"quantity\":0").into_bytes()),
-        (
-            json,
-            text.replace("\"version\":\"1.0\"", "\"version\":\"2.0\"").into_bytes(),
-        ),
+        (json, text.replace("\"version\":\"1.0\"", "\"version\":\"2.0\"").into_bytes()),
         (json, text.replace("order-created", "order-cancelled").into_bytes()),
         (json, text.replace("\"orderId\":\"", "\"orderId\":\"no-").into_bytes()),
         (msgpack, vec![0xc1, 0x00, 0xff]),
@@ -521,9 +396,7 @@ async fn publish(context: &Context, event_id: &str, content_type: &str, body: Ve
     if content_type != ContentType::Json.as_str() {
         headers.insert(header::CONTENT_TYPE, content_type);
     }
-    let sent = context
-        .publish_with_headers(Topic::OrdersCreated.as_str(), headers, Bytes::from(body))
-        .await?;
+    let sent = context.publish_with_headers(Topic::OrdersCreated.as_str(), headers, Bytes::from(body)).await?;
     Ok(sent.await?.duplicate)
 }
 
@@ -552,19 +425,13 @@ async fn read_ledger(context: &Context) -> anyhow::Result<Told> {
                     told.fates.insert(order, Fate::Allocated);
                     told.units_sold += u64::from(updated.previous_quantity - updated.new_quantity);
                 }
-                told.history
-                    .entry(updated.product_id)
-                    .or_default()
-                    .push((message, event));
+                told.history.entry(updated.product_id).or_default().push((message, event));
             }
             LedgerEvent::InventoryUpdateFailed(failed) => {
                 told.fates.insert(failed.order_id, Fate::Refused(failed.reason));
             }
             LedgerEvent::ProductRegistered(_) | LedgerEvent::ProductRevised(_) | LedgerEvent::ProductUpdated(_) => {
-                told.history
-                    .entry(ProductId(event.key()))
-                    .or_default()
-                    .push((message, event));
+                told.history.entry(ProductId(event.key())).or_default().push((message, event));
             }
             LedgerEvent::InventoryCounted(_) => {}
         }
@@ -580,13 +447,8 @@ async fn read_dead_letters(context: &Context) -> anyhow::Result<Vec<(String, Str
     for sequence in 1..=stream.cached_info().state.last_sequence {
         let letter = stream.get_raw_message(sequence).await?;
         if letter.subject.as_str() == filter {
-            let header = |name: &str| {
-                letter
-                    .headers
-                    .get(name)
-                    .map(|value| value.as_str().to_owned())
-                    .unwrap_or_default()
-            };
+            let header =
+                |name: &str| letter.headers.get(name).map(|value| value.as_str().to_owned()).unwrap_or_default();
             letters.push((header(dead_letter::ORIGIN_SEQUENCE), header(dead_letter::REASON)));
         }
     }
@@ -609,10 +471,7 @@ async fn count_heard(mut heard: async_nats::Subscriber, expected: u64) -> u64 {
 fn show_fates(published: &[Published], fates: &HashMap<OrderId, Fate>) {
     let mut rows: BTreeMap<Kind, BTreeMap<Fate, u64>> = BTreeMap::new();
     for message in published {
-        let fate = message
-            .order
-            .and_then(|order| fates.get(&order).copied())
-            .unwrap_or(Fate::DeadLetter);
+        let fate = message.order.and_then(|order| fates.get(&order).copied()).unwrap_or(Fate::DeadLetter);
         *rows.entry(message.kind).or_default().entry(fate).or_default() += 1;
     }
     let mut table = output::table(&["what was published", "messages", "what happened", "why"]);
@@ -629,12 +488,7 @@ fn show_fates(published: &[Published], fates: &HashMap<OrderId, Fate>) {
                 (Fate::Refused(reason), _) => ("refused, all lines", reason.to_string()),
                 (Fate::DeadLetter, _) => ("dead letter", "see below".to_owned()),
             };
-            table.add_row(vec![
-                Cell::new(kind.told()),
-                output::number_cell(count),
-                Cell::new(what),
-                Cell::new(why),
-            ]);
+            table.add_row(vec![Cell::new(kind.told()), output::number_cell(count), Cell::new(what), Cell::new(why)]);
         }
     }
     println!("\n{table}");
@@ -654,16 +508,8 @@ fn show_history(told: &Told, rows: &[Row]) {
         let product = catalogue::product_id(&row.sku);
         row.quantity > 0 && told.stock.get(&product) == Some(&0)
     };
-    let length = |row: &&Row| {
-        told.history
-            .get(&catalogue::product_id(&row.sku))
-            .map_or(usize::MAX, Vec::len)
-    };
-    let chosen = rows
-        .iter()
-        .filter(sold_out)
-        .min_by_key(length)
-        .or_else(|| rows.iter().min_by_key(length));
+    let length = |row: &&Row| told.history.get(&catalogue::product_id(&row.sku)).map_or(usize::MAX, Vec::len);
+    let chosen = rows.iter().filter(sold_out).min_by_key(length).or_else(|| rows.iter().min_by_key(length));
     let Some(row) = chosen else { return };
     let product_id = catalogue::product_id(&row.sku);
     println!("\nThe history of {} ({}), from the stream:", row.sku, row.name);
@@ -679,11 +525,7 @@ fn show_history(told: &Told, rows: &[Row]) {
                 },
             ),
             LedgerEvent::ProductUpdated(updated) => {
-                let fields: Vec<String> = updated
-                    .changed_fields
-                    .iter()
-                    .map(|field| format!("{field:?}"))
-                    .collect();
+                let fields: Vec<String> = updated.changed_fields.iter().map(|field| format!("{field:?}")).collect();
                 (String::new(), fields.join(", "))
             }
             _ => (String::new(), String::new()),

@@ -35,12 +35,7 @@ pub struct ImportArgs {
     /// The catalogue: CSV with the columns sku, name, category, quantity, threshold.
     pub file: PathBuf,
     /// NATS server or servers, comma-separated.
-    #[arg(
-        long,
-        env = "NATS_URL",
-        default_value = "nats://127.0.0.1:4222",
-        hide_env_values = true
-    )]
+    #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222", hide_env_values = true)]
     pub nats_url: Secret,
     /// Print the report as JSON.
     #[arg(long)]
@@ -90,11 +85,7 @@ pub async fn run(args: ImportArgs) -> anyhow::Result<ExitCode> {
     } else {
         show(&report);
     }
-    Ok(if report.errors.is_empty() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    Ok(if report.errors.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Imports the rows.
@@ -144,18 +135,12 @@ async fn put(client: &ProductClient, row: Row) -> anyhow::Result<Result<RowOutco
         low_stock_threshold: row.threshold,
         active: true,
     };
-    let command = |action| ProductCommand {
-        command_id: Uuid::new_v4(),
-        product_id,
-        by: UpdatedBy::System,
-        action,
-    };
-    let register = Action::Register {
-        details: details.clone(),
-        initial_quantity: row.quantity,
-    };
+    let command = |action| ProductCommand { command_id: Uuid::new_v4(), product_id, by: UpdatedBy::System, action };
+    let register = Action::Register { details: details.clone(), initial_quantity: row.quantity };
+    let mut tried = RowOutcome::Registered;
     let mut answer = client.send(command(register), None).await;
     if let Err(ClientError::Rejected(Rejection::AlreadyRegistered)) = answer {
+        tried = RowOutcome::Revised;
         answer = client.send(command(Action::Revise { details }), None).await;
     }
     match answer {
@@ -165,6 +150,8 @@ async fn put(client: &ProductClient, row: Row) -> anyhow::Result<Result<RowOutco
             Outcome::Unchanged => Ok(Ok(RowOutcome::Unchanged)),
             other => bail!("the product service answered a registration with {other:?}"),
         },
+        // An earlier try went through and only its answer was lost.
+        Err(ClientError::Rejected(Rejection::Repeated)) => Ok(Ok(tried)),
         Err(problem @ (ClientError::Rejected(_) | ClientError::BadRequest(_))) => Ok(Err(problem.to_string())),
         Err(problem @ ClientError::Unavailable(_)) => Err(problem.into()),
     }

@@ -60,12 +60,7 @@ pub struct ReplayArgs {
     #[arg(long)]
     pub wait: bool,
     /// NATS server or servers, comma-separated.
-    #[arg(
-        long,
-        env = "NATS_URL",
-        default_value = "nats://127.0.0.1:4222",
-        hide_env_values = true
-    )]
+    #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222", hide_env_values = true)]
     pub nats_url: Secret,
     /// Print the report as JSON.
     #[arg(long)]
@@ -112,11 +107,7 @@ pub async fn run(command: OrdersCommand) -> anyhow::Result<()> {
         OrdersCommand::Replay(args) => {
             let client = nats::connect(args.nats_url.expose(), "lomash orders replay").await?;
             let report = replay(&async_nats::jetstream::new(client), &args).await?;
-            if args.json {
-                output::print_json(&report)
-            } else {
-                show(&report)
-            }
+            if args.json { output::print_json(&report) } else { show(&report) }
         }
     }
 }
@@ -138,13 +129,7 @@ async fn replay(context: &Context, args: &ReplayArgs) -> anyhow::Result<ReplayRe
         }
         taken += 1;
         report.lines += order.payload.items.as_slice().len() as u64;
-        report.units += order
-            .payload
-            .items
-            .as_slice()
-            .iter()
-            .map(|item| u64::from(item.quantity.get()))
-            .sum::<u64>();
+        report.units += order.payload.items.as_slice().iter().map(|item| u64::from(item.quantity.get())).sum::<u64>();
         in_flight.push(publish(context, order));
         while in_flight.len() >= IN_FLIGHT {
             confirmed(in_flight.next().await, &mut report, &mut progress)?;
@@ -159,11 +144,7 @@ async fn replay(context: &Context, args: &ReplayArgs) -> anyhow::Result<ReplayRe
     }
     progress.finish();
     report.publish_seconds = started.elapsed().as_secs_f64();
-    report.skipped = orders
-        .skipped()
-        .into_iter()
-        .map(|(reason, count)| (reason.to_owned(), count))
-        .collect();
+    report.skipped = orders.skipped().into_iter().map(|(reason, count)| (reason.to_owned(), count)).collect();
     if args.wait {
         wait_until_decided(context).await?;
         report.decided_seconds = Some(started.elapsed().as_secs_f64());
@@ -195,9 +176,7 @@ pub async fn publish(context: &Context, order: Envelope<OrderCreated>) -> anyhow
         let mut headers = HeaderMap::new();
         headers.insert(async_nats::header::NATS_MESSAGE_ID, order.event_id.to_string());
         let attempt = async {
-            let sent = context
-                .publish_with_headers(Topic::OrdersCreated.as_str(), headers, body.clone())
-                .await?;
+            let sent = context.publish_with_headers(Topic::OrdersCreated.as_str(), headers, body.clone()).await?;
             sent.await
         };
         let problem = match tokio::time::timeout(CONFIRM_TIMEOUT, attempt).await {
@@ -206,10 +185,7 @@ pub async fn publish(context: &Context, order: Envelope<OrderCreated>) -> anyhow
             Err(_) => format!("no confirmation within {} s", CONFIRM_TIMEOUT.as_secs()),
         };
         if Instant::now() >= deadline {
-            bail!(
-                "order {} was not confirmed by the stream ORDERS: {problem}",
-                order.payload.order_id
-            );
+            bail!("order {} was not confirmed by the stream ORDERS: {problem}", order.payload.order_id);
         }
         tracing::debug!(order.id = %order.payload.order_id, problem, "publishing the order again");
         tokio::time::sleep(RETRY_PAUSE).await;

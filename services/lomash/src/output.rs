@@ -125,10 +125,9 @@ impl Progress {
             Show::Nothing
         } else if std::io::stderr().is_terminal() {
             let (bar, template) = match total {
-                Some(total) => (
-                    ProgressBar::new(total),
-                    "{msg:24} {bar:32} {human_pos} of {human_len}  {per_sec}  {eta}",
-                ),
+                Some(total) => {
+                    (ProgressBar::new(total), "{msg:24} {bar:32} {human_pos} of {human_len}  {per_sec}  {eta}")
+                }
                 None => (ProgressBar::no_length(), "{msg:24} {human_pos}  {per_sec}"),
             };
             bar.set_draw_target(indicatif::ProgressDrawTarget::stderr_with_hz(DRAWS_A_SECOND));
@@ -139,15 +138,7 @@ impl Progress {
             Show::Lines { printed: false }
         };
         let now = Instant::now();
-        Self {
-            what,
-            total,
-            done: 0,
-            looked_at: 0,
-            started: now,
-            last_line: now,
-            show,
-        }
+        Self { what, total, done: 0, looked_at: 0, started: now, last_line: now, show }
     }
 
     /// `count` more are done.
@@ -185,10 +176,7 @@ impl Progress {
         match self.show {
             Show::Bar(bar) => bar.finish_and_clear(),
             Show::Lines { printed: true } => {
-                eprintln!(
-                    "{}: done",
-                    line(&self.what, self.done, self.total, self.started.elapsed())
-                );
+                eprintln!("{}: done", line(&self.what, self.done, self.total, self.started.elapsed()));
             }
             Show::Lines { printed: false } | Show::Nothing => {}
         }
@@ -196,9 +184,7 @@ impl Progress {
 }
 
 fn line(what: &str, done: u64, total: Option<u64>, elapsed: Duration) -> String {
-    let of = total
-        .map(|total| format!(" of {}", thousands(total)))
-        .unwrap_or_default();
+    let of = total.map(|total| format!(" of {}", thousands(total))).unwrap_or_default();
     format!("{what}: {}{of} ({}/s)", thousands(done), thousands(rate(done, elapsed)))
 }
 
@@ -215,14 +201,8 @@ mod tests {
 
     #[test]
     fn numbers_are_grouped_by_thousands() {
-        let cases: [(i128, &str); 6] = [
-            (0, "0"),
-            (999, "999"),
-            (1_000, "1,000"),
-            (22_103, "22,103"),
-            (-1_234_567, "-1,234,567"),
-            (-12, "-12"),
-        ];
+        let cases: [(i128, &str); 6] =
+            [(0, "0"), (999, "999"), (1_000, "1,000"), (22_103, "22,103"), (-1_234_567, "-1,234,567"), (-12, "-12")];
         for (number, text) in cases {
             assert_eq!(thousands(number), text);
         }

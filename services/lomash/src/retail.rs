@@ -105,10 +105,7 @@ pub fn open(path: impl AsRef<Path>) -> anyhow::Result<Orders> {
     let context = || format!("cannot read orders from {}", path.display());
     let source = match Source::open(path).with_context(context)? {
         Source::Ndjson(file) => Orders(Kind::Ndjson { file, line: 0 }),
-        Source::Csv(file) => Orders(Kind::Retail {
-            sales: Sales::read(file).with_context(context)?,
-            next: 0,
-        }),
+        Source::Csv(file) => Orders(Kind::Retail { sales: Sales::read(file).with_context(context)?, next: 0 }),
     };
     Ok(source)
 }
@@ -125,10 +122,8 @@ pub fn catalogue_of(path: impl AsRef<Path>, quantity: impl Fn(u64) -> u32) -> an
     let path = path.as_ref();
     let context = || format!("cannot read products from {}", path.display());
     let Source::Csv(file) = Source::open(path).with_context(context)? else {
-        return Err(anyhow!(
-            "it holds order envelopes, which name no products; give the retail CSV"
-        ))
-        .with_context(context);
+        return Err(anyhow!("it holds order envelopes, which name no products; give the retail CSV"))
+            .with_context(context);
     };
     Ok(Sales::read(file).with_context(context)?.into_products(quantity))
 }
@@ -145,17 +140,10 @@ impl Source {
     fn open(path: &Path) -> anyhow::Result<Self> {
         let mut file = BufReader::with_capacity(1 << 16, File::open(path)?);
         let gzip = file.fill_buf()?.starts_with(&[0x1f, 0x8b]);
-        let mut file: Bytes = if gzip {
-            Box::new(BufReader::with_capacity(1 << 16, MultiGzDecoder::new(file)))
-        } else {
-            Box::new(file)
-        };
+        let mut file: Bytes =
+            if gzip { Box::new(BufReader::with_capacity(1 << 16, MultiGzDecoder::new(file))) } else { Box::new(file) };
 
-        if file
-            .fill_buf()
-            .context("it begins like gzip, but does not unpack")?
-            .starts_with(b"\xef\xbb\xbf")
-        {
+        if file.fill_buf().context("it begins like gzip, but does not unpack")?.starts_with(b"\xef\xbb\xbf") {
             file.consume(3);
         }
         // The white space that is looked over here is a line end or nothing to both formats. A CSV's lines are counted
@@ -163,9 +151,7 @@ impl Source {
         let mut blank = Vec::new();
         loop {
             let buffer = file.fill_buf()?;
-            let Some(first) = buffer.first().copied() else {
-                bail!("the file is empty")
-            };
+            let Some(first) = buffer.first().copied() else { bail!("the file is empty") };
             if first == b'{' {
                 return Ok(Self::Ndjson(Box::new(std::io::Cursor::new(blank).chain(file))));
             }
@@ -194,10 +180,7 @@ enum Kind {
 
 impl std::fmt::Debug for Orders {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Orders")
-            .field("total", &self.total())
-            .field("skipped", &self.skipped())
-            .finish_non_exhaustive()
+        f.debug_struct("Orders").field("total", &self.total()).field("skipped", &self.skipped()).finish_non_exhaustive()
     }
 }
 
@@ -323,10 +306,7 @@ impl Columns {
             header.iter().position(|cell| {
                 // The same data is also around with `Customer ID` and the like.
                 let plain = cell.iter().filter(|byte| !byte.is_ascii_whitespace());
-                plain
-                    .copied()
-                    .map(|byte| byte.to_ascii_lowercase())
-                    .eq(name.bytes().map(|b| b.to_ascii_lowercase()))
+                plain.copied().map(|byte| byte.to_ascii_lowercase()).eq(name.bytes().map(|b| b.to_ascii_lowercase()))
             })
         };
         let needed = |name: &str| {
@@ -369,20 +349,14 @@ impl Sales {
     fn order(&self, index: usize) -> Option<anyhow::Result<Envelope<OrderCreated>>> {
         let invoice = self.invoices.get(index)?;
         let end = self.invoices.get(index + 1).map_or(self.sales.len(), |next| next.begin);
-        let mut lines: Vec<(u32, LineQuantity)> = self.sales[invoice.begin..end]
-            .iter()
-            .map(|sale| (sale.product, sale.quantity))
-            .collect();
+        let mut lines: Vec<(u32, LineQuantity)> =
+            self.sales[invoice.begin..end].iter().map(|sale| (sale.product, sale.quantity)).collect();
         if lines.len() > MAX_ORDER_ITEMS {
             lines = merged(&lines);
         }
         let item = |(product, quantity): (u32, LineQuantity)| {
             let sku = &self.products[product as usize].sku;
-            OrderItem {
-                product_id: product_id(sku),
-                sku: Some(sku.clone()),
-                quantity,
-            }
+            OrderItem { product_id: product_id(sku), sku: Some(sku.clone()), quantity }
         };
         let count = lines.len();
         let Some(items) = OrderItems::new(lines.into_iter().map(item).collect()) else {
@@ -393,15 +367,7 @@ impl Sales {
         };
         let order_id = OrderId(derived_id("order", &invoice.number));
         let event_id = EventId(Uuid::new_v5(&order_id.0, b"order-created"));
-        Some(Ok(Envelope::new(
-            event_id,
-            invoice.at,
-            OrderCreated {
-                order_id,
-                customer_id: invoice.customer,
-                items,
-            },
-        )))
+        Some(Ok(Envelope::new(event_id, invoice.at, OrderCreated { order_id, customer_id: invoice.customer, items })))
     }
 
     fn into_products(self, quantity: impl Fn(u64) -> u32) -> Vec<RetailProduct> {
@@ -420,14 +386,7 @@ impl Sales {
         let with_counts = |(product, (ordered, orders)): (Product, (u64, u64))| {
             let name = product.name.unwrap_or_else(|| product.sku.as_str().into());
             let quantity = quantity(ordered).min(MAX_STOCK);
-            let row = Row {
-                line: product.line,
-                sku: product.sku,
-                name,
-                category: None,
-                quantity,
-                threshold: None,
-            };
+            let row = Row { line: product.line, sku: product.sku, name, category: None, quantity, threshold: None };
             RetailProduct { row, ordered, orders }
         };
         self.products.into_iter().zip(counts).map(with_counts).collect()
@@ -484,11 +443,7 @@ impl Grouping {
             None => self.unreadable(line),
         }
         // Indexes are 32 bits wide; a file that large would need 50 GB here.
-        anyhow::ensure!(
-            self.sales.len() < u32::MAX as usize,
-            "the file has more than {} lines",
-            u32::MAX
-        );
+        anyhow::ensure!(self.sales.len() < u32::MAX as usize, "the file has more than {} lines", u32::MAX);
         Ok(())
     }
 
@@ -501,10 +456,7 @@ impl Grouping {
 
     /// The cell, if it is text and not blank.
     fn text(record: &ByteRecord, column: usize) -> Option<&str> {
-        std::str::from_utf8(record.get(column)?)
-            .ok()
-            .map(str::trim)
-            .filter(|text| !text.is_empty())
+        std::str::from_utf8(record.get(column)?).ok().map(str::trim).filter(|text| !text.is_empty())
     }
 
     fn quantity(record: &ByteRecord, columns: &Columns) -> Option<i64> {
@@ -522,11 +474,7 @@ impl Grouping {
     ) -> Option<()> {
         let code = Self::text(record, columns.code)?;
         let product = self.product_by_code.get(code).copied();
-        let new_sku: Option<Sku> = if product.is_none() {
-            Some(code.parse().ok()?)
-        } else {
-            None
-        };
+        let new_sku: Option<Sku> = if product.is_none() { Some(code.parse().ok()?) } else { None };
 
         let customer = columns.customer.and_then(|column| Self::text(record, column));
         let customer_id = || customer.map(|customer| CustomerId(derived_id("customer", customer)));
@@ -538,12 +486,7 @@ impl Grouping {
             let date = Self::text(record, columns.date)?;
             let at = PrimitiveDateTime::parse(date, INVOICE_DATE).ok()?.assume_utc().into();
             let index = u32::try_from(self.invoices.len()).ok()?;
-            self.invoices.push(Invoice {
-                number: invoice.into(),
-                customer: customer_id(),
-                at,
-                begin: 0,
-            });
+            self.invoices.push(Invoice { number: invoice.into(), customer: customer_id(), at, begin: 0 });
             self.invoice_by_number.insert(invoice.into(), index);
             index
         };
@@ -559,16 +502,9 @@ impl Grouping {
         };
         let name = &mut self.products[product as usize].name;
         if name.is_none() {
-            *name = columns
-                .description
-                .and_then(|column| record.get(column))
-                .and_then(clean_name);
+            *name = columns.description.and_then(|column| record.get(column)).and_then(clean_name);
         }
-        self.sales.push(Sale {
-            invoice,
-            product,
-            quantity,
-        });
+        self.sales.push(Sale { invoice, product, quantity });
         Some(())
     }
 
@@ -582,23 +518,14 @@ impl Grouping {
                 next += 1;
             }
         }
-        Sales {
-            invoices: self.invoices,
-            products: self.products,
-            sales: self.sales,
-            skipped: self.skipped,
-        }
+        Sales { invoices: self.invoices, products: self.products, sales: self.sales, skipped: self.skipped }
     }
 }
 
 /// A description as a name within the contract's limits, if anything is left of it.
 fn clean_name(description: &[u8]) -> Option<Box<str>> {
     let text = String::from_utf8_lossy(description);
-    let visible: String = text
-        .chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .take(MAX_NAME_CHARS)
-        .collect();
+    let visible: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_NAME_CHARS).collect();
     let name = visible.trim();
     (!name.is_empty()).then(|| name.into())
 }

@@ -28,12 +28,7 @@ const CLIENT_NAME: &str = "lomash status";
 #[derive(Clone, Debug, Args)]
 pub struct StatusArgs {
     /// The NATS server or servers.
-    #[arg(
-        long,
-        env = "NATS_URL",
-        hide_env_values = true,
-        default_value = "nats://127.0.0.1:4222"
-    )]
+    #[arg(long, env = "NATS_URL", hide_env_values = true, default_value = "nats://127.0.0.1:4222")]
     pub nats_url: String,
     /// The Postgres database of the projection; without it the projection is not shown.
     #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
@@ -128,10 +123,7 @@ pub struct ProjectionStatus {
 pub async fn run(args: StatusArgs) -> anyhow::Result<ExitCode> {
     let connecting = lomash_platform::nats::connect(&args.nats_url, CLIENT_NAME);
     let client = tokio::time::timeout(CONNECT_TIMEOUT, connecting).await.map_err(|_| {
-        anyhow!(
-            "NATS does not answer within {} s; is it running, and is NATS_URL right?",
-            CONNECT_TIMEOUT.as_secs()
-        )
+        anyhow!("NATS does not answer within {} s; is it running, and is NATS_URL right?", CONNECT_TIMEOUT.as_secs())
     })??;
     let status = status(&async_nats::jetstream::new(client), args.database_url.as_ref()).await;
     if args.json {
@@ -147,12 +139,7 @@ pub async fn status(context: &Context, database_url: Option<&Secret>) -> Snapsho
     let mut streams = Vec::new();
     let mut consumers = Vec::new();
     let mut ledger_end = None;
-    for streams::Definition {
-        name,
-        consumers: defined,
-        ..
-    } in streams::definitions()
-    {
+    for streams::Definition { name, consumers: defined, .. } in streams::definitions() {
         let answer = match context.get_stream(&name).await {
             Ok(stream) => {
                 let info = stream.cached_info();
@@ -180,11 +167,7 @@ pub async fn status(context: &Context, database_url: Option<&Secret>) -> Snapsho
             Err(problem) => Answer::Unavailable(format!("{problem:#}")),
         },
     };
-    Snapshot {
-        streams,
-        consumers,
-        projection,
-    }
+    Snapshot { streams, consumers, projection }
 }
 
 /// The durable consumers that are there, and those that are defined and are not.
@@ -194,10 +177,7 @@ fn consumer_parts<E: std::fmt::Display>(
     found: Result<Vec<consumer::Info>, E>,
 ) -> Vec<Part<ConsumerStatus>> {
     let (found, problem) = match found {
-        Ok(found) => (
-            found,
-            "it does not exist; the product service creates it at start".to_owned(),
-        ),
+        Ok(found) => (found, "it does not exist; the product service creates it at start".to_owned()),
         Err(problem) => (Vec::new(), problem.to_string()),
     };
     let mut parts: Vec<_> = found
@@ -210,20 +190,14 @@ fn consumer_parts<E: std::fmt::Display>(
                 ack_pending: info.num_ack_pending as u64,
                 redelivered: info.num_redelivered as u64,
                 ack_floor: info.ack_floor.stream_sequence,
-                pinned_client: info
-                    .priority_groups
-                    .into_iter()
-                    .find_map(|group| group.pinned_client_id),
+                pinned_client: info.priority_groups.into_iter().find_map(|group| group.pinned_client_id),
             }),
         })
         .collect();
     for (name, _) in defined {
         let name = format!("{stream}/{name}");
         if !parts.iter().any(|part| part.name == name) {
-            parts.push(Part {
-                name,
-                answer: Answer::Unavailable(problem.clone()),
-            });
+            parts.push(Part { name, answer: Answer::Unavailable(problem.clone()) });
         }
     }
     parts
@@ -236,13 +210,7 @@ async fn projection(url: &Secret, ledger_end: Option<u64>) -> anyhow::Result<Pro
     let row = client
         .query_opt(query, &[])
         .await
-        .map_err(|problem| {
-            anyhow!(
-                problem
-                    .as_db_error()
-                    .map_or_else(|| problem.to_string(), ToString::to_string)
-            )
-        })?
+        .map_err(|problem| anyhow!(problem.as_db_error().map_or_else(|| problem.to_string(), ToString::to_string)))?
         .ok_or_else(|| anyhow!("there is no checkpoint; the product service creates it at start"))?;
     let unsigned = |column| u64::try_from(row.get::<_, i64>(column)).unwrap_or(0);
     let checkpoint = unsigned(0);
@@ -275,14 +243,7 @@ pub fn render(status: &Snapshot) -> String {
             Answer::Unavailable(why) => unavailable.push(format!("stream {name}: {why}")),
         }
     }
-    let mut consumers = output::table(&[
-        "consumer",
-        "pending",
-        "in work",
-        "redelivered",
-        "acknowledged to",
-        "pinned",
-    ]);
+    let mut consumers = output::table(&["consumer", "pending", "in work", "redelivered", "acknowledged to", "pinned"]);
     for Part { name, answer } in &status.consumers {
         match answer {
             Answer::Found(consumer) => {
@@ -304,9 +265,7 @@ pub fn render(status: &Snapshot) -> String {
             projections.add_row([
                 Cell::new("inventory"),
                 output::number_cell(projection.checkpoint),
-                projection
-                    .lag_events
-                    .map_or_else(|| Cell::new("unknown"), output::number_cell),
+                projection.lag_events.map_or_else(|| Cell::new("unknown"), output::number_cell),
                 output::number_cell(projection.products),
                 output::number_cell(projection.skipped),
             ]);
@@ -314,11 +273,7 @@ pub fn render(status: &Snapshot) -> String {
         Answer::Unavailable(why) => unavailable.push(format!("projection: {why}")),
     }
     let mut text = String::new();
-    let parts = [
-        ("From NATS, as the leaders say:", &streams),
-        ("", &consumers),
-        ("From Postgres:", &projections),
-    ];
+    let parts = [("From NATS, as the leaders say:", &streams), ("", &consumers), ("From Postgres:", &projections)];
     for (source, table) in parts {
         if !table.is_empty() {
             if !source.is_empty() {

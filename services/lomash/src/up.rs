@@ -127,13 +127,7 @@ pub struct Ended {
 
 impl std::fmt::Display for Ended {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "{} ended by itself ({}); {}",
-            self.name,
-            self.status,
-            log_tail(&self.log)
-        )
+        write!(f, "{} ended by itself ({}); {}", self.name, self.status, log_tail(&self.log))
     }
 }
 
@@ -154,28 +148,15 @@ impl Stack {
     /// When another one runs on `data`, or a server does not start.
     pub async fn start_servers(data: &Path) -> Result<Self> {
         fs::create_dir_all(data).with_context(|| format!("could not create the data folder {}", data.display()))?;
-        let data = data
-            .canonicalize()
-            .with_context(|| format!("could not resolve {}", data.display()))?;
+        let data = data.canonicalize().with_context(|| format!("could not resolve {}", data.display()))?;
         // No patience: whoever holds it runs a whole stack.
         let lock = FolderLock::acquire(&data, Duration::ZERO).await?;
         let (nats_dir, postgres_dir, redis_dir) = (data.join("nats"), data.join("postgres"), data.join("redis"));
-        let (nats, postgres, redis) = tokio::try_join!(
-            Nats::start(&nats_dir),
-            Postgres::start(&postgres_dir),
-            Redis::start(&redis_dir)
-        )?;
+        let (nats, postgres, redis) =
+            tokio::try_join!(Nats::start(&nats_dir), Postgres::start(&postgres_dir), Redis::start(&redis_dir))?;
         tokio::try_join!(apply_streams(&nats), apply_sql(&postgres))?;
         let env_file = EnvFile::write(&data, &nats, &postgres, &redis)?;
-        Ok(Self {
-            env_file,
-            services: Vec::new(),
-            redis,
-            postgres,
-            nats,
-            data,
-            _lock: lock,
-        })
+        Ok(Self { env_file, services: Vec::new(), redis, postgres, nats, data, _lock: lock })
     }
 
     async fn start_services(&mut self) -> Result<()> {
@@ -219,11 +200,7 @@ impl Stack {
     /// Everything that was started, in that order.
     #[must_use]
     pub fn parts(&self) -> Vec<Part> {
-        let servers = [
-            server_part(&self.nats),
-            server_part(&self.postgres),
-            server_part(&self.redis),
-        ];
+        let servers = [server_part(&self.nats), server_part(&self.postgres), server_part(&self.redis)];
         let services = self.services.iter().map(|service| Part {
             name: service.name().to_owned(),
             state: state(service.pid()),
@@ -238,20 +215,10 @@ impl Stack {
     /// Completes when a part ends that was not told to.
     pub async fn part_ended(&self) -> Ended {
         let services = self.services.iter().map(|service| {
-            async move {
-                (
-                    service.name().to_owned(),
-                    service.ended().await,
-                    service.log().to_owned(),
-                )
-            }
-            .boxed()
+            async move { (service.name().to_owned(), service.ended().await, service.log().to_owned()) }.boxed()
         });
-        let parts = [
-            server_ended(&self.nats).boxed(),
-            server_ended(&self.postgres).boxed(),
-            server_ended(&self.redis).boxed(),
-        ];
+        let parts =
+            [server_ended(&self.nats).boxed(), server_ended(&self.postgres).boxed(), server_ended(&self.redis).boxed()];
         let ((name, status, log), _, _) = futures::future::select_all(parts.into_iter().chain(services)).await;
         Ended { name, status, log }
     }
@@ -276,11 +243,7 @@ impl Stack {
             problems.extend(self.nats.stop().await.err());
         }
         let problems: Vec<String> = problems.iter().map(|problem| format!("{problem:#}")).collect();
-        if problems.is_empty() {
-            Ok(())
-        } else {
-            Err(anyhow!("{}", problems.join("\n")))
-        }
+        if problems.is_empty() { Ok(()) } else { Err(anyhow!("{}", problems.join("\n"))) }
     }
 }
 
@@ -289,10 +252,7 @@ async fn apply_streams(nats: &Nats) -> Result<()> {
     let client = lomash_platform::nats::connect(&nats.url(), CLIENT_NAME).await?;
     let context = async_nats::jetstream::new(client);
     lomash_ledger::streams::wait_until_ready(&context).await?;
-    for difference in lomash_ledger::streams::apply(&context, REPLICAS)
-        .await
-        .context("could not apply streams/")?
-    {
+    for difference in lomash_ledger::streams::apply(&context, REPLICAS).await.context("could not apply streams/")? {
         warn!(%difference, "a stream on the server is not as it is defined");
     }
     Ok(())
@@ -300,9 +260,7 @@ async fn apply_streams(nats: &Nats) -> Result<()> {
 
 /// Brings the schema up to date.
 async fn apply_sql(postgres: &Postgres) -> Result<()> {
-    lomash_platform::postgres::migrate(&Secret::from(postgres.url()))
-        .await
-        .context("could not apply sql/")
+    lomash_platform::postgres::migrate(&Secret::from(postgres.url())).await.context("could not apply sql/")
 }
 
 async fn product_service_is_ready(nats_url: &str, service: &Service) -> Result<()> {
@@ -324,11 +282,7 @@ async fn product_service_is_ready(nats_url: &str, service: &Service) -> Result<(
         };
         if started.elapsed() >= PRODUCT_SERVICE_START_TIMEOUT {
             let seconds = PRODUCT_SERVICE_START_TIMEOUT.as_secs();
-            bail!(
-                "{} was not ready after {seconds} s ({problem}); {}",
-                service.name(),
-                log_tail(service.log())
-            );
+            bail!("{} was not ready after {seconds} s ({problem}); {}", service.name(), log_tail(service.log()));
         }
         tokio::time::sleep(READY_PAUSE).await;
     }
@@ -341,11 +295,7 @@ async fn product_service_is_ready(nats_url: &str, service: &Service) -> Result<(
 pub fn program(name: &str) -> Result<PathBuf> {
     let exe = std::env::current_exe().context("could not find out where this program is")?;
     let folder = exe.parent().context("this program has no folder")?;
-    let folder = if folder.ends_with("deps") {
-        folder.parent().unwrap_or(folder)
-    } else {
-        folder
-    };
+    let folder = if folder.ends_with("deps") { folder.parent().unwrap_or(folder) } else { folder };
     let program = folder.join(name);
     if !program.is_file() {
         bail!(
@@ -364,12 +314,7 @@ impl EnvFile {
     fn write(data: &Path, nats: &Nats, postgres: &Postgres, redis: &Redis) -> Result<Self> {
         let path = data.join(ENV_FILE);
         let unfinished = data.join(format!("{ENV_FILE}.new"));
-        let text = format!(
-            "NATS_URL={}\nDATABASE_URL={}\nREDIS_URL={}\n",
-            nats.url(),
-            postgres.url(),
-            redis.url()
-        );
+        let text = format!("NATS_URL={}\nDATABASE_URL={}\nREDIS_URL={}\n", nats.url(), postgres.url(), redis.url());
         // A run that was killed leaves files behind: made anew, so that the mode is ours.
         let _ = fs::remove_file(&unfinished);
         OpenOptions::new()
@@ -434,11 +379,7 @@ fn show(stack: &Stack, json: bool) -> Result<()> {
                 lines.push(format!("Note on {}: {note}.", part.name));
             }
         }
-        lines.push(format!(
-            "Data and logs are in {}; URLs in {}.",
-            stack.data().display(),
-            stack.env_file().display()
-        ));
+        lines.push(format!("Data and logs are in {}; URLs in {}.", stack.data().display(), stack.env_file().display()));
         lines.push("Ready. Ctrl-C stops everything.".to_owned());
         lines.join("\n")
     };

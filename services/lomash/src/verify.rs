@@ -69,12 +69,7 @@ const PROJECTION: &str = "inventory";
 #[derive(Clone, Debug, Args)]
 pub struct VerifyArgs {
     /// The NATS server or servers.
-    #[arg(
-        long,
-        env = "NATS_URL",
-        hide_env_values = true,
-        default_value = "nats://127.0.0.1:4222"
-    )]
+    #[arg(long, env = "NATS_URL", hide_env_values = true, default_value = "nats://127.0.0.1:4222")]
     pub nats_url: String,
     /// The Postgres database of the projection; without it the projection is not checked.
     #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
@@ -109,11 +104,7 @@ pub async fn run(args: VerifyArgs) -> anyhow::Result<ExitCode> {
     } else {
         print!("{}", render(&report));
     }
-    Ok(if report.is_clean() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    Ok(if report.is_clean() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Whether reading shows how far it is.
@@ -140,7 +131,7 @@ impl Show {
 /// When a stream cannot be read. A projection that cannot be read is a finding of the report.
 pub async fn verify(context: &Context, database_url: Option<&Secret>, show: Show) -> anyhow::Result<Report> {
     let ledger = JetStreamLedger::new(context.clone(), streams::INVENTORY);
-    let configuration = match streams::compare(context, streams::INVENTORY).await {
+    let configuration = match streams::compare(context, streams::INVENTORY, 1).await {
         Ok(differences) => Ok(differences.iter().map(ToString::to_string).collect()),
         Err(missing @ streams::StreamsError::Missing(_)) => return Err(missing.into()),
         Err(problem) => Err(format!("the configuration of INVENTORY cannot be read: {problem}")),
@@ -154,9 +145,9 @@ pub async fn verify(context: &Context, database_url: Option<&Secret>, show: Show
     let mut comparing = match &mut database {
         None => Err(Projection::NotChecked("no DATABASE_URL".to_owned())),
         Some(Err(problem)) => Err(Projection::Unreadable(format!("{problem:#}"))),
-        Some(Ok(client)) => Snapshot::open(client)
-            .await
-            .map_err(|problem| Projection::Unreadable(format!("{problem:#}"))),
+        Some(Ok(client)) => {
+            Snapshot::open(client).await.map_err(|problem| Projection::Unreadable(format!("{problem:#}")))
+        }
     };
     let last = ledger.last_sequence().await?;
     if let Ok(snapshot) = &comparing
@@ -170,12 +161,7 @@ pub async fn verify(context: &Context, database_url: Option<&Secret>, show: Show
     let orders_sequence = read_orders(context, &mut audit, show).await?;
 
     let mut progress = show.progress("reading INVENTORY", last);
-    let mut fold = Fold {
-        context,
-        ledger: &ledger,
-        audit: &mut audit,
-        progress: &mut progress,
-    };
+    let mut fold = Fold { context, ledger: &ledger, audit: &mut audit, progress: &mut progress };
     let projection = match comparing {
         Err(projection) => projection,
         Ok(mut snapshot) => {
@@ -187,12 +173,7 @@ pub async fn verify(context: &Context, database_url: Option<&Secret>, show: Show
     fold.run(last, None).await?;
     fold.run_to_end_of_batch().await?;
     progress.finish();
-    Ok(audit.finish(Evidence {
-        orders_sequence,
-        letters_removed,
-        configuration,
-        projection,
-    }))
+    Ok(audit.finish(Evidence { orders_sequence, letters_removed, configuration, projection }))
 }
 
 // ── Waiting ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -219,10 +200,7 @@ pub async fn wait_until_quiet(
             Err(problem) => format!("{problem:#}"),
         };
         if tokio::time::Instant::now() >= deadline {
-            bail!(
-                "waited {} s in vain: {open}; is the product service running?",
-                timeout.as_secs()
-            );
+            bail!("waited {} s in vain: {open}; is the product service running?", timeout.as_secs());
         }
         tokio::time::sleep(WAIT_PAUSE).await;
     }
@@ -248,10 +226,7 @@ async fn still_open(
     let Some(database) = database else { return Ok(None) };
     let last = ledger.last_sequence().await?;
     let checkpoint = database
-        .query_opt(
-            "SELECT sequence FROM inventory.checkpoint WHERE projection = $1",
-            &[&PROJECTION],
-        )
+        .query_opt("SELECT sequence FROM inventory.checkpoint WHERE projection = $1", &[&PROJECTION])
         .await
         .context("the checkpoint cannot be read")?
         .map_or(0, |row| unsigned(row.get(0)));
@@ -267,14 +242,9 @@ async fn still_open(
 async fn ack_floor(context: &Context) -> anyhow::Result<Option<u64>> {
     // The subject is asked directly: a missing consumer is an answer here, and a missing stream too.
     let subject = format!("CONSUMER.INFO.{}.{}", streams::ORDERS, streams::PRODUCT_ORDERS);
-    let answer: serde_json::Value = context
-        .request(subject, &serde_json::json!({}))
-        .await
-        .context("the consumer product-orders cannot be read")?;
-    match answer
-        .pointer("/ack_floor/stream_seq")
-        .and_then(serde_json::Value::as_u64)
-    {
+    let answer: serde_json::Value =
+        context.request(subject, &serde_json::json!({})).await.context("the consumer product-orders cannot be read")?;
+    match answer.pointer("/ack_floor/stream_seq").and_then(serde_json::Value::as_u64) {
         Some(floor) => Ok(Some(floor)),
         None if answer.pointer("/error/code").and_then(serde_json::Value::as_u64) == Some(404) => Ok(None),
         None => bail!("the consumer product-orders cannot be read: {answer}"),
@@ -328,9 +298,7 @@ async fn read_subject(
     let mut interruptions = 0;
     while seen < state.last_sequence {
         let config = pull::OrderedConfig {
-            deliver_policy: DeliverPolicy::ByStartSequence {
-                start_sequence: seen + 1,
-            },
+            deliver_policy: DeliverPolicy::ByStartSequence { start_sequence: seen + 1 },
             filter_subject: filter.to_owned(),
             ..Default::default()
         };
@@ -563,9 +531,7 @@ impl<'c> Snapshot<'c> {
             self.decisions.drain(&self.transaction).await
         };
         if let Err(problem) = compared.await {
-            let detail = problem
-                .as_db_error()
-                .map_or_else(|| problem.to_string(), ToString::to_string);
+            let detail = problem.as_db_error().map_or_else(|| problem.to_string(), ToString::to_string);
             return Projection::Unreadable(format!("the projection could not be read to its end: {detail}"));
         }
         Projection::Compared {
@@ -589,11 +555,7 @@ impl<R: Row> Table<R> {
     ) -> Result<Self, tokio_postgres::Error> {
         let none: &[&(dyn ToSql + Sync)] = &[];
         let portal = transaction.bind(query, none).await?;
-        Ok(Self {
-            portal,
-            read,
-            comparison: TableComparison::default(),
-        })
+        Ok(Self { portal, read, comparison: TableComparison::default() })
     }
 
     async fn compare(&mut self, transaction: &Transaction<'_>, row: R) -> Result<(), tokio_postgres::Error> {
@@ -682,12 +644,10 @@ fn decision_row(row: &PostgresRow) -> DecisionRow {
 #[must_use]
 pub fn render(report: &Report) -> String {
     let as_of = &report.as_of;
-    let floor = as_of
-        .orders_ack_floor
-        .map_or_else(|| "none".to_owned(), output::thousands);
-    let checkpoint = as_of.projection_checkpoint.map_or_else(String::new, |checkpoint| {
-        format!(", the projection at {}", output::thousands(checkpoint))
-    });
+    let floor = as_of.orders_ack_floor.map_or_else(|| "none".to_owned(), output::thousands);
+    let checkpoint = as_of
+        .projection_checkpoint
+        .map_or_else(String::new, |checkpoint| format!(", the projection at {}", output::thousands(checkpoint)));
     let mut text = format!(
         "Read from the streams: INVENTORY up to sequence {}, ORDERS up to {} (acknowledged up to {floor}){checkpoint}.\n",
         output::thousands(as_of.inventory_sequence),
@@ -715,32 +675,19 @@ pub fn render(report: &Report) -> String {
         }
         let more = invariant.violations.saturating_sub(invariant.first.len() as u64);
         if more > 0 {
-            text.push_str(&format!(
-                "violates {}: and {} more\n",
-                invariant.number,
-                output::thousands(more)
-            ));
+            text.push_str(&format!("violates {}: and {} more\n", invariant.number, output::thousands(more)));
         }
         for note in &invariant.notes {
             text.push_str(&format!("note on {}: {note}\n", invariant.number));
         }
     }
-    let unchecked: Vec<String> = report
-        .unchecked()
-        .map(|invariant| format!("invariant {}", invariant.number))
-        .collect();
-    let violated = report
-        .invariants
-        .iter()
-        .filter(|invariant| invariant.status == Status::Violated)
-        .count();
+    let unchecked: Vec<String> =
+        report.unchecked().map(|invariant| format!("invariant {}", invariant.number)).collect();
+    let violated = report.invariants.iter().filter(|invariant| invariant.status == Status::Violated).count();
     text.push_str(&match (violated, unchecked.is_empty()) {
         (0, true) => "Clean: every invariant holds.\n".to_owned(),
         (0, false) => format!("Clean as far as it was checked; {} was not.\n", unchecked.join(", ")),
-        (violated, _) => format!(
-            "NOT clean: {violated} of {} invariants are violated.\n",
-            report.invariants.len()
-        ),
+        (violated, _) => format!("NOT clean: {violated} of {} invariants are violated.\n", report.invariants.len()),
     });
     text
 }

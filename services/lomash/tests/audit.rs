@@ -39,14 +39,7 @@ fn sku(id: ProductId) -> Sku {
 
 fn details(id: ProductId, active: bool) -> ProductDetails {
     let name = "Oak worktop".into();
-    ProductDetails {
-        product_id: id,
-        sku: sku(id),
-        name,
-        category: None,
-        low_stock_threshold: Some(3),
-        active,
-    }
+    ProductDetails { product_id: id, sku: sku(id), name, category: None, low_stock_threshold: Some(3), active }
 }
 
 fn instant(sequence: u64) -> OffsetDateTime {
@@ -56,11 +49,7 @@ fn instant(sequence: u64) -> OffsetDateTime {
 
 fn encoded(event: &LedgerEvent, id: EventId, at: OffsetDateTime) -> Bytes {
     fn bytes<P: Payload + Clone>(payload: &P, id: EventId, at: OffsetDateTime) -> Bytes {
-        codec::encode(
-            ContentType::Json,
-            &Envelope::new(id, Timestamp::new(at), payload.clone()),
-        )
-        .into()
+        codec::encode(ContentType::Json, &Envelope::new(id, Timestamp::new(at), payload.clone())).into()
     }
     match event {
         LedgerEvent::InventoryUpdated(payload) => bytes(payload, id, at),
@@ -79,11 +68,7 @@ fn placed(id: OrderId, lines: &[(ProductId, u32)]) -> OrderCreated {
         quantity: LineQuantity::new(*quantity).unwrap(),
     };
     let items = OrderItems::new(lines.iter().map(item).collect()).unwrap();
-    OrderCreated {
-        order_id: id,
-        customer_id: None,
-        items,
-    }
+    OrderCreated { order_id: id, customer_id: None, items }
 }
 
 /// A ledger with everything around it, as an honest platform would leave it.
@@ -163,8 +148,7 @@ impl History {
     }
 
     fn register(&mut self, id: ProductId, quantity: u32, active: bool) {
-        self.pending
-            .push(LedgerEvent::ProductRegistered(ProductRegistered(details(id, active))));
+        self.pending.push(LedgerEvent::ProductRegistered(ProductRegistered(details(id, active))));
         self.stock.insert(id, (0, active));
         if quantity > 0 {
             self.change(id, quantity, Trigger::AdminUpdate, None);
@@ -181,8 +165,7 @@ impl History {
 
     fn revise(&mut self, id: ProductId, active: bool) {
         self.stock.get_mut(&id).unwrap().1 = active;
-        self.pending
-            .push(LedgerEvent::ProductRevised(ProductRevised(details(id, active))));
+        self.pending.push(LedgerEvent::ProductRevised(ProductRevised(details(id, active))));
         self.pending.push(LedgerEvent::ProductUpdated(ProductUpdated {
             product_id: id,
             changed_fields: vec![ChangedField::Active],
@@ -240,13 +223,9 @@ impl History {
             Some((stock, true)) if stock < quantity => Some(FailureReason::InsufficientStock),
             Some(_) => None,
         };
-        let gravest = [
-            FailureReason::UnknownProduct,
-            FailureReason::ProductInactive,
-            FailureReason::InsufficientStock,
-        ]
-        .into_iter()
-        .find(|candidate| merged.iter().any(|line| reason(line) == Some(*candidate)));
+        let gravest = [FailureReason::UnknownProduct, FailureReason::ProductInactive, FailureReason::InsufficientStock]
+            .into_iter()
+            .find(|candidate| merged.iter().any(|line| reason(line) == Some(*candidate)));
         if let Some(gravest) = gravest {
             let items = merged
                 .iter()
@@ -258,11 +237,7 @@ impl History {
                     available: self.stock.get(id).map_or(0, |(stock, _)| *stock),
                 })
                 .collect();
-            let failed = InventoryUpdateFailed {
-                order_id: id,
-                reason: gravest,
-                items,
-            };
+            let failed = InventoryUpdateFailed { order_id: id, reason: gravest, items };
             self.pending.push(LedgerEvent::InventoryUpdateFailed(failed));
         } else {
             for (product, quantity) in merged {
@@ -300,15 +275,11 @@ impl History {
     }
 
     fn report(&self) -> Report {
-        self.observed()
-            .finish(self.evidence(Projection::NotChecked("no DATABASE_URL".to_owned())))
+        self.observed().finish(self.evidence(Projection::NotChecked("no DATABASE_URL".to_owned())))
     }
 
     fn message(&mut self, sequence: u64) -> &mut StoredMessage {
-        self.messages
-            .iter_mut()
-            .find(|message| message.sequence == sequence)
-            .unwrap()
+        self.messages.iter_mut().find(|message| message.sequence == sequence).unwrap()
     }
 
     /// Rewrites a payload, as someone with the stream's files in hand could.
@@ -360,19 +331,12 @@ fn stock_event(id: ProductId, previous: u32, new: u32, trigger: Trigger, order_i
 }
 
 fn refusal(id: OrderId, reason: FailureReason, items: Vec<FailedItem>) -> LedgerEvent {
-    LedgerEvent::InventoryUpdateFailed(InventoryUpdateFailed {
-        order_id: id,
-        reason,
-        items,
-    })
+    LedgerEvent::InventoryUpdateFailed(InventoryUpdateFailed { order_id: id, reason, items })
 }
 
 fn show(report: &Report) -> String {
     let lines = report.invariants.iter().flat_map(|invariant| {
-        invariant
-            .first
-            .iter()
-            .map(move |violation| format!("  violates {}: {violation}", invariant.number))
+        invariant.first.iter().map(move |violation| format!("  violates {}: {violation}", invariant.number))
     });
     lines.collect::<Vec<_>>().join("\n")
 }
@@ -385,29 +349,12 @@ fn an_honest_history_is_clean_and_adds_up() {
     assert!(report.is_clean(), "{}", show(&report));
     let totals = &report.totals;
     assert_eq!((totals.messages, totals.products, totals.movements), (22, 4, 8));
-    assert_eq!(
-        (totals.order_messages, totals.orders_published, totals.malformed_orders),
-        (6, 5, 1)
-    );
-    assert_eq!(
-        (
-            totals.orders_allocated,
-            totals.orders_refused(),
-            totals.orders_undecided
-        ),
-        (2, 3, 0)
-    );
-    assert_eq!(
-        (totals.initial_units, totals.admin_units, totals.sync_units),
-        (22, 5, -1)
-    );
+    assert_eq!((totals.order_messages, totals.orders_published, totals.malformed_orders), (6, 5, 1));
+    assert_eq!((totals.orders_allocated, totals.orders_refused(), totals.orders_undecided), (2, 3, 0));
+    assert_eq!((totals.initial_units, totals.admin_units, totals.sync_units), (22, 5, -1));
     assert_eq!((totals.allocated_units, totals.stock_units), (11, 15));
     let unchecked: Vec<u8> = report.unchecked().map(|invariant| invariant.number).collect();
-    assert_eq!(
-        unchecked,
-        [7],
-        "without a database the projection is shown as not checked"
-    );
+    assert_eq!(unchecked, [7], "without a database the projection is shown as not checked");
 }
 
 #[test]
@@ -455,11 +402,7 @@ fn two_wishes_under_one_order_id_allow_either_decision_and_no_third() {
         let report = history.report();
         assert_eq!(report.is_clean(), clean, "{}", show(&report));
         let four = report.invariant(4).unwrap();
-        assert!(
-            four.notes
-                .iter()
-                .any(|note| note.contains("different lines under one id"))
-        );
+        assert!(four.notes.iter().any(|note| note.contains("different lines under one id")));
         if !clean {
             assert_eq!(four.first[0].sequence, Some(26));
         }
@@ -490,10 +433,7 @@ impl Random {
 
 fn random_history(seed: u64) -> History {
     let mut random = Random(seed);
-    let mut history = History {
-        floor: Some(0),
-        ..History::default()
-    };
+    let mut history = History { floor: Some(0), ..History::default() };
     let mut placed: Vec<(OrderId, Vec<(ProductId, u32)>)> = Vec::new();
     for _ in 0..80 {
         history.grouped = random.next(3) > 0;
@@ -539,10 +479,7 @@ fn random_honest_histories_are_clean() {
 fn no_single_quantity_can_be_changed_unnoticed() {
     for seed in 0..60 {
         let honest = random_history(seed);
-        let movements = honest
-            .messages
-            .iter()
-            .filter(|message| message.subject.contains("inventory.updated"));
+        let movements = honest.messages.iter().filter(|message| message.subject.contains("inventory.updated"));
         for sequence in movements.map(|message| message.sequence) {
             let mut forged = honest.clone();
             let payload: Value = serde_json::from_slice(&forged.message(sequence).payload).unwrap();
@@ -557,10 +494,7 @@ fn no_single_quantity_can_be_changed_unnoticed() {
                     && key(later) == key(&honest.messages[sequence as usize - 1])
             });
             // The last admin change of a product is what the admin said: nothing else in the system knows better.
-            assert!(
-                !report.is_clean() || (last_of_its_product && !order),
-                "seed {seed}, sequence {sequence}"
-            );
+            assert!(!report.is_clean() || (last_of_its_product && !order), "seed {seed}, sequence {sequence}");
         }
     }
 }
@@ -583,14 +517,7 @@ const fn case(
     says: &'static str,
     corrupt: fn(&mut History),
 ) -> Corruption {
-    Corruption {
-        what,
-        corrupt,
-        invariant,
-        source: "INVENTORY",
-        sequence: Some(sequence),
-        says,
-    }
+    Corruption { what, corrupt, invariant, source: "INVENTORY", sequence: Some(sequence), says }
 }
 
 #[test]
@@ -607,127 +534,53 @@ fn each_corruption_is_named_with_its_sequence() {
         }),
         Corruption {
             source: "ORDERS",
-            ..case(
-                "an acknowledged order is lost",
-                1,
-                8,
-                "neither decided nor",
-                |history| {
-                    history.publish(order(8), &[(product(1), 1)]);
-                },
-            )
+            ..case("an acknowledged order is lost", 1, 8, "neither decided nor", |history| {
+                history.publish(order(8), &[(product(1), 1)]);
+            })
         },
         Corruption {
             source: "ORDERS",
-            ..case(
-                "a malformed order vanished",
-                1,
-                4,
-                "not in the dead letters",
-                |history| history.letters.clear(),
-            )
+            ..case("a malformed order vanished", 1, 4, "not in the dead letters", |history| history.letters.clear())
         },
         Corruption {
             source: "DEAD_LETTERS",
-            ..case(
-                "a letter has no origin",
-                1,
-                2,
-                "does not say which message",
-                |history| {
-                    history.letters.push((2, None));
-                },
-            )
+            ..case("a letter has no origin", 1, 2, "does not say which message", |history| {
+                history.letters.push((2, None));
+            })
         },
         // 2
-        case(
-            "a message of a batch is missing",
-            2,
-            12,
-            "number 2 was due",
-            |history| {
-                history.message(12).batch.as_mut().unwrap().sequence = 3;
-            },
-        ),
-        case(
-            "a batch lost its beginning",
-            2,
-            11,
-            "begins with its message number 2",
-            |history| {
-                history.message(11).batch.as_mut().unwrap().sequence = 2;
-            },
-        ),
-        case(
-            "a batch was never committed",
-            2,
-            12,
-            "ends without its commit after 2",
-            |history| {
-                history.message(12).batch.as_mut().unwrap().commit = false;
-            },
-        ),
-        case(
-            "the last batch was never committed",
-            2,
-            22,
-            "ends without its commit",
-            |history| {
-                history.message(22).batch.as_mut().unwrap().commit = false;
-            },
-        ),
-        case(
-            "no expected sequence",
-            2,
-            13,
-            "without an expected last sequence",
-            |history| {
-                history.message(13).expected_last_sequence = None;
-            },
-        ),
-        case(
-            "another expected sequence",
-            2,
-            13,
-            "a stream that ends at 11",
-            |history| {
-                history.message(13).expected_last_sequence = Some(11);
-            },
-        ),
-        case("outside any batch", 2, 22, "outside any batch", |history| {
-            history.message(22).batch = None
+        case("a message of a batch is missing", 2, 12, "number 2 was due", |history| {
+            history.message(12).batch.as_mut().unwrap().sequence = 3;
         }),
+        case("a batch lost its beginning", 2, 11, "begins with its message number 2", |history| {
+            history.message(11).batch.as_mut().unwrap().sequence = 2;
+        }),
+        case("a batch was never committed", 2, 12, "ends without its commit after 2", |history| {
+            history.message(12).batch.as_mut().unwrap().commit = false;
+        }),
+        case("the last batch was never committed", 2, 22, "ends without its commit", |history| {
+            history.message(22).batch.as_mut().unwrap().commit = false;
+        }),
+        case("no expected sequence", 2, 13, "without an expected last sequence", |history| {
+            history.message(13).expected_last_sequence = None;
+        }),
+        case("another expected sequence", 2, 13, "a stream that ends at 11", |history| {
+            history.message(13).expected_last_sequence = Some(11);
+        }),
+        case("outside any batch", 2, 22, "outside any batch", |history| history.message(22).batch = None),
         // 3
-        case(
-            "the chain is broken",
-            3,
-            19,
-            "previousQuantity is 7, the stock was 9",
-            |history| {
-                history.edit(19, "/payload/previousQuantity", json!(7));
-            },
-        ),
+        case("the chain is broken", 3, 19, "previousQuantity is 7, the stock was 9", |history| {
+            history.edit(19, "/payload/previousQuantity", json!(7));
+        }),
         case("a negative stock", 3, 19, "newQuantity", |history| {
             history.edit(19, "/payload/newQuantity", json!(-1));
         }),
-        case(
-            "more than a product can have",
-            3,
-            19,
-            "beyond the largest stock",
-            |history| {
-                history.edit(19, "/payload/newQuantity", json!(1_000_000_001_u64));
-            },
-        ),
-        case(
-            "the key is another product's",
-            3,
-            18,
-            "the subject's key is",
-            |history| {
-                history.message(18).subject = format!("lomash.inventory.updated.{}", product(1));
-            },
-        ),
+        case("more than a product can have", 3, 19, "beyond the largest stock", |history| {
+            history.edit(19, "/payload/newQuantity", json!(1_000_000_001_u64));
+        }),
+        case("the key is another product's", 3, 18, "the subject's key is", |history| {
+            history.message(18).subject = format!("lomash.inventory.updated.{}", product(1));
+        }),
         case("not an event", 3, 23, "not an event of ours", |history| {
             history.append(stock_event(product(2), 8, 7, Trigger::AdminUpdate, None));
             history.message(23).payload = Bytes::from_static(b"{\"type\":\"io.nats.jetstream.api.v1\"}");
@@ -736,42 +589,21 @@ fn each_corruption_is_named_with_its_sequence() {
             history.append(stock_event(product(9), 0, 7, Trigger::AdminUpdate, None));
         }),
         case("a second registration", 3, 23, "registered already", |history| {
-            history.append(LedgerEvent::ProductRegistered(ProductRegistered(details(
-                product(1),
-                true,
-            ))));
+            history.append(LedgerEvent::ProductRegistered(ProductRegistered(details(product(1), true))));
         }),
         case("another product's sku", 3, 18, "the product's is SKU-", |history| {
             history.edit(18, "/payload/sku", json!("OTHER"));
         }),
         // 4
-        case(
-            "allocated twice",
-            4,
-            23,
-            "sequence 11 allocated it already",
-            |history| {
-                history.append(stock_event(product(2), 8, 7, Trigger::OrderConfirmed, Some(order(1))));
-            },
-        ),
-        case(
-            "refused after it was allocated",
-            4,
-            23,
-            "sequence 11 allocated it already",
-            |history| {
-                history.append(refusal(order(1), FailureReason::InsufficientStock, Vec::new()));
-            },
-        ),
-        case(
-            "allocated after it was refused",
-            4,
-            23,
-            "sequence 15 refused it already",
-            |history| {
-                history.append(stock_event(product(2), 8, 7, Trigger::OrderConfirmed, Some(order(3))));
-            },
-        ),
+        case("allocated twice", 4, 23, "sequence 11 allocated it already", |history| {
+            history.append(stock_event(product(2), 8, 7, Trigger::OrderConfirmed, Some(order(1))));
+        }),
+        case("refused after it was allocated", 4, 23, "sequence 11 allocated it already", |history| {
+            history.append(refusal(order(1), FailureReason::InsufficientStock, Vec::new()));
+        }),
+        case("allocated after it was refused", 4, 23, "sequence 15 refused it already", |history| {
+            history.append(stock_event(product(2), 8, 7, Trigger::OrderConfirmed, Some(order(3))));
+        }),
         case("partly applied", 4, 23, "wants 1 of", |history| {
             history.publish(order(8), &[(product(1), 1), (product(2), 1)]);
             history.append(stock_event(product(2), 8, 7, Trigger::OrderConfirmed, Some(order(8))));
@@ -779,81 +611,43 @@ fn each_corruption_is_named_with_its_sequence() {
         case("another quantity than ordered", 4, 13, "and took 7", |history| {
             history.edit(13, "/payload/newQuantity", json!(1));
         }),
-        case(
-            "from a product not for sale",
-            4,
-            23,
-            "which was not for sale",
-            |history| {
-                history.publish(order(8), &[(product(2), 1)]);
-                history.append(stock_event(product(2), 8, 7, Trigger::OrderConfirmed, Some(order(8))));
-            },
-        ),
+        case("from a product not for sale", 4, 23, "which was not for sale", |history| {
+            history.publish(order(8), &[(product(2), 1)]);
+            history.append(stock_event(product(2), 8, 7, Trigger::OrderConfirmed, Some(order(8))));
+        }),
         case("an order that adds stock", 4, 23, "where orders take away", |history| {
             history.publish(order(8), &[(product(2), 1)]);
             history.append(stock_event(product(2), 8, 9, Trigger::OrderConfirmed, Some(order(8))));
         }),
-        case(
-            "an order's trigger without its id",
-            4,
-            23,
-            "no order is named",
-            |history| {
-                history.append(stock_event(product(2), 8, 7, Trigger::OrderConfirmed, None));
-            },
-        ),
-        case(
-            "an order's id with another trigger",
-            4,
-            23,
-            "the trigger is ADMIN_UPDATE",
-            |history| {
-                history.append(stock_event(product(2), 8, 7, Trigger::AdminUpdate, Some(order(8))));
-            },
-        ),
+        case("an order's trigger without its id", 4, 23, "no order is named", |history| {
+            history.append(stock_event(product(2), 8, 7, Trigger::OrderConfirmed, None));
+        }),
+        case("an order's id with another trigger", 4, 23, "the trigger is ADMIN_UPDATE", |history| {
+            history.append(stock_event(product(2), 8, 7, Trigger::AdminUpdate, Some(order(8))));
+        }),
         case("lines not merged", 4, 24, "twice in one batch", |history| {
             history.publish(order(8), &[(product(2), 2)]);
-            history
-                .pending
-                .push(stock_event(product(2), 8, 7, Trigger::OrderConfirmed, Some(order(8))));
+            history.pending.push(stock_event(product(2), 8, 7, Trigger::OrderConfirmed, Some(order(8))));
             history.append(stock_event(product(2), 7, 6, Trigger::OrderConfirmed, Some(order(8))));
         }),
-        case(
-            "refused though all was there",
-            4,
-            23,
-            "all it wants was there",
-            |history| {
-                history.edit(20, "/payload/active", json!(true));
-                history.publish(order(8), &[(product(2), 1)]);
-                history.append(refusal(order(8), FailureReason::InsufficientStock, Vec::new()));
-            },
-        ),
+        case("refused though all was there", 4, 23, "all it wants was there", |history| {
+            history.edit(20, "/payload/active", json!(true));
+            history.publish(order(8), &[(product(2), 1)]);
+            history.append(refusal(order(8), FailureReason::InsufficientStock, Vec::new()));
+        }),
         case("the wrong reason", 4, 16, "where UNKNOWN_PRODUCT was due", |history| {
             history.edit(16, "/payload/reason", json!("INSUFFICIENT_STOCK"));
         }),
         case("an untrue figure", 4, 15, "available 1; true was", |history| {
             history.edit(15, "/payload/items/0/available", json!(1));
         }),
-        case(
-            "a failing line is not named",
-            4,
-            15,
-            "of nothing; true was",
-            |history| {
-                history.edit(15, "/payload/items", json!([]));
-            },
-        ),
+        case("a failing line is not named", 4, 15, "of nothing; true was", |history| {
+            history.edit(15, "/payload/items", json!([]));
+        }),
         // 5
-        case(
-            "an order took more than it wants",
-            5,
-            13,
-            "allocated 10 is 0, the stock is 1",
-            |history| {
-                history.edit(13, "/payload/newQuantity", json!(1));
-            },
-        ),
+        case("an order took more than it wants", 5, 13, "allocated 10 is 0, the stock is 1", |history| {
+            history.edit(13, "/payload/newQuantity", json!(1));
+        }),
         Corruption {
             sequence: None,
             ..case("the total is off", 5, 0, "in total the changes add up", |history| {
@@ -864,15 +658,9 @@ fn each_corruption_is_named_with_its_sequence() {
         case("a sequence is missing", 6, 21, "sequence 21 is missing", |history| {
             history.messages.retain(|message| message.sequence != 21);
         }),
-        case(
-            "the stream does not start at 1",
-            6,
-            1,
-            "sequences 1 to 3 are missing",
-            |history| {
-                history.messages.retain(|message| message.sequence > 3);
-            },
-        ),
+        case("the stream does not start at 1", 6, 1, "sequences 1 to 3 are missing", |history| {
+            history.messages.retain(|message| message.sequence > 3);
+        }),
         case("a sequence comes twice", 6, 22, "comes after sequence 22", |history| {
             let again = history.message(22).clone();
             history.messages.push(again);
@@ -881,59 +669,25 @@ fn each_corruption_is_named_with_its_sequence() {
             source: "configuration",
             sequence: None,
             ..case("the stream is configured otherwise", 6, 0, "deny_purge", |history| {
-                history
-                    .configuration
-                    .push("INVENTORY: deny_purge is false, its definition says true".to_owned());
+                history.configuration.push("INVENTORY: deny_purge is false, its definition says true".to_owned());
             })
         },
         // 10
-        case(
-            "sold out and not announced",
-            10,
-            13,
-            "no product-updated of the batch names it",
-            |history| {
-                history.edit(14, "/payload/changedFields", json!(["stockQuantity"]));
-            },
-        ),
-        case(
-            "announced without a change",
-            10,
-            21,
-            "did not change in this batch",
-            |history| {
-                history.edit(21, "/payload/changedFields", json!(["stockQuantity", "isAvailable"]));
-            },
-        ),
-        case(
-            "announced in another batch",
-            10,
-            13,
-            "no product-updated of the batch",
-            |history| {
-                history.message(13).batch.as_mut().unwrap().commit = true;
-            },
-        ),
-        case(
-            "announced without the quantity",
-            10,
-            14,
-            "without stockQuantity",
-            |history| {
-                history.edit(14, "/payload/changedFields", json!(["isAvailable"]));
-            },
-        ),
+        case("sold out and not announced", 10, 13, "no product-updated of the batch names it", |history| {
+            history.edit(14, "/payload/changedFields", json!(["stockQuantity"]));
+        }),
+        case("announced without a change", 10, 21, "did not change in this batch", |history| {
+            history.edit(21, "/payload/changedFields", json!(["stockQuantity", "isAvailable"]));
+        }),
+        case("announced in another batch", 10, 13, "no product-updated of the batch", |history| {
+            history.message(13).batch.as_mut().unwrap().commit = true;
+        }),
+        case("announced without the quantity", 10, 14, "without stockQuantity", |history| {
+            history.edit(14, "/payload/changedFields", json!(["isAvailable"]));
+        }),
     ];
     let mut missed = Vec::new();
-    for Corruption {
-        what,
-        corrupt,
-        invariant,
-        source,
-        sequence,
-        says,
-    } in cases
-    {
+    for Corruption { what, corrupt, invariant, source, sequence, says } in cases {
         let mut history = history();
         corrupt(&mut history);
         let report = history.report();
@@ -942,10 +696,7 @@ fn each_corruption_is_named_with_its_sequence() {
             violation.source == source && violation.sequence == sequence && violation.problem.contains(says)
         });
         if !named || found.status != Status::Violated || report.is_clean() {
-            missed.push(format!(
-                "{what}: {source} {sequence:?} \"{says}\" is not among\n{}",
-                show(&report)
-            ));
+            missed.push(format!("{what}: {source} {sequence:?} \"{says}\" is not among\n{}", show(&report)));
         }
     }
     assert!(missed.is_empty(), "{}", missed.join("\n"));
@@ -1038,34 +789,10 @@ fn an_equal_projection_is_clean() {
 fn every_difference_of_the_projection_is_named() {
     type Case = (&'static str, fn(&mut Rows), &'static str, u64, &'static str);
     let cases: [Case; 8] = [
-        (
-            "a stock is off",
-            |rows| rows.products[0].quantity += 1,
-            "products",
-            13,
-            "the fold has",
-        ),
-        (
-            "isAvailable is off",
-            |rows| rows.products[0].is_available = true,
-            "products",
-            13,
-            "the fold has",
-        ),
-        (
-            "a product is missing",
-            |rows| drop(rows.products.remove(2)),
-            "products",
-            7,
-            "the projection lacks",
-        ),
-        (
-            "a movement is missing",
-            |rows| drop(rows.movements.pop()),
-            "movements",
-            19,
-            "the projection lacks",
-        ),
+        ("a stock is off", |rows| rows.products[0].quantity += 1, "products", 13, "the fold has"),
+        ("isAvailable is off", |rows| rows.products[0].is_available = true, "products", 13, "the fold has"),
+        ("a product is missing", |rows| drop(rows.products.remove(2)), "products", 7, "the projection lacks"),
+        ("a movement is missing", |rows| drop(rows.movements.pop()), "movements", 19, "the projection lacks"),
         (
             "a movement is too much",
             |rows| {
@@ -1077,13 +804,7 @@ fn every_difference_of_the_projection_is_named() {
             21,
             "does not tell",
         ),
-        (
-            "an instant is off",
-            |rows| rows.movements[3].stored_at += 1,
-            "movements",
-            11,
-            "the fold has",
-        ),
+        ("an instant is off", |rows| rows.movements[3].stored_at += 1, "movements", 11, "the fold has"),
         (
             "an order is decided otherwise",
             |rows| rows.decisions[2].outcome = "allocated".into(),
@@ -1091,13 +812,7 @@ fn every_difference_of_the_projection_is_named() {
             15,
             "the fold has",
         ),
-        (
-            "a decision is missing",
-            |rows| drop(rows.decisions.remove(0)),
-            "order_decisions",
-            11,
-            "the projection lacks",
-        ),
+        ("a decision is missing", |rows| drop(rows.decisions.remove(0)), "order_decisions", 11, "the projection lacks"),
     ];
     for (what, corrupt, table, sequence, says) in cases {
         let report = projection_report(corrupt, 0);
@@ -1119,9 +834,7 @@ fn skipped_messages_are_compared() {
 #[test]
 fn a_checkpoint_beyond_the_stream_is_a_violation() {
     let history = history();
-    let report = history
-        .observed()
-        .finish(history.evidence(Projection::AheadOfStream { checkpoint: 40 }));
+    let report = history.observed().finish(history.evidence(Projection::AheadOfStream { checkpoint: 40 }));
     let first = &report.invariant(7).unwrap().first[0];
     assert_eq!(first.sequence, Some(40));
     assert!(first.problem.contains("the stream went backwards"), "{first}");
@@ -1130,9 +843,7 @@ fn a_checkpoint_beyond_the_stream_is_a_violation() {
 #[test]
 fn an_unreadable_projection_is_a_violation_and_a_missing_url_is_not() {
     let history = history();
-    let report = history
-        .observed()
-        .finish(history.evidence(Projection::Unreadable("no route".to_owned())));
+    let report = history.observed().finish(history.evidence(Projection::Unreadable("no route".to_owned())));
     assert!(!report.is_clean());
     assert_eq!(history.report().invariant(7).unwrap().status, Status::NotChecked);
 }
@@ -1143,11 +854,6 @@ fn rows_hold_what_both_sides_can_keep() {
     assert_eq!(micros(at), 1, "cut, as Postgres cuts it");
     // The order of jsonb's keys is Postgres's own.
     let stored = json!([{ "available": 0, "sku": null, "requested": 1, "productId": product(9) }]);
-    let item = FailedItem {
-        product_id: product(9),
-        sku: None,
-        requested: 1,
-        available: 0,
-    };
+    let item = FailedItem { product_id: product(9), sku: None, requested: 1, available: 0 };
     assert_eq!(canonical_items(stored), serde_json::to_value([item]).unwrap());
 }

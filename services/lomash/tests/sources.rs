@@ -25,14 +25,7 @@ fn sku(text: &str) -> Sku {
 }
 
 fn row(line: u64, unit: &str, name: &str, category: Option<&str>, quantity: u32, threshold: Option<u32>) -> Row {
-    Row {
-        line,
-        sku: sku(unit),
-        name: name.into(),
-        category: category.map(Into::into),
-        quantity,
-        threshold,
-    }
+    Row { line, sku: sku(unit), name: name.into(), category: category.map(Into::into), quantity, threshold }
 }
 
 fn rows(csv: impl AsRef<[u8]>) -> Vec<Result<Row, RowError>> {
@@ -41,11 +34,7 @@ fn rows(csv: impl AsRef<[u8]>) -> Vec<Result<Row, RowError>> {
 
 /// The errors of a catalogue, as they are shown.
 fn errors(csv: impl AsRef<[u8]>) -> Vec<String> {
-    rows(csv)
-        .into_iter()
-        .filter_map(Result::err)
-        .map(|error| error.to_string())
-        .collect()
+    rows(csv).into_iter().filter_map(Result::err).map(|error| error.to_string()).collect()
 }
 
 // The catalogue.
@@ -57,14 +46,7 @@ fn rows_are_read_as_they_stand() {
                KIT-2, Tap ,,0,\n\
                KIT-3,Dübel 7\" 🪵,kitchen,1000000000,0\n";
     let expected = vec![
-        Ok(row(
-            2,
-            "KIT-1",
-            "Cabinet, \"Ash\"",
-            Some("kitchen/cabinets"),
-            12,
-            Some(5),
-        )),
+        Ok(row(2, "KIT-1", "Cabinet, \"Ash\"", Some("kitchen/cabinets"), 12, Some(5))),
         Ok(row(3, "KIT-2", "Tap", None, 0, None)),
         Ok(row(4, "KIT-3", "Dübel 7\" 🪵", Some("kitchen"), 1_000_000_000, Some(0))),
     ];
@@ -74,26 +56,14 @@ fn rows_are_read_as_they_stand() {
 #[test]
 fn columns_come_in_any_order_with_others_between_them() {
     let expected = vec![Ok(row(2, "KIT-1", "Tap", Some("kitchen/taps"), 12, Some(5)))];
-    assert_eq!(
-        rows("price,threshold,quantity,note,category,name,sku\n9.5,5,12,,kitchen/taps,Tap,KIT-1\n"),
-        expected
-    );
-    assert_eq!(
-        rows(" SKU ,Name,CATEGORY,Quantity,Threshold\nKIT-1,Tap,kitchen/taps,12,5"),
-        expected
-    );
-    assert_eq!(
-        rows("sku,name,quantity\nKIT-1,Tap,12\n"),
-        vec![Ok(row(2, "KIT-1", "Tap", None, 12, None))]
-    );
+    assert_eq!(rows("price,threshold,quantity,note,category,name,sku\n9.5,5,12,,kitchen/taps,Tap,KIT-1\n"), expected);
+    assert_eq!(rows(" SKU ,Name,CATEGORY,Quantity,Threshold\nKIT-1,Tap,kitchen/taps,12,5"), expected);
+    assert_eq!(rows("sku,name,quantity\nKIT-1,Tap,12\n"), vec![Ok(row(2, "KIT-1", "Tap", None, 12, None))]);
 }
 
 #[test]
 fn a_byte_order_mark_and_foreign_line_ends_are_no_matter() {
-    let expected = vec![
-        Ok(row(2, "KIT-1", "Tap", None, 12, None)),
-        Ok(row(3, "KIT-2", "Sink", None, 1, None)),
-    ];
+    let expected = vec![Ok(row(2, "KIT-1", "Tap", None, 12, None)), Ok(row(3, "KIT-2", "Sink", None, 1, None))];
     for csv in [
         "\u{feff}sku,name,quantity\nKIT-1,Tap,12\nKIT-2,Sink,1\n",
         "\u{feff}\"sku\",name,quantity\r\nKIT-1,Tap,12\r\nKIT-2,Sink,1\r\n",
@@ -106,14 +76,8 @@ fn a_byte_order_mark_and_foreign_line_ends_are_no_matter() {
 #[test]
 fn a_file_without_the_columns_is_no_catalogue() {
     let cases = [
-        (
-            "",
-            "the file is empty; its first line must name the columns: sku,name,category,quantity,threshold",
-        ),
-        (
-            "\n\n",
-            "the file is empty; its first line must name the columns: sku,name,category,quantity,threshold",
-        ),
+        ("", "the file is empty; its first line must name the columns: sku,name,category,quantity,threshold"),
+        ("\n\n", "the file is empty; its first line must name the columns: sku,name,category,quantity,threshold"),
         (
             "sku,quantity\nKIT-1,3\n",
             "the header has no column `name`; its first line is `sku,quantity`, but must name the columns, \
@@ -143,35 +107,17 @@ fn a_bad_row_says_all_that_is_wrong_and_the_next_goes_through() {
     let shown = "x".repeat(60);
     let cases = [
         (",Tap,,1,".to_owned(), format!("sku ``: {sku_rule}")),
-        (
-            format!("{},Tap,,1,", "x".repeat(65)),
-            format!("sku `{shown}…`: {sku_rule}"),
-        ),
+        (format!("{},Tap,,1,", "x".repeat(65)), format!("sku `{shown}…`: {sku_rule}")),
         ("KIT-1,,,1,".into(), "name is empty".into()),
-        (
-            format!("KIT-1,{long},,1,"),
-            format!("name `{shown}…` has 201 characters; at most 200 are allowed"),
-        ),
-        (
-            format!("KIT-1,Tap,{long},1,"),
-            format!("category `{shown}…` has 201 characters; at most 200 are allowed"),
-        ),
-        (
-            "KIT-1,A\ttap,,1,".into(),
-            "name `A\u{fffd}tap` contains a control character, such as a tab".into(),
-        ),
+        (format!("KIT-1,{long},,1,"), format!("name `{shown}…` has 201 characters; at most 200 are allowed")),
+        (format!("KIT-1,Tap,{long},1,"), format!("category `{shown}…` has 201 characters; at most 200 are allowed")),
+        ("KIT-1,A\ttap,,1,".into(), "name `A\u{fffd}tap` contains a control character, such as a tab".into()),
         ("KIT-1,Tap,,-3,".into(), format!("quantity `-3` {stock_rule}")),
         ("KIT-1,Tap,,+3,".into(), format!("quantity `+3` {stock_rule}")),
         ("KIT-1,Tap,,3.0,".into(), format!("quantity `3.0` {stock_rule}")),
         ("KIT-1,Tap,,,".into(), format!("quantity `` {stock_rule}")),
-        (
-            "KIT-1,Tap,,1000000001,".into(),
-            format!("quantity `1000000001` {stock_rule}"),
-        ),
-        (
-            "KIT-1,Tap,,99999999999999999999,".into(),
-            format!("quantity `99999999999999999999` {stock_rule}"),
-        ),
+        ("KIT-1,Tap,,1000000001,".into(), format!("quantity `1000000001` {stock_rule}")),
+        ("KIT-1,Tap,,99999999999999999999,".into(), format!("quantity `99999999999999999999` {stock_rule}")),
         ("KIT-1,Tap,,1,few".into(), format!("threshold `few` {stock_rule}")),
         (
             "KIT-1,Tap".into(),
@@ -186,10 +132,7 @@ fn a_bad_row_says_all_that_is_wrong_and_the_next_goes_through() {
     ];
     for (bad, problem) in cases {
         let csv = format!("sku,name,category,quantity,threshold\n{bad}\nKIT-9,Sink,,2,\n");
-        let expected = vec![
-            Err(RowError { line: 2, problem }),
-            Ok(row(3, "KIT-9", "Sink", None, 2, None)),
-        ];
+        let expected = vec![Err(RowError { line: 2, problem }), Ok(row(3, "KIT-9", "Sink", None, 2, None))];
         assert_eq!(rows(csv), expected, "{bad}");
     }
 }
@@ -202,17 +145,11 @@ fn what_is_not_utf_8_spoils_its_row_alone() {
     assert_eq!(
         read,
         vec![
-            Err(RowError {
-                line: 2,
-                problem: problem("name `D\u{fffd}bel`")
-            }),
+            Err(RowError { line: 2, problem: problem("name `D\u{fffd}bel`") }),
             Ok(row(3, "KIT-2", "Tap", None, 2, None)),
             // A column that nobody reads may hold anything.
             Ok(row(4, "KIT-3", "Sink", None, 3, None)),
-            Err(RowError {
-                line: 5,
-                problem: problem("sku `\u{fffd}\u{fffd}`")
-            }),
+            Err(RowError { line: 5, problem: problem("sku `\u{fffd}\u{fffd}`") }),
             Ok(row(6, "KIT-5", "Bed", None, 5, None)),
         ]
     );
@@ -229,10 +166,7 @@ fn a_repeated_sku_names_its_first_line() {
         format!("line 7: {repeated}"),
     ];
     assert_eq!(errors(csv), expected);
-    assert_eq!(
-        rows(csv).into_iter().flatten().map(|row| row.line).collect::<Vec<_>>(),
-        [3, 4, 5]
-    );
+    assert_eq!(rows(csv).into_iter().flatten().map(|row| row.line).collect::<Vec<_>>(), [3, 4, 5]);
 }
 
 /// Blank lines, lines within quotes and any line end: what is told is what an editor shows.
@@ -258,30 +192,19 @@ fn lines_are_those_of_an_editor() {
         ];
         let csv = lines.join(end);
         let read = rows(&csv);
-        let good: Vec<_> = read
-            .iter()
-            .flatten()
-            .map(|row| (row.line, row.sku.to_string()))
-            .collect();
+        let good: Vec<_> = read.iter().flatten().map(|row| (row.line, row.sku.to_string())).collect();
         let expected = [(3, "KIT-1"), (6, "KIT-2"), (9, "KIT-3"), (15, "KIT-6")];
         assert_eq!(good, expected.map(|(line, sku)| (line, sku.to_owned())), "{end:?}");
         let problems = errors(&csv);
         assert!(problems[0].starts_with("line 12: quantity `x`"), "{problems:?}");
         assert!(problems[1].starts_with("line 13: name `Bed"), "{problems:?}");
-        assert!(
-            problems[1].ends_with("runs over 2 lines; is a closing quote missing?"),
-            "{problems:?}"
-        );
+        assert!(problems[1].ends_with("runs over 2 lines; is a closing quote missing?"), "{problems:?}");
         assert_eq!(problems.len(), 2);
     }
     // Blank lines in front of the header, and lines beyond the reader's buffer.
     let mut csv = "\n\nsku,name,quantity\n".to_owned();
     for line in 4..4_000 {
-        csv.push_str(&if line % 7 == 0 {
-            "\n".to_owned()
-        } else {
-            format!("KIT-{line},Tap no {line},{line}\n")
-        });
+        csv.push_str(&if line % 7 == 0 { "\n".to_owned() } else { format!("KIT-{line},Tap no {line},{line}\n") });
     }
     let read = rows(&csv);
     assert_eq!(read.len(), 3_425);
@@ -313,34 +236,20 @@ impl Read for Endless<'_> {
 fn a_row_without_an_end_is_not_held_in_memory() {
     let mut taken = 0;
     let begin = Cursor::new(&b"sku,name,quantity\nKIT-1,Tap,1\nKIT-2,\"Sink"[..]);
-    let read: Vec<_> = catalogue::read(Endless {
-        begin,
-        taken: &mut taken,
-    })
-    .unwrap()
-    .collect();
+    let read: Vec<_> = catalogue::read(Endless { begin, taken: &mut taken }).unwrap().collect();
     assert_eq!(read.len(), 2, "one row, one error, and then the end");
     assert!(read[0].is_ok());
     let error = read[1].as_ref().unwrap_err().to_string();
     assert!(error.starts_with("line 3: "), "{error}");
-    assert!(
-        error.contains("is a closing quote missing?; nothing after it was read"),
-        "{error}"
-    );
+    assert!(error.contains("is a closing quote missing?; nothing after it was read"), "{error}");
     assert!(taken < 2 * catalogue::MAX_ROW_BYTES, "took {taken} bytes");
 }
 
 #[test]
 fn a_product_s_id_follows_from_its_sku_for_ever() {
     assert_eq!(NAMESPACE, Uuid::new_v5(&Uuid::NAMESPACE_OID, b"lomash-inventory"));
-    assert_eq!(
-        product_id(&sku("KIT-CAB-600-OAK")).0,
-        Uuid::new_v5(&NAMESPACE, b"product:KIT-CAB-600-OAK")
-    );
-    assert_eq!(
-        product_id(&sku("KIT-CAB-600-OAK")).to_string(),
-        "4cc31838-422a-5a4b-b97d-3f5fe96b750f"
-    );
+    assert_eq!(product_id(&sku("KIT-CAB-600-OAK")).0, Uuid::new_v5(&NAMESPACE, b"product:KIT-CAB-600-OAK"));
+    assert_eq!(product_id(&sku("KIT-CAB-600-OAK")).to_string(), "4cc31838-422a-5a4b-b97d-3f5fe96b750f");
     assert_ne!(product_id(&sku("kit-cab-600-oak")), product_id(&sku("KIT-CAB-600-OAK")));
 }
 
@@ -349,14 +258,8 @@ fn the_demo_catalogue_is_sound() {
     let file = std::fs::File::open(concat!(env!("CARGO_MANIFEST_DIR"), "/demo/catalogue.csv")).unwrap();
     let rows: Vec<Row> = catalogue::read(file).unwrap().collect::<Result<_, _>>().unwrap();
     assert!((40..=60).contains(&rows.len()));
-    assert!(
-        rows.iter().filter(|row| row.quantity == 0).count() >= 3,
-        "some are sold out"
-    );
-    assert!(
-        rows.iter().filter(|row| (1..=3).contains(&row.quantity)).count() >= 5,
-        "several are low"
-    );
+    assert!(rows.iter().filter(|row| row.quantity == 0).count() >= 3, "some are sold out");
+    assert!(rows.iter().filter(|row| (1..=3).contains(&row.quantity)).count() >= 5, "several are low");
     assert!(rows.iter().filter(|row| row.threshold.is_some()).count() >= 5);
     for kind in ["KIT-", "BED-"] {
         assert!(rows.iter().filter(|row| row.sku.as_str().starts_with(kind)).count() >= 15);
@@ -388,10 +291,7 @@ fn orders(path: &Path) -> Vec<Envelope<OrderCreated>> {
 /// An order's lines as code and quantity.
 fn lines(order: &Envelope<OrderCreated>) -> Vec<(String, u32)> {
     let items = order.payload.items.as_slice();
-    items
-        .iter()
-        .map(|item| (item.sku.as_ref().unwrap().to_string(), item.quantity.get()))
-        .collect()
+    items.iter().map(|item| (item.sku.as_ref().unwrap().to_string(), item.quantity.get())).collect()
 }
 
 fn order_id(invoice: &str) -> OrderId {
@@ -428,14 +328,8 @@ fn an_invoice_is_one_order_wherever_its_lines_stand() {
     assert_eq!(read.len(), expected.len());
     for (order, (invoice, expected)) in read.iter().zip(expected) {
         assert_eq!(order.payload.order_id, order_id(invoice));
-        assert_eq!(
-            order.event_id.0,
-            Uuid::new_v5(&order.payload.order_id.0, b"order-created")
-        );
-        let expected: Vec<_> = expected
-            .iter()
-            .map(|(code, quantity)| ((*code).to_owned(), *quantity))
-            .collect();
+        assert_eq!(order.event_id.0, Uuid::new_v5(&order.payload.order_id.0, b"order-created"));
+        let expected: Vec<_> = expected.iter().map(|(code, quantity)| ((*code).to_owned(), *quantity)).collect();
         assert_eq!(lines(order), expected);
         for item in order.payload.items.as_slice() {
             assert_eq!(item.product_id, product_id(item.sku.as_ref().unwrap()));
@@ -445,10 +339,7 @@ fn an_invoice_is_one_order_wherever_its_lines_stand() {
     }
     assert_eq!(read[0].timestamp.to_string(), "2009-12-01T07:45:00.000Z");
     assert_eq!(read[3].timestamp.to_string(), "2010-12-09T20:01:00.000Z");
-    assert_eq!(
-        read[0].payload.customer_id.unwrap().0,
-        Uuid::new_v5(&NAMESPACE, b"customer:77")
-    );
+    assert_eq!(read[0].payload.customer_id.unwrap().0, Uuid::new_v5(&NAMESPACE, b"customer:77"));
     assert_eq!(read[1].payload.customer_id, None);
     assert_eq!(read[2].payload.customer_id, read[3].payload.customer_id);
 }
@@ -457,13 +348,7 @@ fn an_invoice_is_one_order_wherever_its_lines_stand() {
 fn skipped_lines_are_counted_by_reason() {
     let (_folder, path) = file(format!("{HEADER}{SHOP}"));
     let mut orders = retail::open(&path).unwrap();
-    let expected = Skipped {
-        cancelled: 2,
-        not_positive: 2,
-        too_large: 1,
-        unreadable: 5,
-        first_unreadable: Some(12),
-    };
+    let expected = Skipped { cancelled: 2, not_positive: 2, too_large: 1, unreadable: 5, first_unreadable: Some(12) };
     assert_eq!(orders.skipped(), expected);
     assert_eq!(orders.skipped().total(), 10);
     let in_words = [
@@ -472,12 +357,7 @@ fn skipped_lines_are_counted_by_reason() {
         ("quantity above 1000000", 1),
         ("unreadable, first on line 12", 5),
     ];
-    assert!(
-        orders
-            .skipped()
-            .into_iter()
-            .eq(in_words.map(|(reason, count)| (reason.to_owned(), count)))
-    );
+    assert!(orders.skipped().into_iter().eq(in_words.map(|(reason, count)| (reason.to_owned(), count))));
     assert_eq!(Skipped::default().into_iter().next(), None);
     assert_eq!(orders.total(), Some(4));
     assert_eq!(orders.by_ref().count(), 4);
@@ -520,14 +400,8 @@ fn an_order_of_too_many_lines_is_added_up_first() {
     let (_folder, path) = file(csv);
     let read: Vec<_> = retail::open(&path).unwrap().collect();
     assert_eq!(read.len(), 4);
-    assert_eq!(
-        lines(read[0].as_ref().unwrap()).len(),
-        1_000,
-        "an order that fits stays as it is"
-    );
-    let over: Vec<_> = (0..10)
-        .map(|n| (format!("P{n}"), if n == 0 { 101 } else { 100 }))
-        .collect();
+    assert_eq!(lines(read[0].as_ref().unwrap()).len(), 1_000, "an order that fits stays as it is");
+    let over: Vec<_> = (0..10).map(|n| (format!("P{n}"), if n == 0 { 101 } else { 100 })).collect();
     assert_eq!(lines(read[1].as_ref().unwrap()), over);
     assert_eq!(
         read[2].as_ref().unwrap_err().to_string(),
@@ -535,10 +409,7 @@ fn an_order_of_too_many_lines_is_added_up_first() {
     );
     let heavy = lines(read[3].as_ref().unwrap());
     assert!(heavy.iter().all(|(_, quantity)| *quantity <= 1_000_000));
-    assert_eq!(
-        heavy.iter().map(|(_, quantity)| u64::from(*quantity)).sum::<u64>(),
-        1_001 * 400_000
-    );
+    assert_eq!(heavy.iter().map(|(_, quantity)| u64::from(*quantity)).sum::<u64>(), 1_001 * 400_000);
 }
 
 #[test]
@@ -547,23 +418,13 @@ fn products_are_named_by_their_first_description_and_stocked_as_asked() {
                 1012,Y8,  ,5,2009-12-01 07:45:00,1,\n\
                 1012,Y8,Tray\t\u{7}round,5,2009-12-01 07:45:00,1,\n\
                 1012,Y8,Tray,5,2009-12-01 07:45:00,1,\n";
-    let (_folder, path) = file(format!(
-        "{HEADER}{SHOP}{more}1013,X7,{},1,2009-12-01 07:45:00,1,\n",
-        "é".repeat(300)
-    ));
+    let (_folder, path) = file(format!("{HEADER}{SHOP}{more}1013,X7,{},1,2009-12-01 07:45:00,1,\n", "é".repeat(300)));
     let products = retail::catalogue_of(&path, |ordered| u32::try_from(ordered).unwrap() / 2).unwrap();
     let read: Vec<_> = products
         .iter()
         .map(|product| {
             let row = &product.row;
-            (
-                row.sku.as_str(),
-                &*row.name,
-                row.line,
-                row.quantity,
-                product.ordered,
-                product.orders,
-            )
+            (row.sku.as_str(), &*row.name, row.line, row.quantity, product.ordered, product.orders)
         })
         .collect();
     let cut = "é".repeat(200);
@@ -577,18 +438,11 @@ fn products_are_named_by_their_first_description_and_stocked_as_asked() {
         ("X7", &*cut, 22, 0, 1, 1),
     ];
     assert_eq!(read, expected);
-    assert!(
-        products
-            .iter()
-            .all(|product| product.row.category.is_none() && product.row.threshold.is_none())
-    );
+    assert!(products.iter().all(|product| product.row.category.is_none() && product.row.threshold.is_none()));
 
     let ample = retail::catalogue_of(&path, |_| u32::MAX).unwrap();
     assert_eq!(ample.len(), expected.len());
-    assert!(
-        ample.iter().all(|product| product.row.quantity == 1_000_000_000),
-        "no more than a product can have"
-    );
+    assert!(ample.iter().all(|product| product.row.quantity == 1_000_000_000), "no more than a product can have");
 }
 
 // Orders: NDJSON.
@@ -597,14 +451,9 @@ fn products_are_named_by_their_first_description_and_stocked_as_asked() {
 fn envelopes_are_replayed_as_they_are() {
     let (_folder, retail) = file(format!("{HEADER}{SHOP}"));
     let expected = orders(&retail);
-    let text: Vec<String> = expected
-        .iter()
-        .map(|order| String::from_utf8(encode(ContentType::Json, order)).unwrap())
-        .collect();
-    for content in [
-        text.join("\n"),
-        format!("\u{feff}\n  \r\n{}\r\n\r\n", text.join("\r\n\n")),
-    ] {
+    let text: Vec<String> =
+        expected.iter().map(|order| String::from_utf8(encode(ContentType::Json, order)).unwrap()).collect();
+    for content in [text.join("\n"), format!("\u{feff}\n  \r\n{}\r\n\r\n", text.join("\r\n\n"))] {
         for content in [content.clone().into_bytes(), gzip(content.as_bytes())] {
             let (_folder, path) = file(content);
             assert_eq!(orders(&path), expected);
@@ -614,10 +463,7 @@ fn envelopes_are_replayed_as_they_are() {
     }
     let (_folder, path) = file(text.join("\n"));
     let error = retail::catalogue_of(&path, |_| 0).unwrap_err();
-    assert_eq!(
-        error.root_cause().to_string(),
-        "it holds order envelopes, which name no products; give the retail CSV"
-    );
+    assert_eq!(error.root_cause().to_string(), "it holds order envelopes, which name no products; give the retail CSV");
 }
 
 #[test]
@@ -628,14 +474,8 @@ fn a_bad_line_is_named_and_the_next_goes_through() {
     let exact = format!("{good}{}", " ".repeat((1 << 20) - good.len() - 1));
     let (_folder, path) = file([&*good, "", "{\"eventId\":7}", "oops", &long, &exact, &good].join("\n"));
     let read: Vec<_> = retail::open(&path).unwrap().collect();
-    let shown: Vec<String> = read
-        .iter()
-        .map(|order| {
-            order
-                .as_ref()
-                .map_or_else(|error| format!("{error:#}"), |_| "order".into())
-        })
-        .collect();
+    let shown: Vec<String> =
+        read.iter().map(|order| order.as_ref().map_or_else(|error| format!("{error:#}"), |_| "order".into())).collect();
     let expected = [
         "order",
         "line 3 is no order: not a valid order-created as application/json: eventId: invalid type: integer `7`, \
@@ -666,17 +506,11 @@ fn what_is_no_orders_file_is_refused_with_its_name() {
     for (content, expected) in cases {
         let (_folder, path) = file(content);
         let error = format!("{:#}", retail::open(&path).unwrap_err());
-        assert!(
-            error.starts_with(&format!("cannot read orders from {}: ", path.display())),
-            "{error}"
-        );
+        assert!(error.starts_with(&format!("cannot read orders from {}: ", path.display())), "{error}");
         assert!(error.ends_with(expected), "{error}");
     }
     let error = format!("{:#}", retail::open("/nonexistent/orders.csv").unwrap_err());
-    assert!(
-        error.starts_with("cannot read orders from /nonexistent/orders.csv: "),
-        "{error}"
-    );
+    assert!(error.starts_with("cannot read orders from /nonexistent/orders.csv: "), "{error}");
 }
 
 /// A packed NDJSON file that ends too early: the orders before the damage come out, then one error, then the end.
@@ -689,30 +523,19 @@ fn a_damaged_file_ends_with_an_error() {
     let read: Vec<_> = retail::open(&path).unwrap().collect();
     let (last, before) = read.split_last().unwrap();
     assert!(before.iter().all(Result::is_ok));
-    assert!(
-        last.as_ref()
-            .unwrap_err()
-            .to_string()
-            .ends_with("could not be read; nothing after it was")
-    );
+    assert!(last.as_ref().unwrap_err().to_string().ends_with("could not be read; nothing after it was"));
 }
 
 // The real file.
 
 /// The year of real orders, if it is there.
 fn real_file() -> Option<PathBuf> {
-    let beside = concat!(
-        env!("CARGO_MANIFEST_DIR"),
-        "/../../../shared/data/online-retail-2009-2010.csv.gz"
-    );
+    let beside = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/data/online-retail-2009-2010.csv.gz");
     let path = std::env::var_os("LOMASH_RETAIL_CSV").map_or_else(|| PathBuf::from(beside), PathBuf::from);
     if path.exists() {
         return Some(path);
     }
-    println!(
-        "skipped: no file at {}; set LOMASH_RETAIL_CSV to the retail data",
-        path.display()
-    );
+    println!("skipped: no file at {}; set LOMASH_RETAIL_CSV to the retail data", path.display());
     None
 }
 
@@ -725,13 +548,7 @@ fn a_year_of_real_orders_has_its_known_figures() {
     assert_eq!(opened.total(), Some(22_103));
     assert_eq!(
         opened.skipped(),
-        Skipped {
-            cancelled: 10_206,
-            not_positive: 2_121,
-            too_large: 0,
-            unreadable: 0,
-            first_unreadable: None
-        }
+        Skipped { cancelled: 10_206, not_positive: 2_121, too_large: 0, unreadable: 0, first_unreadable: None }
     );
     let orders: Vec<_> = opened.collect::<Result<_, _>>().unwrap();
     println!("{} orders in {:?}", orders.len(), begun.elapsed());
@@ -757,13 +574,7 @@ fn a_year_of_real_orders_has_its_known_figures() {
     assert_eq!(expected.values().map(BTreeMap::len).max(), Some(674));
 
     assert_eq!(orders.len(), 22_103);
-    assert_eq!(
-        orders
-            .iter()
-            .map(|order| order.payload.items.as_slice().len())
-            .sum::<usize>(),
-        line_count
-    );
+    assert_eq!(orders.iter().map(|order| order.payload.items.as_slice().len()).sum::<usize>(), line_count);
     assert_eq!(line_count, 513_134);
     let by_id: HashMap<OrderId, _> = orders.iter().map(|order| (order.payload.order_id, order)).collect();
     assert_eq!(by_id.len(), orders.len(), "ids are distinct");
@@ -783,10 +594,7 @@ fn a_year_of_real_orders_has_its_known_figures() {
     let mut largest: Vec<usize> = orders.iter().map(|order| lines(order).len()).collect();
     largest.sort_unstable();
     assert_eq!((largest[largest.len() / 2], largest.last().copied()), (14, Some(675)));
-    assert!(
-        orders.is_sorted_by_key(|order| order.timestamp),
-        "the file is in the order of time"
-    );
+    assert!(orders.is_sorted_by_key(|order| order.timestamp), "the file is in the order of time");
 
     let products = retail::catalogue_of(&path, |ordered| u32::try_from(ordered).unwrap()).unwrap();
     let skus: BTreeSet<String> = products.iter().map(|product| product.row.sku.to_string()).collect();
@@ -794,17 +602,7 @@ fn a_year_of_real_orders_has_its_known_figures() {
     assert_eq!(products.len(), 4_316);
     assert_eq!(products.iter().map(|product| product.orders).max(), Some(3_282));
     assert_eq!(products.iter().map(|product| product.ordered).sum::<u64>(), 6_011_587);
-    assert_eq!(
-        products
-            .iter()
-            .map(|product| u64::from(product.row.quantity))
-            .sum::<u64>(),
-        6_011_587
-    );
+    assert_eq!(products.iter().map(|product| u64::from(product.row.quantity)).sum::<u64>(), 6_011_587);
     let folded: BTreeSet<String> = codes.iter().map(|code| code.to_uppercase()).collect();
-    assert_eq!(
-        codes.len() - folded.len(),
-        149,
-        "pairs that differ only by case, as `catalogue_of` tells"
-    );
+    assert_eq!(codes.len() - folded.len(), 149, "pairs that differ only by case, as `catalogue_of` tells");
 }

@@ -60,24 +60,14 @@ fn processes_with(needle: &Path) -> Vec<(u32, String)> {
         .expect("/proc")
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok())
         .filter(|pid| *pid != std::process::id())
-        .filter_map(|pid| {
-            Some((
-                pid,
-                fs::read_to_string(format!("/proc/{pid}/cmdline"))
-                    .ok()?
-                    .replace('\0', " "),
-            ))
-        })
+        .filter_map(|pid| Some((pid, fs::read_to_string(format!("/proc/{pid}/cmdline")).ok()?.replace('\0', " "))))
         .filter(|(_, command)| command.contains(needle))
         .collect()
 }
 
 fn lives(pid: u32) -> bool {
-    fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| {
-        !stat
-            .rsplit_once(')')
-            .is_some_and(|(_, rest)| rest.trim_start().starts_with('Z'))
-    })
+    fs::read_to_string(format!("/proc/{pid}/stat"))
+        .is_ok_and(|stat| !stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('Z')))
 }
 
 fn children_of(parent: u32) -> Vec<u32> {
@@ -87,9 +77,7 @@ fn children_of(parent: u32) -> Vec<u32> {
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok())
         .filter(|pid| {
             fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| {
-                stat.rsplit_once(')')
-                    .and_then(|(_, rest)| rest.split_whitespace().nth(1))
-                    == Some(parent.as_str())
+                stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(1)) == Some(parent.as_str())
             })
         })
         .collect()
@@ -102,16 +90,9 @@ async fn nats_keeps_its_streams_when_killed() -> anyhow::Result<()> {
     let url = nats.url();
     let create = r#"{"name":"KEPT","subjects":["kept.*"],"storage":"file","num_replicas":1}"#;
     let request = |subject: &str, body: &str| {
-        format!(
-            "CONNECT {{\"verbose\":false}}\r\nSUB reply 1\r\nPUB {subject} reply {}\r\n{body}\r\n",
-            body.len()
-        )
+        format!("CONNECT {{\"verbose\":false}}\r\nSUB reply 1\r\nPUB {subject} reply {}\r\n{body}\r\n", body.len())
     };
-    talk(
-        &url,
-        &request("$JS.API.STREAM.CREATE.KEPT", create),
-        "\"did_create\":true",
-    )?;
+    talk(&url, &request("$JS.API.STREAM.CREATE.KEPT", create), "\"did_create\":true")?;
     talk(&url, &request("kept.one", "hello"), "\"seq\":1")?;
 
     let pid = nats.pid().expect("it runs");
@@ -157,11 +138,7 @@ async fn postgres_keeps_its_rows_when_killed() -> anyhow::Result<()> {
     let mut postgres = Postgres::start(dir.path()).await?;
     let url = postgres.url();
     query(&url, "CREATE TABLE kept (n int); INSERT INTO kept VALUES (1)").await?;
-    assert_eq!(
-        query(&url, "SHOW fsync").await?,
-        ["on"],
-        "what is measured here is durable"
-    );
+    assert_eq!(query(&url, "SHOW fsync").await?, ["on"], "what is measured here is durable");
 
     // With a backend in the middle of a statement, and its files still there.
     let busy = tokio::spawn({
@@ -169,13 +146,7 @@ async fn postgres_keeps_its_rows_when_killed() -> anyhow::Result<()> {
         async move { query(&url, "SELECT pg_sleep(60)").await }
     });
     let started = Instant::now();
-    while query(
-        &url,
-        "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'",
-    )
-    .await?
-        != ["1"]
-    {
+    while query(&url, "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'").await? != ["1"] {
         assert!(started.elapsed() < ANSWER_TIMEOUT, "the backend does not sleep");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
@@ -198,10 +169,7 @@ async fn postgres_keeps_its_rows_when_killed() -> anyhow::Result<()> {
 
     let other = postgres.create_database("other_1").await?;
     assert_eq!(query(&other, "SELECT current_database()").await?, ["other_1"]);
-    postgres
-        .create_database("no'quotes")
-        .await
-        .expect_err("a name that needs quoting");
+    postgres.create_database("no'quotes").await.expect_err("a name that needs quoting");
 
     // In order, and by a new owner who finds data and password.
     postgres.stop().await?;
@@ -226,38 +194,25 @@ async fn postgres_starts_below_a_folder_that_only_its_owner_enters() -> anyhow::
     fs::set_permissions(home.path(), fs::Permissions::from_mode(0o700))?;
     let dir = home.path().join("clone/.data/postgres");
     let mut postgres = Postgres::start(&dir).await?;
-    query(
-        &postgres.url(),
-        "CREATE TABLE kept (n int); INSERT INTO kept VALUES (7)",
-    )
-    .await?;
+    query(&postgres.url(), "CREATE TABLE kept (n int); INSERT INTO kept VALUES (7)").await?;
     postgres.kill();
     drop(postgres);
 
     let postgres = Postgres::start(&dir).await?;
-    assert_eq!(
-        query(&postgres.url(), "SELECT n FROM kept").await?,
-        ["7"],
-        "found again"
-    );
+    assert_eq!(query(&postgres.url(), "SELECT n FROM kept").await?, ["7"], "found again");
     let place = dir.join("data");
     if fs::symlink_metadata(&place)?.is_symlink() {
         // As root: the data is elsewhere, private, and says where it belongs.
         let data = fs::read_link(&place)?;
         let base = data.parent().expect("a folder");
         assert_eq!(fs::metadata(base)?.mode() & 0o777, 0o700);
-        assert_eq!(
-            PathBuf::from(fs::read_to_string(base.join("origin"))?),
-            dir.canonicalize()?
-        );
+        assert_eq!(PathBuf::from(fs::read_to_string(base.join("origin"))?), dir.canonicalize()?);
         assert!(postgres.note().expect("a note").contains(data.to_str().expect("UTF-8")));
         drop(postgres);
         fs::remove_dir_all(base)?;
         // Cleaned away behind our back: a new, empty cluster.
         let postgres = Postgres::start(&dir).await?;
-        query(&postgres.url(), "SELECT n FROM kept")
-            .await
-            .expect_err("a new cluster");
+        query(&postgres.url(), "SELECT n FROM kept").await.expect_err("a new cluster");
         let base = fs::read_link(&place)?.parent().expect("a folder").to_owned();
         drop(postgres);
         fs::remove_dir_all(base)?;
@@ -271,11 +226,8 @@ async fn postgres_starts_below_a_folder_that_only_its_owner_enters() -> anyhow::
 async fn a_paused_server_answers_when_it_is_resumed() -> anyhow::Result<()> {
     let dir = scratch()?;
     let (nats_dir, redis_dir, postgres_dir) = (dir.path().join("n"), dir.path().join("r"), dir.path().join("p"));
-    let (mut nats, redis, mut postgres) = tokio::try_join!(
-        Nats::start(&nats_dir),
-        Redis::start(&redis_dir),
-        Postgres::start(&postgres_dir)
-    )?;
+    let (mut nats, redis, mut postgres) =
+        tokio::try_join!(Nats::start(&nats_dir), Redis::start(&redis_dir), Postgres::start(&postgres_dir))?;
     let url = postgres.url();
     let (client, connection) = tokio_postgres::connect(&url, tokio_postgres::NoTls).await?;
     tokio::spawn(connection);
@@ -324,10 +276,7 @@ async fn a_server_that_cannot_start_says_why() -> anyhow::Result<()> {
     fs::write(dir.path().join("data/appendonlydir"), "a file where a folder belongs")?;
     let error = Redis::start(dir.path()).await.expect_err("its data is unusable");
     let text = format!("{error:#}");
-    assert!(
-        text.contains("redis ended while it was starting") && text.contains("end of its log"),
-        "{text}"
-    );
+    assert!(text.contains("redis ended while it was starting") && text.contains("end of its log"), "{text}");
     Ok(())
 }
 
@@ -336,9 +285,7 @@ async fn a_service_is_started_stopped_and_watched() -> anyhow::Result<()> {
     let dir = scratch()?;
     let log = dir.path().join("service.log");
     let script = "trap 'echo bye; exit 0' TERM; echo \"hello $WHO\"; while :; do sleep 0.05; done";
-    let mut service = Service::new("greeter", Path::new("/bin/sh"), &log)
-        .args(["-c", script])
-        .env("WHO", "world");
+    let mut service = Service::new("greeter", Path::new("/bin/sh"), &log).args(["-c", script]).env("WHO", "world");
     service.start()?;
     service.start().expect_err("it runs already");
     let started = Instant::now();
@@ -362,13 +309,8 @@ async fn a_service_is_started_stopped_and_watched() -> anyhow::Result<()> {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 
-    let missing = Service::new("missing", Path::new("/nonexistent/program"), &log)
-        .start()
-        .expect_err("no program");
-    assert!(
-        format!("{missing:#}").contains("could not start missing (/nonexistent/program)"),
-        "{missing:#}"
-    );
+    let missing = Service::new("missing", Path::new("/nonexistent/program"), &log).start().expect_err("no program");
+    assert!(format!("{missing:#}").contains("could not start missing (/nonexistent/program)"), "{missing:#}");
     Ok(())
 }
 
@@ -393,11 +335,8 @@ async fn victim() -> anyhow::Result<()> {
         return Ok(());
     };
     let (nats_dir, redis_dir, postgres_dir) = (dir.join("nats"), dir.join("redis"), dir.join("postgres"));
-    let (nats, redis, postgres) = tokio::try_join!(
-        Nats::start(&nats_dir),
-        Redis::start(&redis_dir),
-        Postgres::start(&postgres_dir)
-    )?;
+    let (nats, redis, postgres) =
+        tokio::try_join!(Nats::start(&nats_dir), Redis::start(&redis_dir), Postgres::start(&postgres_dir))?;
     let mut service = Service::new("stubborn", Path::new("/bin/sh"), &dir.join("service.log"))
         .args(["-c", "trap '' TERM; sleep 600"]);
     service.start()?;
@@ -424,10 +363,7 @@ async fn no_child_outlives_a_parent_that_is_killed() -> anyhow::Result<()> {
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    let mut pids: Vec<u32> = fs::read_to_string(&pids)?
-        .lines()
-        .filter_map(|pid| pid.parse().ok())
-        .collect();
+    let mut pids: Vec<u32> = fs::read_to_string(&pids)?.lines().filter_map(|pid| pid.parse().ok()).collect();
     assert_eq!(pids.len(), 4);
     let backends = children_of(pids[2]);
     assert!(!backends.is_empty());
@@ -441,10 +377,7 @@ async fn no_child_outlives_a_parent_that_is_killed() -> anyhow::Result<()> {
         if living.is_empty() {
             break;
         }
-        assert!(
-            started.elapsed() < ORPHAN_TIMEOUT,
-            "{living:?} of {pids:?} outlived their parent"
-        );
+        assert!(started.elapsed() < ORPHAN_TIMEOUT, "{living:?} of {pids:?} outlived their parent");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     assert!(processes_with(dir.path()).is_empty());
@@ -467,11 +400,7 @@ async fn no_child_outlives_a_parent_that_is_killed_while_it_starts_them() -> any
         victim.wait()?;
         let started = Instant::now();
         while !processes_with(dir.path()).is_empty() {
-            assert!(
-                started.elapsed() < ORPHAN_TIMEOUT,
-                "after {milliseconds} ms: {:?}",
-                processes_with(dir.path())
-            );
+            assert!(started.elapsed() < ORPHAN_TIMEOUT, "after {milliseconds} ms: {:?}", processes_with(dir.path()));
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }

@@ -11,7 +11,8 @@ use crate::inventory::{Outcome, ProductCommand, Rejection};
 /// How long one try waits for its answer.
 pub const TRY_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long a command is tried again while nobody answers: a failover takes some seconds.
+/// How long a command is tried again while nobody answers: a failover takes some seconds. Half of the stream's
+/// de-duplication window, within which no try acts twice.
 pub const GIVE_UP_AFTER: Duration = Duration::from_secs(60);
 
 const PAUSE: Duration = Duration::from_millis(100);
@@ -25,7 +26,8 @@ pub enum ClientError {
     /// The service does not understand the request.
     #[error("the product service refused the request: {0}")]
     BadRequest(String),
-    /// Nobody answered. The command may have been carried out; sending it again with the same id is safe.
+    /// Nobody answered. The command may have been carried out; within the stream's de-duplication window it may be sent
+    /// again with the same id, and is then not carried out twice.
     #[error("the product service did not answer ({0}); is it running?")]
     Unavailable(String),
 }
@@ -59,34 +61,21 @@ impl ProductClient {
     pub async fn ping(&self) -> Result<u64, ClientError> {
         match self.ask(&Request::Ping).await.map_err(ClientError::Unavailable)? {
             Reply::Pong { sequence } => Ok(sequence),
-            other => Err(ClientError::BadRequest(format!(
-                "unexpected reply to a ping: {other:?}"
-            ))),
+            other => Err(ClientError::BadRequest(format!("unexpected reply to a ping: {other:?}"))),
         }
     }
 
-    /// Has a command carried out, trying again for up to a minute while nobody answers.
+    /// Has a command carried out, trying again for up to a minute while nobody answers. When the answer of a try was
+    /// lost, the next one may hear [`Rejection::Repeated`]: it was carried out.
     ///
     /// # Errors
     /// [`ClientError`].
     pub async fn send(&self, command: ProductCommand, reason: Option<String>) -> Result<Done, ClientError> {
         let request = Request::Command { command, reason };
         let deadline = tokio::time::Instant::now() + GIVE_UP_AFTER;
-        let mut tries = 0_u32;
         loop {
-            tries += 1;
             let problem = match self.ask(&request).await {
                 Ok(Reply::Committed { outcome, sequence }) => return Ok(Done { outcome, sequence }),
-                // The try before was carried out and only its answer was lost.
-                Ok(Reply::Rejected {
-                    rejection: Rejection::Repeated,
-                    ..
-                }) if tries > 1 => {
-                    return Ok(Done {
-                        outcome: Outcome::Unchanged,
-                        sequence: 0,
-                    });
-                }
                 Ok(Reply::Rejected { rejection, .. }) => return Err(ClientError::Rejected(rejection)),
                 Ok(Reply::BadRequest { detail }) => return Err(ClientError::BadRequest(detail)),
                 Ok(Reply::Pong { .. }) => return Err(ClientError::BadRequest("a pong is no answer".to_owned())),
@@ -102,15 +91,11 @@ impl ProductClient {
     async fn ask(&self, request: &Request) -> Result<Reply, String> {
         let body = serde_json::to_vec(request).map_err(|problem| problem.to_string())?;
         let request = NatsRequest::new().payload(body.into()).timeout(Some(TRY_TIMEOUT));
-        let answer = self
-            .client
-            .send_request(SUBJECT, request)
-            .await
-            .map_err(|problem| match problem.kind() {
-                RequestErrorKind::TimedOut => format!("no answer within {} s", TRY_TIMEOUT.as_secs()),
-                RequestErrorKind::NoResponders => "no replica is running".to_owned(),
-                _ => problem.to_string(),
-            })?;
+        let answer = self.client.send_request(SUBJECT, request).await.map_err(|problem| match problem.kind() {
+            RequestErrorKind::TimedOut => format!("no answer within {} s", TRY_TIMEOUT.as_secs()),
+            RequestErrorKind::NoResponders => "no replica is running".to_owned(),
+            _ => problem.to_string(),
+        })?;
         serde_json::from_slice(&answer.payload).map_err(|problem| format!("the answer is not a reply: {problem}"))
     }
 }

@@ -1,8 +1,8 @@
 //! Commands about products by NATS request: how the command line, and later the other replicas, reach the writer.
 //!
 //! One JSON request, one JSON reply with the outcome. Not part of the contract with other services; permissions keep
-//! the subject to the platform's own tools. A command carries its own id, so that asking again after a lost reply cannot
-//! act twice.
+//! the subject to the platform's own tools. A command carries its own id, so that asking again after a lost reply does
+//! not act twice (within the stream's de-duplication window).
 
 use std::sync::Arc;
 
@@ -93,12 +93,8 @@ impl From<Result<Committed, CommandError>> for Reply {
                 let detail = rejection.to_string();
                 Self::Rejected { rejection, detail }
             }
-            Err(problem @ CommandError::TooLarge { .. }) => Self::BadRequest {
-                detail: problem.to_string(),
-            },
-            Err(problem @ CommandError::Stopping) => Self::Unavailable {
-                detail: problem.to_string(),
-            },
+            Err(problem @ CommandError::TooLarge { .. }) => Self::BadRequest { detail: problem.to_string() },
+            Err(problem @ CommandError::Stopping) => Self::Unavailable { detail: problem.to_string() },
         }
     }
 }
@@ -131,6 +127,7 @@ pub async fn serve(client: Client, committer: Committer, stop: CancellationToken
             drop(place);
         });
     }
+    // Ends in bounded time: the committer answers everything when it is stopped.
     at_work.close();
     at_work.wait().await;
 }
@@ -142,16 +139,11 @@ async fn answer(client: &Client, committer: &Committer, message: Message) {
     };
     let reply = match parse(&message) {
         Err(detail) => Reply::BadRequest { detail },
-        Ok(Request::Ping) => Reply::Pong {
-            sequence: committer.sequence(),
-        },
+        Ok(Request::Ping) => Reply::Pong { sequence: committer.sequence() },
         Ok(Request::Command { command, reason }) => {
             let text = |name: &str| Some(message.headers.as_ref()?.get(name)?.as_str().to_owned());
-            let carried = Carried {
-                traceparent: text(header::TRACEPARENT),
-                tracestate: text(header::TRACESTATE),
-                reason,
-            };
+            let carried =
+                Carried { traceparent: text(header::TRACEPARENT), tracestate: text(header::TRACESTATE), reason };
             let carried = (carried != Carried::default()).then(|| Arc::new(carried));
             committer.submit(Command::Product(command), carried).await.into()
         }
@@ -164,17 +156,12 @@ async fn answer(client: &Client, committer: &Committer, message: Message) {
 
 fn parse(message: &Message) -> Result<Request, String> {
     if message.payload.len() > MAX_REQUEST_BYTES {
-        return Err(format!(
-            "the request has {} bytes, at most {MAX_REQUEST_BYTES} are read",
-            message.payload.len()
-        ));
+        return Err(format!("the request has {} bytes, at most {MAX_REQUEST_BYTES} are read", message.payload.len()));
     }
     let request: Request =
         serde_json::from_slice(&message.payload).map_err(|problem| format!("not a command: {problem}"))?;
     match &request {
-        Request::Command {
-            reason: Some(reason), ..
-        } if reason.chars().count() > MAX_REASON_CHARS => {
+        Request::Command { reason: Some(reason), .. } if reason.chars().count() > MAX_REASON_CHARS => {
             Err(format!("the reason is longer than {MAX_REASON_CHARS} characters"))
         }
         _ => Ok(request),

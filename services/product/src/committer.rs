@@ -68,7 +68,8 @@ pub enum CommandError {
         /// How many there may be.
         limit: usize,
     },
-    /// The process is stopping. Whether the command was carried out is unknown; sending it again is safe.
+    /// The process is stopping. Whether the command was carried out is unknown; an order may be sent again at any time,
+    /// another command within the stream's de-duplication window.
     #[error("the service is stopping; send the command again")]
     Stopping,
 }
@@ -95,11 +96,7 @@ impl Submission {
     /// What the command came to, now that an event of one of its tries was found in the stream. The event says more than
     /// the try: an earlier try may be the one that was stored, and it had seen another stock.
     fn outcome_of(&self, envelope: &Envelope<LedgerEvent>) -> Outcome {
-        let tried = self
-            .tried
-            .iter()
-            .find(|(event, _)| *event == envelope.event_id)
-            .map(|(_, outcome)| outcome);
+        let tried = self.tried.iter().find(|(event, _)| *event == envelope.event_id).map(|(_, outcome)| outcome);
         match (&envelope.payload, tried) {
             (LedgerEvent::InventoryUpdateFailed(failed), _) => Outcome::Refused { reason: failed.reason },
             (LedgerEvent::InventoryUpdated(updated), Some(Outcome::StockChanged { shortfall, .. })) => {
@@ -140,12 +137,7 @@ impl Committer {
     /// [`CommandError`].
     pub async fn submit(&self, command: Command, carried: Option<Arc<Carried>>) -> Answer {
         let (reply, answer) = oneshot::channel();
-        let submission = Submission {
-            command,
-            carried,
-            reply,
-            tried: Vec::new(),
-        };
+        let submission = Submission { command, carried, reply, tried: Vec::new() };
         self.queue.send(submission).await.map_err(|_| CommandError::Stopping)?;
         answer.await.unwrap_or(Err(CommandError::Stopping))
     }
@@ -170,9 +162,7 @@ pub async fn catch_up<L: Ledger>(
     let mut messages = ledger.read(state.sequence()).await?;
     while let Some(message) = messages.next().await {
         let message = message?;
-        let admitted = message
-            .parse()
-            .and_then(|envelope| state.admits(&envelope.payload).map(|()| envelope));
+        let admitted = message.parse().and_then(|envelope| state.admits(&envelope.payload).map(|()| envelope));
         match admitted {
             Ok(envelope) => {
                 state.evolve(message.sequence, &envelope.payload);
@@ -205,15 +195,7 @@ pub fn committer<L: Ledger>(
 ) -> (Committer, impl Future<Output = Result<State, ReadError>> + Send) {
     let (queue, submissions) = mpsc::channel(MAX_QUEUED_COMMANDS);
     let (known, sequence) = watch::channel(state.sequence());
-    let running = Running {
-        ledger,
-        state,
-        clock,
-        stop,
-        known,
-        max_batch_messages: MAX_BATCH_MESSAGES,
-        alone: 0,
-    };
+    let running = Running { ledger, state, clock, stop, known, max_batch_messages: MAX_BATCH_MESSAGES, alone: 0 };
     (Committer { queue, sequence }, running.run(submissions))
 }
 
@@ -237,11 +219,7 @@ struct Batch {
 }
 
 enum Verdict {
-    Store {
-        outcome: Outcome,
-        first_event: EventId,
-        last_message: usize,
-    },
+    Store { outcome: Outcome, first_event: EventId, last_message: usize },
     Settled(Outcome),
     Reject(CommandError),
 }
@@ -299,10 +277,8 @@ impl<L: Ledger> Running<L> {
         if batch.messages.is_empty() {
             // Saying no, or that all is so already, needs a fresh look: another writer may have changed it.
             let before = self.state.sequence();
-            if batch.verdicts.iter().any(Verdict::depends_on_freshness) {
-                self.catch_up(waiting).await?;
-            }
-            if self.state.sequence() == before {
+            let fresh = !batch.verdicts.iter().any(Verdict::depends_on_freshness) || self.catch_up(waiting).await?;
+            if fresh && self.state.sequence() == before {
                 self.settle(batch, waiting, before);
             }
             return Ok(());
@@ -311,12 +287,7 @@ impl<L: Ledger> Running<L> {
         match self.ledger.append(&batch.messages, expected).await {
             Ok(last) => {
                 crash_point!("commit-after-ack");
-                debug!(
-                    messages = batch.messages.len(),
-                    commands = batch.verdicts.len(),
-                    last,
-                    "committed"
-                );
+                debug!(messages = batch.messages.len(), commands = batch.verdicts.len(), last, "committed");
                 for (offset, fact) in batch.facts.iter().enumerate() {
                     self.state.evolve(expected + 1 + offset as u64, &fact.event);
                 }
@@ -328,10 +299,7 @@ impl<L: Ledger> Running<L> {
                 info!(%problem, expected, messages = batch.messages.len(), "not committed; catching up");
                 if matches!(problem, AppendError::Unknown(_)) {
                     for (submission, verdict) in waiting.iter_mut().zip(&batch.verdicts) {
-                        if let Verdict::Store {
-                            outcome, first_event, ..
-                        } = verdict
-                        {
+                        if let Verdict::Store { outcome, first_event, .. } = verdict {
                             submission.note_try(*first_event, outcome);
                         }
                     }
@@ -347,22 +315,18 @@ impl<L: Ledger> Running<L> {
         commands: usize,
         waiting: &mut VecDeque<Submission>,
     ) -> Result<(), ReadError> {
-        let before = self.state.sequence();
+        let unanswered = waiting.len();
         self.catch_up(waiting).await?;
         match problem {
             AppendError::TooLarge { messages, .. } => {
                 let smaller = (messages / 2).max(MIN_BATCH_MESSAGES);
-                warn!(
-                    from = self.max_batch_messages,
-                    to = smaller,
-                    "the server takes smaller batches than configured"
-                );
+                warn!(from = self.max_batch_messages, to = smaller, "the server takes smaller batches than configured");
                 self.max_batch_messages = smaller;
             }
             AppendError::Refused { .. } => tokio::time::sleep(REFUSED_PAUSE).await,
-            // An id of the batch was stored before the state that we had: a repeated admin command, for a repeated
-            // order would have been known. The server does not say which, so they go one by one.
-            AppendError::Duplicate(_) if self.state.sequence() == before => match waiting.front() {
+            // An id of the batch is stored, and not by a try of ours: a repeated admin command, for a repeated order is
+            // known. The server does not say which, so they go one by one.
+            AppendError::Duplicate(_) if waiting.len() == unanswered => match waiting.front() {
                 Some(first) if commands == 1 && first.is_repeated_command() => {
                     let repeated = waiting.pop_front().expect("there is a first");
                     repeated.answer(Err(Rejection::Repeated.into()));
@@ -380,38 +344,24 @@ impl<L: Ledger> Running<L> {
     fn decide(&self, waiting: &VecDeque<Submission>, most: usize) -> Batch {
         let now = (self.clock)();
         let mut draft = Draft::new(&self.state);
-        let mut batch = Batch {
-            facts: Vec::new(),
-            messages: Vec::new(),
-            verdicts: Vec::new(),
-        };
+        let mut batch = Batch { facts: Vec::new(), messages: Vec::new(), verdicts: Vec::new() };
         for submission in waiting.iter().take(most) {
             let verdict = match decide(&draft, &submission.command, now) {
                 Decision::Settled(outcome) => Verdict::Settled(outcome),
                 Decision::Reject(rejection) => Verdict::Reject(rejection.into()),
                 Decision::Store(facts, _) if facts.len() > self.max_batch_messages => {
-                    let error = CommandError::TooLarge {
-                        messages: facts.len(),
-                        limit: self.max_batch_messages,
-                    };
+                    let error = CommandError::TooLarge { messages: facts.len(), limit: self.max_batch_messages };
                     Verdict::Reject(error)
                 }
                 Decision::Store(facts, _) if batch.facts.len() + facts.len() > self.max_batch_messages => break,
                 Decision::Store(facts, outcome) => {
                     draft.apply(&facts);
-                    let first_event = facts
-                        .first()
-                        .map(|fact| fact.event_id)
-                        .expect("a decision stores something");
+                    let first_event = facts.first().map(|fact| fact.event_id).expect("a decision stores something");
                     for fact in &facts {
                         batch.messages.push(message(fact, now, submission.carried.clone()));
                     }
                     batch.facts.extend(facts);
-                    Verdict::Store {
-                        outcome,
-                        first_event,
-                        last_message: batch.facts.len(),
-                    }
+                    Verdict::Store { outcome, first_event, last_message: batch.facts.len() }
                 }
             };
             batch.verdicts.push(verdict);
@@ -424,24 +374,18 @@ impl<L: Ledger> Running<L> {
         for verdict in batch.verdicts {
             let submission = waiting.pop_front().expect("there is a submission for each verdict");
             submission.answer(match verdict {
-                Verdict::Store {
-                    outcome, last_message, ..
-                } => Ok(Committed {
-                    outcome,
-                    sequence: expected + last_message as u64,
-                }),
-                Verdict::Settled(outcome) => Ok(Committed {
-                    outcome,
-                    sequence: self.state.sequence(),
-                }),
+                Verdict::Store { outcome, last_message, .. } => {
+                    Ok(Committed { outcome, sequence: expected + last_message as u64 })
+                }
+                Verdict::Settled(outcome) => Ok(Committed { outcome, sequence: self.state.sequence() }),
                 Verdict::Reject(error) => Err(error),
             });
         }
     }
 
     /// Catches up with the stream, however long the servers need to be reachable again, and answers the commands that
-    /// turn out to be stored after all.
-    async fn catch_up(&mut self, waiting: &mut VecDeque<Submission>) -> Result<(), ReadError> {
+    /// turn out to be stored after all. False when it was stopped before it got there.
+    async fn catch_up(&mut self, waiting: &mut VecDeque<Submission>) -> Result<bool, ReadError> {
         let mut tried: HashMap<EventId, usize> = HashMap::new();
         for (position, submission) in waiting.iter().enumerate() {
             tried.extend(submission.tried.iter().map(|(event, _)| (*event, position)));
@@ -461,7 +405,7 @@ impl<L: Ledger> Running<L> {
                 Err(problem) if problem.is_transient() => {
                     warn!(%problem, pause_ms = pause.as_millis(), "cannot catch up yet, trying again");
                     tokio::select! {
-                        () = self.stop.cancelled() => break,
+                        () = self.stop.cancelled() => return Ok(false),
                         () = tokio::time::sleep(pause) => {}
                     }
                     pause = (pause * 2).min(LAST_PAUSE);
@@ -482,17 +426,14 @@ impl<L: Ledger> Running<L> {
                 }
             }
         }
-        Ok(())
+        Ok(true)
     }
 }
 
 impl Verdict {
     /// An order decided before stays decided; every other answer without an event rests on the state being current.
     const fn depends_on_freshness(&self) -> bool {
-        !matches!(
-            self,
-            Self::Settled(Outcome::AlreadyDecided) | Self::Reject(CommandError::TooLarge { .. })
-        )
+        !matches!(self, Self::Settled(Outcome::AlreadyDecided) | Self::Reject(CommandError::TooLarge { .. }))
     }
 }
 

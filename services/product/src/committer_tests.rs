@@ -21,12 +21,7 @@ fn product_id(n: u128) -> ProductId {
 
 fn command(n: u128, action: Action) -> Command {
     let by = UpdatedBy::System;
-    Command::Product(ProductCommand {
-        command_id: Uuid::new_v4(),
-        product_id: product_id(n),
-        by,
-        action,
-    })
+    Command::Product(ProductCommand { command_id: Uuid::new_v4(), product_id: product_id(n), by, action })
 }
 
 fn register(n: u128, quantity: u32) -> Command {
@@ -37,24 +32,12 @@ fn register(n: u128, quantity: u32) -> Command {
         low_stock_threshold: None,
         active: true,
     };
-    command(
-        n,
-        Action::Register {
-            details,
-            initial_quantity: quantity,
-        },
-    )
+    command(n, Action::Register { details, initial_quantity: quantity })
 }
 
 fn order(n: u128, product: u128, quantity: u32) -> Command {
     let order_id = Uuid::from_u128(0xabc0_0000 + n).into();
-    Command::Order(Order {
-        order_id,
-        lines: vec![OrderLine {
-            product_id: product_id(product),
-            quantity,
-        }],
-    })
+    Command::Order(Order { order_id, lines: vec![OrderLine { product_id: product_id(product), quantity }] })
 }
 
 /// A running committer; dropping the token's guard stops it.
@@ -69,9 +52,7 @@ fn start(ledger: &MemoryLedger) -> (Committer, tokio_util::sync::DropGuard) {
 async fn fold(ledger: &MemoryLedger) -> State {
     ledger.make_unreadable(0);
     let mut state = State::default();
-    catch_up(ledger, &mut state, |_, _| {})
-        .await
-        .expect("a ledger in memory can be read");
+    catch_up(ledger, &mut state, |_, _| {}).await.expect("a ledger in memory can be read");
     assert_eq!(state.skipped(), 0, "every stored message is ours and chains");
     state
 }
@@ -82,12 +63,7 @@ fn stock(state: &State, n: u128) -> u32 {
 
 #[tokio::test]
 async fn each_unknown_outcome_resolves_to_exactly_one() {
-    for fault in [
-        Fault::UnknownStored,
-        Fault::UnknownLost,
-        Fault::UnknownLater,
-        Fault::Refused,
-    ] {
+    for fault in [Fault::UnknownStored, Fault::UnknownLost, Fault::UnknownLater, Fault::Refused] {
         let ledger = MemoryLedger::default();
         let (committer, _running) = start(&ledger);
         committer.submit(register(1, 10), None).await.expect("a registration");
@@ -97,11 +73,7 @@ async fn each_unknown_outcome_resolves_to_exactly_one() {
                 "an adjustment, which would act twice if it were decided twice",
                 command(1, Action::Adjust { delta: -1 }),
                 5,
-                Outcome::StockChanged {
-                    previous_quantity: 6,
-                    new_quantity: 5,
-                    shortfall: 0,
-                },
+                Outcome::StockChanged { previous_quantity: 6, new_quantity: 5, shortfall: 0 },
             ),
         ] {
             ledger.inject([fault]);
@@ -125,15 +97,8 @@ async fn a_repeated_command_is_told_so_and_its_neighbours_go_through() {
     let neighbours: Vec<_> = (0..20).map(|n| committer.submit(order(n, 1, 1), None)).collect();
     let (again, neighbours) = tokio::join!(committer.submit(repeated, None), futures::future::join_all(neighbours));
     assert_eq!(again, Err(CommandError::Rejected(Rejection::Repeated)));
-    let allocated = neighbours.iter().filter(|answer| {
-        matches!(
-            answer,
-            Ok(Committed {
-                outcome: Outcome::Allocated,
-                ..
-            })
-        )
-    });
+    let allocated =
+        neighbours.iter().filter(|answer| matches!(answer, Ok(Committed { outcome: Outcome::Allocated, .. })));
     assert_eq!(allocated.count(), 9);
     assert_eq!(stock(&fold(&ledger).await, 1), 0);
 }
@@ -147,21 +112,10 @@ async fn a_server_with_smaller_batches_is_adapted_to_and_what_cannot_fit_is_told
     for answer in futures::future::join_all(registrations).await {
         answer.expect("every registration fits by itself");
     }
-    let lines = (0..400)
-        .map(|n| OrderLine {
-            product_id: product_id(n),
-            quantity: 1,
-        })
-        .collect();
-    let large = Command::Order(Order {
-        order_id: Uuid::from_u128(1).into(),
-        lines,
-    });
+    let lines = (0..400).map(|n| OrderLine { product_id: product_id(n), quantity: 1 }).collect();
+    let large = Command::Order(Order { order_id: Uuid::from_u128(1).into(), lines });
     let answer = committer.submit(large, None).await;
-    assert!(
-        matches!(answer, Err(CommandError::TooLarge { messages: 800, limit }) if limit <= 150),
-        "{answer:?}"
-    );
+    assert!(matches!(answer, Err(CommandError::TooLarge { messages: 800, limit }) if limit <= 150), "{answer:?}");
     assert_eq!(fold(&ledger).await.products().count(), 400);
 }
 
@@ -191,19 +145,10 @@ async fn foreign_messages_are_skipped_and_do_not_stop_the_writer() {
         order_id: None,
         updated_by: UpdatedBy::System,
     });
-    let forged = Fact {
-        event_id: Uuid::new_v4().into(),
-        event,
-    };
+    let forged = Fact { event_id: Uuid::new_v4().into(), event };
     let last = ledger.last_sequence().await.expect("readable");
-    ledger
-        .append(&[message(&forged, clock(), None)], last)
-        .await
-        .expect("a foreign message gets in");
-    committer
-        .submit(order(1, 1, 5), None)
-        .await
-        .expect("the order is decided all the same");
+    ledger.append(&[message(&forged, clock(), None)], last).await.expect("a foreign message gets in");
+    committer.submit(order(1, 1, 5), None).await.expect("the order is decided all the same");
     let mut state = State::default();
     catch_up(&ledger, &mut state, |_, _| {}).await.expect("readable");
     assert_eq!((state.skipped(), stock(&state, 1)), (1, 0));

@@ -51,7 +51,8 @@ pub struct OrderLine {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ProductCommand {
-    /// Identity of the command: its events' ids derive from it, so that a retry cannot act twice.
+    /// Identity of the command: its events' ids derive from it, so that a retry does not act twice within the stream's
+    /// de-duplication window.
     pub command_id: Uuid,
     /// The product.
     pub product_id: ProductId,
@@ -304,10 +305,7 @@ impl State {
     /// # Errors
     /// [`Foreign`] when we cannot have written it.
     pub fn admits(&self, event: &LedgerEvent) -> Result<(), Foreign> {
-        let stock = self
-            .products
-            .get(&ProductId(event.key()))
-            .map(|product| product.quantity);
+        let stock = self.products.get(&ProductId(event.key())).map(|product| product.quantity);
         lomash_contract::chains(event, stock)
     }
 
@@ -351,21 +349,15 @@ impl State {
 /// The product after `event`, if the event is about one.
 fn evolved(previous: Option<&Product>, sequence: u64, event: &LedgerEvent) -> Option<Product> {
     match event {
-        LedgerEvent::ProductRegistered(ProductRegistered(details)) => Some(Product {
-            details: Arc::new(details.clone()),
-            quantity: 0,
-            version: sequence,
-        }),
-        LedgerEvent::ProductRevised(ProductRevised(details)) => Some(Product {
-            details: Arc::new(details.clone()),
-            quantity: previous?.quantity,
-            version: sequence,
-        }),
-        LedgerEvent::InventoryUpdated(updated) => Some(Product {
-            details: previous?.details.clone(),
-            quantity: updated.new_quantity,
-            version: sequence,
-        }),
+        LedgerEvent::ProductRegistered(ProductRegistered(details)) => {
+            Some(Product { details: Arc::new(details.clone()), quantity: 0, version: sequence })
+        }
+        LedgerEvent::ProductRevised(ProductRevised(details)) => {
+            Some(Product { details: Arc::new(details.clone()), quantity: previous?.quantity, version: sequence })
+        }
+        LedgerEvent::InventoryUpdated(updated) => {
+            Some(Product { details: previous?.details.clone(), quantity: updated.new_quantity, version: sequence })
+        }
         LedgerEvent::InventoryUpdateFailed(_) | LedgerEvent::InventoryCounted(_) | LedgerEvent::ProductUpdated(_) => {
             None
         }
@@ -415,12 +407,7 @@ impl<'s> Draft<'s> {
     /// A draft on top of `state`.
     #[must_use]
     pub fn new(state: &'s State) -> Self {
-        Self {
-            state,
-            products: HashMap::new(),
-            skus: HashMap::new(),
-            decided: HashSet::new(),
-        }
+        Self { state, products: HashMap::new(), skus: HashMap::new(), decided: HashSet::new() }
     }
 
     /// Takes the facts of a decision in, so that the next command is decided after it.
@@ -450,9 +437,7 @@ impl View for Draft<'_> {
     fn sku_owner(&self, sku: &Sku) -> Option<ProductId> {
         // A sku that the draft gave away is free, though the state below still knows its old owner.
         let owner = self.skus.get(sku).or_else(|| self.state.skus.get(sku)).copied()?;
-        View::product(self, &owner)
-            .is_some_and(|product| product.details.sku == *sku)
-            .then_some(owner)
+        View::product(self, &owner).is_some_and(|product| product.details.sku == *sku).then_some(owner)
     }
 
     fn is_decided(&self, order: &OrderId) -> bool {
@@ -494,32 +479,20 @@ fn decide_order(view: &impl View, order: &Order, now: Timestamp) -> Decision {
         };
         order.lines.iter().filter_map(fails).collect()
     };
-    let gravest_first = [
-        FailureReason::UnknownProduct,
-        FailureReason::ProductInactive,
-        FailureReason::InsufficientStock,
-    ];
+    let gravest_first =
+        [FailureReason::UnknownProduct, FailureReason::ProductInactive, FailureReason::InsufficientStock];
     for reason in gravest_first {
         let items = failing(reason);
         if !items.is_empty() {
             let event_id = EventId::derive(&order.order_id.0, EventRole::Refusal, &order.order_id.0);
-            let failed = InventoryUpdateFailed {
-                order_id: order.order_id,
-                reason,
-                items,
-            };
-            let fact = Fact {
-                event_id,
-                event: LedgerEvent::InventoryUpdateFailed(failed),
-            };
+            let failed = InventoryUpdateFailed { order_id: order.order_id, reason, items };
+            let fact = Fact { event_id, event: LedgerEvent::InventoryUpdateFailed(failed) };
             return Decision::Store(vec![fact], Outcome::Refused { reason });
         }
     }
     let mut facts = Vec::with_capacity(order.lines.len());
     for line in &order.lines {
-        let product = view
-            .product(&line.product_id)
-            .expect("a line of an unknown product was refused above");
+        let product = view.product(&line.product_id).expect("a line of an unknown product was refused above");
         let change = StockChange {
             cause: order.order_id.0,
             new_quantity: product.quantity - line.quantity,
@@ -573,43 +546,27 @@ pub const fn is_available(quantity: u32) -> bool {
 fn product_updated(cause: &Uuid, product_id: ProductId, changed_fields: Vec<ChangedField>, now: Timestamp) -> Fact {
     Fact {
         event_id: EventId::derive(cause, EventRole::ChangedFields, &product_id.0),
-        event: LedgerEvent::ProductUpdated(ProductUpdated {
-            product_id,
-            changed_fields,
-            updated_at: now,
-        }),
+        event: LedgerEvent::ProductUpdated(ProductUpdated { product_id, changed_fields, updated_at: now }),
     }
 }
 
 fn decide_product(view: &impl View, command: &ProductCommand, now: Timestamp) -> Result<Decision, Rejection> {
     let product = view.product(&command.product_id);
     match &command.action {
-        Action::Register {
-            details,
-            initial_quantity,
-        } => register(view, command, details, *initial_quantity, now),
+        Action::Register { details, initial_quantity } => register(view, command, details, *initial_quantity, now),
         Action::Revise { details } => {
             let product = product.ok_or(Rejection::UnknownProduct)?;
             revise(view, command, product, details.clone(), now)
         }
         Action::Activate { active } => {
             let product = product.ok_or(Rejection::UnknownProduct)?;
-            let details = Details {
-                active: *active,
-                ..Details::from(&*product.details)
-            };
+            let details = Details { active: *active, ..Details::from(&*product.details) };
             revise(view, command, product, details, now)
         }
-        Action::SetQuantity {
-            quantity,
-            expected_quantity,
-        } => {
+        Action::SetQuantity { quantity, expected_quantity } => {
             let product = product.ok_or(Rejection::UnknownProduct)?;
             if let Some(expected) = expected_quantity.filter(|expected| *expected != product.quantity) {
-                return Err(Rejection::UnexpectedQuantity {
-                    expected,
-                    actual: product.quantity,
-                });
+                return Err(Rejection::UnexpectedQuantity { expected, actual: product.quantity });
             }
             change_stock(command, product, i64::from(*quantity), Trigger::AdminUpdate, 0, now)
         }
@@ -617,17 +574,11 @@ fn decide_product(view: &impl View, command: &ProductCommand, now: Timestamp) ->
             let product = product.ok_or(Rejection::UnknownProduct)?;
             let new = i64::from(product.quantity).saturating_add(*delta);
             if new < 0 {
-                return Err(Rejection::BelowZero {
-                    quantity: product.quantity,
-                    taken: delta.unsigned_abs(),
-                });
+                return Err(Rejection::BelowZero { quantity: product.quantity, taken: delta.unsigned_abs() });
             }
             change_stock(command, product, new, Trigger::AdminUpdate, 0, now)
         }
-        Action::CorrectCount {
-            counted,
-            stock_at_count,
-        } => {
+        Action::CorrectCount { counted, stock_at_count } => {
             let product = product.ok_or(Rejection::UnknownProduct)?;
             let new = i64::from(product.quantity) + i64::from(*counted) - i64::from(*stock_at_count);
             let shortfall = u32::try_from(-new).unwrap_or(0);
@@ -646,22 +597,12 @@ fn change_stock(
 ) -> Result<Decision, Rejection> {
     let new_quantity = in_range("quantity", new_quantity)?;
     let previous_quantity = product.quantity;
-    let outcome = Outcome::StockChanged {
-        previous_quantity,
-        new_quantity,
-        shortfall,
-    };
+    let outcome = Outcome::StockChanged { previous_quantity, new_quantity, shortfall };
     if new_quantity == previous_quantity {
         let settled = if shortfall == 0 { Outcome::Unchanged } else { outcome };
         return Ok(Decision::Settled(settled));
     }
-    let change = StockChange {
-        cause: command.command_id,
-        new_quantity,
-        trigger,
-        order_id: None,
-        by: command.by,
-    };
+    let change = StockChange { cause: command.command_id, new_quantity, trigger, order_id: None, by: command.by };
     let mut facts = Vec::with_capacity(2);
     change.record(&product.details, previous_quantity, now, &mut facts);
     Ok(Decision::Store(facts, outcome))
@@ -679,11 +620,7 @@ fn register(
     let wanted = details.of(command.product_id);
     if let Some(product) = view.product(&command.product_id) {
         let same = *product.details == wanted;
-        return if same {
-            Ok(Decision::Settled(Outcome::Unchanged))
-        } else {
-            Err(Rejection::AlreadyRegistered)
-        };
+        return if same { Ok(Decision::Settled(Outcome::Unchanged)) } else { Err(Rejection::AlreadyRegistered) };
     }
     if let Some(owner) = view.sku_owner(&details.sku) {
         return Err(Rejection::SkuTaken { owner });
@@ -725,10 +662,7 @@ fn revise(
         (current.sku != wanted.sku, ChangedField::Sku),
         (current.name != wanted.name, ChangedField::Name),
         (current.category != wanted.category, ChangedField::Category),
-        (
-            current.low_stock_threshold != wanted.low_stock_threshold,
-            ChangedField::LowStockThreshold,
-        ),
+        (current.low_stock_threshold != wanted.low_stock_threshold, ChangedField::LowStockThreshold),
         (current.active != wanted.active, ChangedField::Active),
     ]
     .into_iter()
@@ -738,10 +672,7 @@ fn revise(
         event_id: EventId::derive(&command.command_id, EventRole::Details, &command.product_id.0),
         event: LedgerEvent::ProductRevised(ProductRevised(wanted)),
     };
-    let facts = vec![
-        revised,
-        product_updated(&command.command_id, command.product_id, changed_fields.clone(), now),
-    ];
+    let facts = vec![revised, product_updated(&command.command_id, command.product_id, changed_fields.clone(), now)];
     Ok(Decision::Store(facts, Outcome::Revised { changed_fields }))
 }
 
@@ -749,9 +680,7 @@ fn in_range(field: &str, quantity: i64) -> Result<u32, Rejection> {
     u32::try_from(quantity)
         .ok()
         .filter(|quantity| *quantity <= MAX_STOCK)
-        .ok_or_else(|| Rejection::OutOfRange {
-            field: field.to_owned(),
-        })
+        .ok_or_else(|| Rejection::OutOfRange { field: field.to_owned() })
 }
 
 impl Details {

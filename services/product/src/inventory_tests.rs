@@ -28,33 +28,16 @@ fn details(sku: &str) -> Details {
 
 fn product(n: u128, action: Action) -> Command {
     let command_id = Uuid::new_v5(&Uuid::from_u128(n), format!("{action:?}").as_bytes());
-    Command::Product(ProductCommand {
-        command_id,
-        product_id: id(n),
-        by: UpdatedBy::System,
-        action,
-    })
+    Command::Product(ProductCommand { command_id, product_id: id(n), by: UpdatedBy::System, action })
 }
 
 fn register(n: u128, quantity: u32) -> Command {
-    product(
-        n,
-        Action::Register {
-            details: details(&format!("SKU-{n}")),
-            initial_quantity: quantity,
-        },
-    )
+    product(n, Action::Register { details: details(&format!("SKU-{n}")), initial_quantity: quantity })
 }
 
 fn order(n: u128, lines: &[(u128, u32)]) -> Command {
-    let lines = lines.iter().map(|(product, quantity)| OrderLine {
-        product_id: id(*product),
-        quantity: *quantity,
-    });
-    Command::Order(Order {
-        order_id: order_id(n),
-        lines: lines.collect(),
-    })
+    let lines = lines.iter().map(|(product, quantity)| OrderLine { product_id: id(*product), quantity: *quantity });
+    Command::Order(Order { order_id: order_id(n), lines: lines.collect() })
 }
 
 /// Decides on the state alone.
@@ -79,18 +62,11 @@ fn given(history: &[Command]) -> State {
 fn told(decision: &Decision) -> String {
     let event = |fact: &Fact| match &fact.event {
         LedgerEvent::InventoryUpdated(updated) => {
-            format!(
-                "{}→{} {}",
-                updated.previous_quantity, updated.new_quantity, updated.trigger
-            )
+            format!("{}→{} {}", updated.previous_quantity, updated.new_quantity, updated.trigger)
         }
         LedgerEvent::InventoryUpdateFailed(failed) => {
             let item = |item: &FailedItem| format!("{}/{}", item.available, item.requested);
-            format!(
-                "{} {}",
-                failed.reason,
-                failed.items.iter().map(item).collect::<Vec<_>>().join(" ")
-            )
+            format!("{} {}", failed.reason, failed.items.iter().map(item).collect::<Vec<_>>().join(" "))
         }
         LedgerEvent::ProductUpdated(updated) => format!("{:?}", updated.changed_fields),
         LedgerEvent::ProductRegistered(_) => "registered".to_owned(),
@@ -99,10 +75,7 @@ fn told(decision: &Decision) -> String {
     };
     match decision {
         Decision::Store(facts, outcome) => {
-            format!(
-                "{} => {outcome:?}",
-                facts.iter().map(event).collect::<Vec<_>>().join(", ")
-            )
+            format!("{} => {outcome:?}", facts.iter().map(event).collect::<Vec<_>>().join(", "))
         }
         Decision::Settled(outcome) => format!("=> {outcome:?}"),
         Decision::Reject(rejection) => format!("=> {rejection}"),
@@ -111,31 +84,15 @@ fn told(decision: &Decision) -> String {
 
 #[test]
 fn every_outcome_of_every_command() {
-    let set = |quantity, expected_quantity| Action::SetQuantity {
-        quantity,
-        expected_quantity,
-    };
-    let count = |counted, stock_at_count| Action::CorrectCount {
-        counted,
-        stock_at_count,
-    };
-    let revise = |sku: &str, name: &str| Action::Revise {
-        details: Details {
-            name: name.into(),
-            ..details(sku)
-        },
-    };
+    let set = |quantity, expected_quantity| Action::SetQuantity { quantity, expected_quantity };
+    let count = |counted, stock_at_count| Action::CorrectCount { counted, stock_at_count };
+    let revise = |sku: &str, name: &str| Action::Revise { details: Details { name: name.into(), ..details(sku) } };
     let stocked = &[register(1, 10), register(2, 5)];
     let off_sale = &[register(1, 10), product(1, Action::Activate { active: false })];
     let once = &[register(1, 10), order(1, &[(1, 4)])];
     let refused_once = &[register(1, 1), order(1, &[(1, 4)]), product(1, set(100, None))];
     let table: &[(&str, &[Command], Command, &str)] = &[
-        (
-            "an order takes stock",
-            stocked,
-            order(1, &[(1, 4)]),
-            "10→6 ORDER_CONFIRMED => Allocated",
-        ),
+        ("an order takes stock", stocked, order(1, &[(1, 4)]), "10→6 ORDER_CONFIRMED => Allocated"),
         (
             "an order of two lines",
             stocked,
@@ -166,30 +123,10 @@ fn every_outcome_of_every_command() {
             order(1, &[(1, 1)]),
             "PRODUCT_INACTIVE 10/1 => Refused { reason: ProductInactive }",
         ),
-        (
-            "an order again is a no-op",
-            once,
-            order(1, &[(1, 4)]),
-            "=> AlreadyDecided",
-        ),
-        (
-            "also with other lines",
-            once,
-            order(1, &[(1, 1), (9, 9)]),
-            "=> AlreadyDecided",
-        ),
-        (
-            "a refused order stays refused when stock comes",
-            refused_once,
-            order(1, &[(1, 4)]),
-            "=> AlreadyDecided",
-        ),
-        (
-            "registering without stock",
-            &[],
-            register(1, 0),
-            "registered => Registered",
-        ),
+        ("an order again is a no-op", once, order(1, &[(1, 4)]), "=> AlreadyDecided"),
+        ("also with other lines", once, order(1, &[(1, 1), (9, 9)]), "=> AlreadyDecided"),
+        ("a refused order stays refused when stock comes", refused_once, order(1, &[(1, 4)]), "=> AlreadyDecided"),
+        ("registering without stock", &[], register(1, 0), "registered => Registered"),
         (
             "registering with stock",
             &[],
@@ -200,25 +137,13 @@ fn every_outcome_of_every_command() {
         (
             "registering it with other details",
             once,
-            product(
-                1,
-                Action::Register {
-                    details: details("OTHER"),
-                    initial_quantity: 0,
-                },
-            ),
+            product(1, Action::Register { details: details("OTHER"), initial_quantity: 0 }),
             "=> the product is registered already, with other details; revise it instead",
         ),
         (
             "a unit belongs to one product",
             once,
-            product(
-                3,
-                Action::Register {
-                    details: details("SKU-1"),
-                    initial_quantity: 0,
-                },
-            ),
+            product(3, Action::Register { details: details("SKU-1"), initial_quantity: 0 }),
             "=> the sku belongs to product 00000000-0000-0000-0000-000000000001 already",
         ),
         (
@@ -233,12 +158,7 @@ fn every_outcome_of_every_command() {
             product(1, revise("SKU-1", "Ash base unit")),
             "revised, [Name] => Revised { changed_fields: [Name] }",
         ),
-        (
-            "revising to the same",
-            stocked,
-            product(1, revise("SKU-1", "Oak base unit")),
-            "=> Unchanged",
-        ),
+        ("revising to the same", stocked, product(1, revise("SKU-1", "Oak base unit")), "=> Unchanged"),
         (
             "a revised unit must be free",
             stocked,
@@ -257,12 +177,7 @@ fn every_outcome_of_every_command() {
             product(1, set(12, Some(10))),
             "10→12 ADMIN_UPDATE => StockChanged { previous_quantity: 10, new_quantity: 12, shortfall: 0 }",
         ),
-        (
-            "setting the same stock is no event",
-            stocked,
-            product(1, set(10, None)),
-            "=> Unchanged",
-        ),
+        ("setting the same stock is no event", stocked, product(1, set(10, None)), "=> Unchanged"),
         (
             "setting a stock that moved meanwhile",
             stocked,
@@ -294,12 +209,7 @@ fn every_outcome_of_every_command() {
             product(1, Action::Adjust { delta: i64::MIN }),
             "=> the stock is 10; taking 9223372036854775808 away would leave less than nothing",
         ),
-        (
-            "adjusting by nothing",
-            stocked,
-            product(1, Action::Adjust { delta: 0 }),
-            "=> Unchanged",
-        ),
+        ("adjusting by nothing", stocked, product(1, Action::Adjust { delta: 0 }), "=> Unchanged"),
         (
             "an unknown product cannot be changed",
             &[],
@@ -330,49 +240,20 @@ fn every_outcome_of_every_command() {
 fn stock_that_returns_makes_available_again() {
     let state = given(&[register(1, 1), order(1, &[(1, 1)])]);
     let decision = decide_on(&state, &product(1, Action::Adjust { delta: 2 }));
-    assert!(
-        told(&decision).starts_with("0→2 ADMIN_UPDATE, [StockQuantity, IsAvailable]"),
-        "{}",
-        told(&decision)
-    );
+    assert!(told(&decision).starts_with("0→2 ADMIN_UPDATE, [StockQuantity, IsAvailable]"), "{}", told(&decision));
 }
 
 #[test]
 fn a_draft_frees_the_unit_that_it_takes_away() {
     let state = given(&[register(1, 1)]);
     let mut draft = Draft::new(&state);
-    let renamed = product(
-        1,
-        Action::Revise {
-            details: details("NEW"),
-        },
-    );
-    let Decision::Store(facts, _) = decide(&draft, &renamed, now()) else {
-        panic!("a revision is stored")
-    };
+    let renamed = product(1, Action::Revise { details: details("NEW") });
+    let Decision::Store(facts, _) = decide(&draft, &renamed, now()) else { panic!("a revision is stored") };
     draft.apply(&facts);
-    let heir = product(
-        2,
-        Action::Register {
-            details: details("SKU-1"),
-            initial_quantity: 0,
-        },
-    );
-    assert!(matches!(
-        decide(&draft, &heir, now()),
-        Decision::Store(_, Outcome::Registered)
-    ));
-    let late = product(
-        3,
-        Action::Register {
-            details: details("NEW"),
-            initial_quantity: 0,
-        },
-    );
-    assert_eq!(
-        decide(&draft, &late, now()),
-        Decision::Reject(Rejection::SkuTaken { owner: id(1) })
-    );
+    let heir = product(2, Action::Register { details: details("SKU-1"), initial_quantity: 0 });
+    assert!(matches!(decide(&draft, &heir, now()), Decision::Store(_, Outcome::Registered)));
+    let late = product(3, Action::Register { details: details("NEW"), initial_quantity: 0 });
+    assert_eq!(decide(&draft, &late, now()), Decision::Reject(Rejection::SkuTaken { owner: id(1) }));
 }
 
 #[test]
@@ -383,11 +264,7 @@ fn a_retry_repeats_its_event_ids_and_another_cause_does_not() {
         other => panic!("nothing stored: {other:?}"),
     };
     assert_eq!(ids(&order(1, &[(1, 10)])), ids(&order(1, &[(1, 10)])));
-    assert_eq!(
-        ids(&order(1, &[(1, 10)])).len(),
-        2,
-        "inventory-updated and product-updated have ids of their own"
-    );
+    assert_eq!(ids(&order(1, &[(1, 10)])).len(), 2, "inventory-updated and product-updated have ids of their own");
     assert_ne!(ids(&order(1, &[(1, 10)])), ids(&order(2, &[(1, 10)])));
 }
 
@@ -403,19 +280,11 @@ fn any_command() -> impl Strategy<Value = Command> {
     let lines = proptest::collection::btree_map(1_u128..6, 1_u32..20, 1..4);
     let an_order = (0_u128..40, lines).prop_map(|(n, lines)| order(n, &lines.into_iter().collect::<Vec<_>>()));
     let action = prop_oneof![
-        (0_u32..50).prop_map(|quantity| Action::SetQuantity {
-            quantity,
-            expected_quantity: None
-        }),
+        (0_u32..50).prop_map(|quantity| Action::SetQuantity { quantity, expected_quantity: None }),
         (-60_i64..60).prop_map(|delta| Action::Adjust { delta }),
-        (0_u32..50, 0_u32..50).prop_map(|(counted, stock_at_count)| Action::CorrectCount {
-            counted,
-            stock_at_count
-        }),
+        (0_u32..50, 0_u32..50).prop_map(|(counted, stock_at_count)| Action::CorrectCount { counted, stock_at_count }),
         any::<bool>().prop_map(|active| Action::Activate { active }),
-        Just(Action::Revise {
-            details: details("SKU-R")
-        }),
+        Just(Action::Revise { details: details("SKU-R") }),
     ];
     prop_oneof![
         3 => an_order,

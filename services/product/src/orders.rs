@@ -43,29 +43,20 @@ pub fn parse(content_type: Option<&str>, payload: &[u8]) -> Result<Order, Decode
     let content_type = ContentType::from_header(content_type)?;
     let envelope = codec::decode::<OrderCreated>(content_type, payload)?;
     let OrderCreated { order_id, items, .. } = envelope.payload;
-    Ok(Order {
-        order_id,
-        lines: merge(items.as_slice()),
-    })
+    Ok(Order { order_id, lines: merge(items.as_slice()) })
 }
 
 /// Lines for the same product become one, where the product first appears.
 fn merge(items: &[OrderItem]) -> Vec<OrderLine> {
     let mut lines: Vec<OrderLine> = Vec::with_capacity(items.len());
     if let [item] = items {
-        lines.push(OrderLine {
-            product_id: item.product_id,
-            quantity: item.quantity.get(),
-        });
+        lines.push(OrderLine { product_id: item.product_id, quantity: item.quantity.get() });
         return lines;
     }
     let mut places = HashMap::with_capacity(items.len());
     for item in items {
         let place = *places.entry(item.product_id).or_insert_with(|| {
-            lines.push(OrderLine {
-                product_id: item.product_id,
-                quantity: 0,
-            });
+            lines.push(OrderLine { product_id: item.product_id, quantity: 0 });
             lines.len() - 1
         });
         // 1,000 lines of at most 1,000,000 fit: MAX_STOCK is their product.

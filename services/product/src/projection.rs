@@ -68,9 +68,7 @@ pub enum ProjectionError {
 
 impl From<tokio_postgres::Error> for ProjectionError {
     fn from(error: tokio_postgres::Error) -> Self {
-        let detail = error
-            .as_db_error()
-            .map_or_else(|| error.to_string(), ToString::to_string);
+        let detail = error.as_db_error().map_or_else(|| error.to_string(), ToString::to_string);
         Self::Postgres(detail)
     }
 }
@@ -118,18 +116,11 @@ async fn project<L: Ledger>(
     pause: &mut Duration,
 ) -> Result<std::convert::Infallible, ProjectionError> {
     // Every time: a schema that was dropped while we ran is made again and filled from the stream.
-    postgres::migrate(url)
-        .await
-        .map_err(|error| ProjectionError::Postgres(format!("{error:#}")))?;
-    let client = pool
-        .get()
-        .await
-        .map_err(|error| ProjectionError::Postgres(error.to_string()))?;
+    postgres::migrate(url).await.map_err(|error| ProjectionError::Postgres(format!("{error:#}")))?;
+    let client = pool.get().await.map_err(|error| ProjectionError::Postgres(error.to_string()))?;
     // Taken out of the pool: the lock lives and dies with this connection.
     let mut client = Client::take(client);
-    client
-        .batch_execute(&format!("SET statement_timeout = {STATEMENT_TIMEOUT_MS}"))
-        .await?;
+    client.batch_execute(&format!("SET statement_timeout = {STATEMENT_TIMEOUT_MS}")).await?;
     let lock = "SELECT pg_try_advisory_lock($1)";
     while !client.query_one(lock, &[&PROJECTOR_LOCK]).await?.get::<_, bool>(0) {
         tokio::time::sleep(STANDBY_PAUSE).await;
@@ -155,12 +146,8 @@ async fn project<L: Ledger>(
 }
 
 async fn read_checkpoint(client: &tokio_postgres::Client) -> Result<u64, ProjectionError> {
-    let row = client
-        .query_one(
-            "SELECT sequence FROM inventory.checkpoint WHERE projection = $1",
-            &[&PROJECTION],
-        )
-        .await?;
+    let row =
+        client.query_one("SELECT sequence FROM inventory.checkpoint WHERE projection = $1", &[&PROJECTION]).await?;
     Ok(u64::try_from(row.get::<_, i64>(0)).unwrap_or(0))
 }
 
@@ -229,10 +216,7 @@ impl<'m> Changes<'m> {
     /// Takes one message in, or skips it by the rule that every reader applies.
     fn fold(&mut self, message: &'m StoredMessage, parsed: Parsed) {
         let admitted = parsed.and_then(|envelope| {
-            let stock = self
-                .products
-                .get(&ProductId(envelope.payload.key()))
-                .map(|row| row.quantity);
+            let stock = self.products.get(&ProductId(envelope.payload.key())).map(|row| row.quantity);
             chains(&envelope.payload, stock).map(|()| envelope)
         });
         let envelope = match admitted {
@@ -269,12 +253,7 @@ impl<'m> Changes<'m> {
                     self.decide(order_id, message, OrderDecision::Allocated);
                 }
                 let (event_id, occurred_at) = (envelope.event_id.0, envelope.timestamp.get());
-                self.movements.push(Movement {
-                    message,
-                    event_id,
-                    occurred_at,
-                    updated,
-                });
+                self.movements.push(Movement { message, event_id, occurred_at, updated });
             }
             LedgerEvent::InventoryUpdateFailed(failed) => {
                 self.decide(failed.order_id, message, OrderDecision::Refused(failed));
@@ -317,10 +296,7 @@ async fn apply(
         return Err(ProjectionError::Fenced { expected });
     }
     let keys: Vec<Uuid> = parsed.iter().flatten().map(|envelope| envelope.payload.key()).collect();
-    let mut changes = Changes {
-        products: load_products(&transaction, &keys).await?,
-        ..Changes::default()
-    };
+    let mut changes = Changes { products: load_products(&transaction, &keys).await?, ..Changes::default() };
     for (message, parsed) in batch.iter().zip(parsed) {
         changes.fold(message, parsed);
     }
@@ -331,12 +307,7 @@ async fn apply(
         .execute(
             "UPDATE inventory.checkpoint SET sequence = $1, skipped = skipped + $2, updated_at = now()
              WHERE projection = $3 AND sequence = $4",
-            &[
-                &bigint(reached),
-                &bigint(changes.skipped),
-                &PROJECTION,
-                &bigint(expected),
-            ],
+            &[&bigint(reached), &bigint(changes.skipped), &PROJECTION, &bigint(expected)],
         )
         .await?;
     if moved != 1 {
@@ -402,10 +373,7 @@ async fn write_products(
     let skus: Vec<&str> = rows.iter().map(|row| row.details.sku.as_str()).collect();
     let names: Vec<&str> = rows.iter().map(|row| &*row.details.name).collect();
     let categories: Vec<Option<&str>> = rows.iter().map(|row| row.details.category.as_deref()).collect();
-    let thresholds: Vec<Option<i32>> = rows
-        .iter()
-        .map(|row| row.details.low_stock_threshold.map(integer))
-        .collect();
+    let thresholds: Vec<Option<i32>> = rows.iter().map(|row| row.details.low_stock_threshold.map(integer)).collect();
     let actives: Vec<bool> = rows.iter().map(|row| row.details.active).collect();
     let quantities: Vec<i32> = rows.iter().map(|row| integer(row.quantity)).collect();
     let sequences: Vec<i64> = rows.iter().map(|row| bigint(row.sequence)).collect();
@@ -422,18 +390,7 @@ async fn write_products(
                  sku = excluded.sku, name = excluded.name, category = excluded.category,
                  low_stock_threshold = excluded.low_stock_threshold, active = excluded.active,
                  quantity = excluded.quantity, sequence = excluded.sequence, updated_at = excluded.updated_at",
-            &[
-                &ids,
-                &skus,
-                &names,
-                &categories,
-                &thresholds,
-                &actives,
-                &quantities,
-                &sequences,
-                &registered,
-                &updated,
-            ],
+            &[&ids, &skus, &names, &categories, &thresholds, &actives, &quantities, &sequences, &registered, &updated],
         )
         .await?;
     Ok(())
@@ -468,13 +425,7 @@ async fn write_movements(
     ];
     let writer = BinaryCopyInWriter::new(sink, &types);
     let mut writer = std::pin::pin!(writer);
-    for Movement {
-        message,
-        event_id,
-        occurred_at,
-        updated,
-    } in movements
-    {
+    for Movement { message, event_id, occurred_at, updated } in movements {
         let by = match updated.updated_by {
             UpdatedBy::System => None,
             UpdatedBy::User(id) => Some(id),

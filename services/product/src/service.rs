@@ -19,6 +19,12 @@ use crate::committer::{catch_up, committer};
 use crate::inventory::State;
 use crate::{commands, orders, projection};
 
+/// How long a stopping service tries to bring what it took in to a decision; what is not decided comes back.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+
+const _: () =
+    assert!(DRAIN_TIMEOUT.as_secs() < receive::DRAIN_TIMEOUT.as_secs(), "handlers must still hear the answer");
+
 /// How often start-up says how far it is.
 const PROGRESS_EVERY: Duration = Duration::from_secs(2);
 
@@ -30,12 +36,7 @@ const START_PAUSE: Duration = Duration::from_millis(500);
 #[command(name = "product-service", version)]
 pub struct Config {
     /// NATS server or servers, comma-separated.
-    #[arg(
-        long,
-        env = "NATS_URL",
-        default_value = "nats://127.0.0.1:4222",
-        hide_env_values = true
-    )]
+    #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222", hide_env_values = true)]
     pub nats_url: Secret,
 
     /// Postgres with the projection.
@@ -73,10 +74,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     for difference in streams::apply(&context, config.stream_replicas).await? {
         warn!(%difference, "the server differs from streams/");
     }
-    refuse_a_weaker_ledger(
-        streams::compare(&context, streams::INVENTORY).await?,
-        &config.ledger_allow_weaker,
-    )?;
+    let differences = streams::compare(&context, streams::INVENTORY, config.stream_replicas).await?;
+    refuse_a_weaker_ledger(differences, &config.ledger_allow_weaker)?;
 
     let ledger = JetStreamLedger::new(context.clone(), streams::INVENTORY);
     let Some(state) = initial_state(&ledger, &stop).await? else {
@@ -102,6 +101,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let mut projector_task = projector_task;
     // The first task that ends early ends the process; a supervisor starts it again.
     let early: Option<anyhow::Error> = tokio::select! {
+        biased;
         () = stop.cancelled() => None,
         ended = &mut commit_task => Some(match ended {
             Ok(Ok(_)) => anyhow::anyhow!("the committer ended by itself"),
@@ -115,13 +115,19 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         },
     };
     stop.cancel();
+    // With the servers unreachable the committer cannot answer what was taken in; it is then told to let go.
+    let letting_go = tokio::spawn({
+        let committing = committing.clone();
+        async move {
+            tokio::time::sleep(DRAIN_TIMEOUT).await;
+            committing.cancel();
+        }
+    });
     let (orders_end, commands_end) = tokio::join!(orders_task, commands_task);
+    letting_go.abort();
     committing.cancel();
     if early.is_none() {
-        commit_task
-            .await
-            .context("the committer panicked")?
-            .context("the committer cannot go on")?;
+        commit_task.await.context("the committer panicked")?.context("the committer cannot go on")?;
     }
     if !projector_task.is_finished() {
         projector_task.await.context("the projector panicked")??;
@@ -142,9 +148,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
 }
 
 fn refuse_a_weaker_ledger(differences: Vec<Difference>, allowed: &[String]) -> anyhow::Result<()> {
-    let (accepted, refused): (Vec<_>, Vec<_>) = differences
-        .into_iter()
-        .partition(|difference| allowed.contains(&difference.field));
+    let (accepted, refused): (Vec<_>, Vec<_>) =
+        differences.into_iter().partition(|difference| allowed.contains(&difference.field));
     for difference in accepted {
         warn!(%difference, "a weaker ledger was allowed by name");
     }

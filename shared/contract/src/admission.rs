@@ -83,19 +83,13 @@ pub fn parse_stored(subject: &str, message_id: Option<&str>, bytes: &[u8]) -> Re
         }
     };
     if envelope.payload.key() != key {
-        return Err(Foreign::Key {
-            subject: key,
-            payload: envelope.payload.key(),
-        });
+        return Err(Foreign::Key { subject: key, payload: envelope.payload.key() });
     }
     // JetStream compares message ids as text, so another spelling of the same UUID is another id.
     let mut canonical = [0_u8; uuid::fmt::Hyphenated::LENGTH];
     let event_id: &str = envelope.event_id.0.hyphenated().encode_lower(&mut canonical);
     if message_id != Some(event_id) {
-        return Err(Foreign::MessageId {
-            message_id: message_id.map(str::to_owned),
-            event_id: envelope.event_id,
-        });
+        return Err(Foreign::MessageId { message_id: message_id.map(str::to_owned), event_id: envelope.event_id });
     }
     Ok(envelope)
 }
@@ -113,10 +107,7 @@ pub fn chains(event: &LedgerEvent, stock: Option<u32>) -> Result<(), Foreign> {
         (_, None) => Err(Foreign::UnknownProduct),
         (LedgerEvent::InventoryUpdated(updated), Some(stock)) => {
             if updated.previous_quantity != stock {
-                Err(Foreign::BrokenChain {
-                    expected: stock,
-                    found: updated.previous_quantity,
-                })
+                Err(Foreign::BrokenChain { expected: stock, found: updated.previous_quantity })
             } else if updated.new_quantity == stock || updated.new_quantity > MAX_STOCK {
                 Err(Foreign::Quantity(updated.new_quantity))
             } else {

@@ -132,13 +132,12 @@ fn read<T: DeserializeOwned>(content_type: ContentType, bytes: &[u8]) -> Option<
 /// [`DecodeError`] says which field, what was found and what was expected.
 pub fn decode<P: Payload>(content_type: ContentType, bytes: &[u8]) -> Result<Envelope<P>, DecodeError> {
     match read::<Envelope<P>>(content_type, bytes) {
-        Some(envelope) if envelope.version.major != Version::CURRENT.major => Err(DecodeError::Version {
-            found: envelope.version,
-        }),
-        Some(envelope) if envelope.event_type != P::EVENT_TYPE => Err(DecodeError::EventType {
-            expected: P::EVENT_TYPE,
-            found: envelope.event_type.as_str().to_owned(),
-        }),
+        Some(envelope) if envelope.version.major != Version::CURRENT.major => {
+            Err(DecodeError::Version { found: envelope.version })
+        }
+        Some(envelope) if envelope.event_type != P::EVENT_TYPE => {
+            Err(DecodeError::EventType { expected: P::EVENT_TYPE, found: envelope.event_type.as_str().to_owned() })
+        }
         Some(envelope) => Ok(envelope),
         None => Err(explain::<P>(content_type, bytes)),
     }
@@ -146,18 +145,12 @@ pub fn decode<P: Payload>(content_type: ContentType, bytes: &[u8]) -> Result<Env
 
 /// The slow path: why the bytes did not decode. A foreign version or event type explains more than a missing field.
 fn explain<P: Payload>(content_type: ContentType, bytes: &[u8]) -> DecodeError {
-    if let Some(Head {
-        event_type, version, ..
-    }) = read::<Head>(content_type, bytes)
-    {
+    if let Some(Head { event_type, version, .. }) = read::<Head>(content_type, bytes) {
         if let Some(found) = version.filter(|version| version.major != Version::CURRENT.major) {
             return DecodeError::Version { found };
         }
         if let Some(found) = event_type.filter(|found| found != P::EVENT_TYPE.as_str()) {
-            return DecodeError::EventType {
-                expected: P::EVENT_TYPE,
-                found: excerpt(&found),
-            };
+            return DecodeError::EventType { expected: P::EVENT_TYPE, found: excerpt(&found) };
         }
     }
     let (path, problem) = match content_type {
@@ -188,17 +181,8 @@ fn explain<P: Payload>(content_type: ContentType, bytes: &[u8]) -> DecodeError {
             }
         }
     };
-    let field = if path.is_empty() || path == "." {
-        "message".to_owned()
-    } else {
-        excerpt(&path)
-    };
-    DecodeError::Field {
-        expected: P::EVENT_TYPE,
-        content_type,
-        field,
-        problem: excerpt(&problem),
-    }
+    let field = if path.is_empty() || path == "." { "message".to_owned() } else { excerpt(&path) };
+    DecodeError::Field { expected: P::EVENT_TYPE, content_type, field, problem: excerpt(&problem) }
 }
 
 /// Writes one message of the contract.

@@ -12,10 +12,7 @@ use crate::timestamp::Timestamp;
 
 /// What every message carries around its payload.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(
-    rename_all = "camelCase",
-    expecting = "an envelope with eventId, eventType, timestamp, version and payload"
-)]
+#[serde(rename_all = "camelCase", expecting = "an envelope with eventId, eventType, timestamp, version and payload")]
 pub struct Envelope<P> {
     /// Identity of the event; also `Nats-Msg-Id`.
     pub event_id: EventId,
@@ -32,13 +29,7 @@ pub struct Envelope<P> {
 impl<P: Payload> Envelope<P> {
     /// An envelope of the current version around `payload`.
     pub fn new(event_id: EventId, timestamp: Timestamp, payload: P) -> Self {
-        Self {
-            event_id,
-            event_type: P::EVENT_TYPE,
-            timestamp,
-            version: Version::CURRENT,
-            payload,
-        }
+        Self { event_id, event_type: P::EVENT_TYPE, timestamp, version: Version::CURRENT, payload }
     }
 }
 
@@ -137,10 +128,7 @@ impl FromStr for Version {
             let plain = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
             if plain { digits.parse().map_err(|_| ()) } else { Err(()) }
         };
-        Ok(Self {
-            major: number(major)?,
-            minor: number(minor)?,
-        })
+        Ok(Self { major: number(major)?, minor: number(minor)? })
     }
 }
 
@@ -161,8 +149,7 @@ impl<'de> Deserialize<'de> for Version {
             }
 
             fn visit_str<E: de::Error>(self, text: &str) -> Result<Version, E> {
-                text.parse()
-                    .map_err(|()| E::invalid_value(de::Unexpected::Str(text), &self))
+                text.parse().map_err(|()| E::invalid_value(de::Unexpected::Str(text), &self))
             }
         }
         deserializer.deserialize_str(VersionVisitor)

@@ -460,9 +460,6 @@ impl LedgerEvent {
     /// The subject it is stored under: topic and key.
     #[must_use]
     pub const fn subject(&self) -> KeyedSubject {
-        KeyedSubject {
-            topic: self.topic(),
-            key: self.key(),
-        }
+        KeyedSubject { topic: self.topic(), key: self.key() }
     }
 }

@@ -194,8 +194,7 @@ impl<'de> Deserialize<'de> for Sku {
             }
 
             fn visit_str<E: de::Error>(self, text: &str) -> Result<Sku, E> {
-                text.parse()
-                    .map_err(|_| E::invalid_value(de::Unexpected::Str(text), &self))
+                text.parse().map_err(|_| E::invalid_value(de::Unexpected::Str(text), &self))
             }
         }
         deserializer.deserialize_str(SkuVisitor)
@@ -210,9 +209,7 @@ impl LineQuantity {
     /// A quantity, if it is in range.
     #[must_use]
     pub fn new(quantity: u32) -> Option<Self> {
-        NonZeroU32::new(quantity)
-            .filter(|quantity| quantity.get() <= MAX_LINE_QUANTITY)
-            .map(Self)
+        NonZeroU32::new(quantity).filter(|quantity| quantity.get() <= MAX_LINE_QUANTITY).map(Self)
     }
 
     /// The number.

@@ -108,10 +108,7 @@ impl FromStr for KeyedSubject {
     fn from_str(text: &str) -> Result<Self, InvalidSubject> {
         let invalid = || InvalidSubject(text.to_owned());
         let (topic, key) = text.rsplit_once('.').ok_or_else(invalid)?;
-        let topic = Topic::ALL
-            .into_iter()
-            .find(|known| known.as_str() == topic)
-            .ok_or_else(invalid)?;
+        let topic = Topic::ALL.into_iter().find(|known| known.as_str() == topic).ok_or_else(invalid)?;
         let id = Uuid::parse_str(key).map_err(|_| invalid())?;
         let mut canonical = [0_u8; uuid::fmt::Hyphenated::LENGTH];
         if *id.hyphenated().encode_lower(&mut canonical) != *key {

@@ -23,14 +23,8 @@ impl Timestamp {
     /// The instant `at`, cut to milliseconds. Years outside 0 to 9999 cannot be written and become the Unix epoch.
     #[must_use]
     pub fn new(at: OffsetDateTime) -> Self {
-        let at = at
-            .checked_to_offset(UtcOffset::UTC)
-            .unwrap_or(OffsetDateTime::UNIX_EPOCH);
-        let at = if (0..=9999).contains(&at.year()) {
-            at
-        } else {
-            OffsetDateTime::UNIX_EPOCH
-        };
+        let at = at.checked_to_offset(UtcOffset::UTC).unwrap_or(OffsetDateTime::UNIX_EPOCH);
+        let at = if (0..=9999).contains(&at.year()) { at } else { OffsetDateTime::UNIX_EPOCH };
         Self(at.replace_millisecond(at.millisecond()).unwrap_or(at))
     }
 
@@ -59,11 +53,7 @@ impl FromStr for Timestamp {
     fn from_str(text: &str) -> Result<Self, InvalidTimestamp> {
         let at = OffsetDateTime::parse(text, &Rfc3339).map_err(|_| InvalidTimestamp)?;
         let utc = at.checked_to_offset(UtcOffset::UTC).ok_or(InvalidTimestamp)?;
-        if (0..=9999).contains(&utc.year()) {
-            Ok(Self::new(utc))
-        } else {
-            Err(InvalidTimestamp)
-        }
+        if (0..=9999).contains(&utc.year()) { Ok(Self::new(utc)) } else { Err(InvalidTimestamp) }
     }
 }
 
@@ -107,8 +97,7 @@ impl<'de> Deserialize<'de> for Timestamp {
             }
 
             fn visit_str<E: de::Error>(self, text: &str) -> Result<Timestamp, E> {
-                text.parse()
-                    .map_err(|_| E::invalid_value(de::Unexpected::Str(text), &self))
+                text.parse().map_err(|_| E::invalid_value(de::Unexpected::Str(text), &self))
             }
         }
         deserializer.deserialize_str(TimestampVisitor)

@@ -26,15 +26,8 @@ const STORED: [Topic; 6] = [
 /// The key token and the message id that belong to a golden message.
 fn key_and_id(topic: Topic) -> (String, String) {
     let value = golden_value(topic);
-    let key = if topic == Topic::InventoryUpdateFailed {
-        "orderId"
-    } else {
-        "productId"
-    };
-    (
-        value["payload"][key].as_str().unwrap().to_owned(),
-        value["eventId"].as_str().unwrap().to_owned(),
-    )
+    let key = if topic == Topic::InventoryUpdateFailed { "orderId" } else { "productId" };
+    (value["payload"][key].as_str().unwrap().to_owned(), value["eventId"].as_str().unwrap().to_owned())
 }
 
 /// What `parse_stored` makes of a golden message after `change`.
@@ -42,12 +35,7 @@ fn stored(topic: Topic, change: impl FnOnce(&mut Value)) -> Result<LedgerEvent, 
     let mut value = golden_value(topic);
     change(&mut value);
     let (key, id) = key_and_id(topic);
-    parse_stored(
-        &format!("{topic}.{key}"),
-        Some(&id),
-        &serde_json::to_vec(&value).unwrap(),
-    )
-    .map(|event| event.payload)
+    parse_stored(&format!("{topic}.{key}"), Some(&id), &serde_json::to_vec(&value).unwrap()).map(|event| event.payload)
 }
 
 #[test]
@@ -92,29 +80,17 @@ fn what_does_not_decode_is_foreign() {
         let subject = format!("{topic}.{key}");
         for bytes in ["", "{}", r#"{"type":"io.nats.jetstream.api.v1.stream_info_response"}"#] {
             let outcome = parse_stored(&subject, Some(&id), bytes.as_bytes());
-            assert!(
-                matches!(outcome, Err(Foreign::Undecodable(DecodeError::Field { .. }))),
-                "{outcome:?}"
-            );
+            assert!(matches!(outcome, Err(Foreign::Undecodable(DecodeError::Field { .. }))), "{outcome:?}");
         }
         let outcome = stored(topic, |value| value["version"] = json!("2.0"));
-        assert!(
-            matches!(outcome, Err(Foreign::Undecodable(DecodeError::Version { .. }))),
-            "{outcome:?}"
-        );
+        assert!(matches!(outcome, Err(Foreign::Undecodable(DecodeError::Version { .. }))), "{outcome:?}");
         let outcome = stored(topic, |value| value["eventType"] = json!("low-stock"));
-        assert!(
-            matches!(outcome, Err(Foreign::Undecodable(DecodeError::EventType { .. }))),
-            "{outcome:?}"
-        );
+        assert!(matches!(outcome, Err(Foreign::Undecodable(DecodeError::EventType { .. }))), "{outcome:?}");
 
         // What we store is JSON, whatever else could be read.
         let packed = rmp_serde::to_vec_named(&golden_value(topic)).unwrap();
         let outcome = parse_stored(&subject, Some(&id), &packed);
-        assert!(
-            matches!(outcome, Err(Foreign::Undecodable(DecodeError::Field { .. }))),
-            "{outcome:?}"
-        );
+        assert!(matches!(outcome, Err(Foreign::Undecodable(DecodeError::Field { .. }))), "{outcome:?}");
     }
 }
 
@@ -124,15 +100,9 @@ fn another_key_is_foreign() {
     for topic in STORED {
         let (key, id) = key_and_id(topic);
         let outcome = parse_stored(&format!("{topic}.{other}"), Some(&id), golden(topic).as_bytes());
-        let expected = Foreign::Key {
-            subject: other.parse().unwrap(),
-            payload: key.parse().unwrap(),
-        };
+        let expected = Foreign::Key { subject: other.parse().unwrap(), payload: key.parse().unwrap() };
         assert_eq!(outcome, Err(expected.clone()));
-        assert_eq!(
-            expected.to_string(),
-            format!("the subject's key is {other}, the payload's is {key}")
-        );
+        assert_eq!(expected.to_string(), format!("the subject's key is {other}, the payload's is {key}"));
     }
     // An order's refusal is keyed by the order; one of its products will not do.
     let (_, id) = key_and_id(Topic::InventoryUpdateFailed);
@@ -157,21 +127,11 @@ fn another_message_id_is_foreign() {
             Some(id.replace('-', "")),
         ];
         for message_id in others {
-            let outcome = parse_stored(
-                &format!("{topic}.{key}"),
-                message_id.as_deref(),
-                golden(topic).as_bytes(),
-            );
-            let expected = Foreign::MessageId {
-                message_id: message_id.clone(),
-                event_id: id.parse().unwrap(),
-            };
+            let outcome = parse_stored(&format!("{topic}.{key}"), message_id.as_deref(), golden(topic).as_bytes());
+            let expected = Foreign::MessageId { message_id: message_id.clone(), event_id: id.parse().unwrap() };
             assert_eq!(outcome, Err(expected.clone()));
             let found = message_id.as_deref().unwrap_or("missing");
-            assert_eq!(
-                expected.to_string(),
-                format!("Nats-Msg-Id is `{found}`, eventId is {id}")
-            );
+            assert_eq!(expected.to_string(), format!("Nats-Msg-Id is `{found}`, eventId is {id}"));
         }
     }
 }
@@ -214,11 +174,7 @@ fn an_event_continues_the_history_of_its_product_or_is_foreign() {
         (updated(14, 12), Some(12), broken(12, 14)),
         (updated(14, 14), Some(14), Err(Foreign::Quantity(14))),
         (updated(0, MAX_STOCK), Some(0), Ok(())),
-        (
-            updated(0, MAX_STOCK + 1),
-            Some(0),
-            Err(Foreign::Quantity(MAX_STOCK + 1)),
-        ),
+        (updated(0, MAX_STOCK + 1), Some(0), Err(Foreign::Quantity(MAX_STOCK + 1))),
         (updated(3, u32::MAX), Some(2), broken(2, 3)),
     ];
     for (event, stock, expected) in cases {
@@ -241,14 +197,8 @@ fn every_refusal_is_a_sentence() {
         ),
         (Foreign::UnknownProduct, "the product was never registered"),
         (Foreign::RegisteredTwice, "the product is registered already"),
-        (
-            Foreign::BrokenChain { expected: 3, found: 4 },
-            "the chain is broken: previousQuantity is 4, the stock was 3",
-        ),
-        (
-            Foreign::Quantity(7),
-            "newQuantity 7 is no change or beyond the largest stock",
-        ),
+        (Foreign::BrokenChain { expected: 3, found: 4 }, "the chain is broken: previousQuantity is 4, the stock was 3"),
+        (Foreign::Quantity(7), "newQuantity 7 is no change or beyond the largest stock"),
     ];
     for (foreign, sentence) in cases {
         assert_eq!(foreign.to_string(), sentence);

@@ -28,9 +28,7 @@ fn resolve<'a>(document: &'a Value, value: &'a Value) -> &'a Value {
     let mut value = value;
     while let Some(reference) = value.get("$ref") {
         let pointer = reference.as_str().unwrap().strip_prefix('#').unwrap();
-        value = document
-            .pointer(pointer)
-            .unwrap_or_else(|| panic!("{reference} leads nowhere"));
+        value = document.pointer(pointer).unwrap_or_else(|| panic!("{reference} leads nowhere"));
     }
     value
 }
@@ -38,10 +36,7 @@ fn resolve<'a>(document: &'a Value, value: &'a Value) -> &'a Value {
 /// The message of the channel whose address is `topic`.
 fn message_of(document: &Value, topic: Topic) -> &Value {
     let channels = document["channels"].as_object().unwrap();
-    let channel = channels
-        .values()
-        .find(|channel| channel["address"] == topic.as_str())
-        .unwrap();
+    let channel = channels.values().find(|channel| channel["address"] == topic.as_str()).unwrap();
     let messages = channel["messages"].as_object().unwrap();
     assert_eq!(messages.len(), 1, "one event travels on {topic}");
     resolve(document, messages.values().next().unwrap())
@@ -54,11 +49,7 @@ fn schema_of(document: &Value, topic: Topic) -> &Value {
 /// Checks messages against a schema of the document, with the document's components to refer to.
 fn validator(document: &Value, schema: &Value, draft: Draft) -> Validator {
     let root = json!({ "allOf": [schema], "components": document["components"] });
-    jsonschema::options()
-        .with_draft(draft)
-        .should_validate_formats(true)
-        .build(&root)
-        .unwrap()
+    jsonschema::options().with_draft(draft).should_validate_formats(true).build(&root).unwrap()
 }
 
 /// The names by which serde knows the variants of `T`: all of them, without a list to forget one in.
@@ -93,12 +84,7 @@ fn variants_of<T: DeserializeOwned>() -> BTreeSet<String> {
 }
 
 fn texts(values: &Value) -> BTreeSet<String> {
-    values
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|value| value.as_str().unwrap().to_owned())
-        .collect()
+    values.as_array().unwrap().iter().map(|value| value.as_str().unwrap().to_owned()).collect()
 }
 
 #[test]
@@ -110,9 +96,7 @@ fn it_is_an_asyncapi_3_document_whose_references_resolve() {
                 assert_eq!(fields.len(), 1, "{path} has keywords beside its $ref");
                 resolve(document, value);
             }
-            fields
-                .iter()
-                .for_each(|(field, inner)| walk(document, inner, &format!("{path}/{field}")));
+            fields.iter().for_each(|(field, inner)| walk(document, inner, &format!("{path}/{field}")));
         }
         for (index, inner) in value.as_array().into_iter().flatten().enumerate() {
             walk(document, inner, &format!("{path}/{index}"));
@@ -137,10 +121,7 @@ fn channels_are_the_topics_and_carry_their_event() {
     for topic in Topic::ALL {
         let message = message_of(&document, topic);
         assert_eq!(message["name"], topic.event_type().as_str());
-        assert_eq!(
-            schema_of(&document, topic)["properties"]["eventType"]["const"],
-            topic.event_type().as_str()
-        );
+        assert_eq!(schema_of(&document, topic)["properties"]["eventType"]["const"], topic.event_type().as_str());
     }
 }
 
@@ -155,10 +136,7 @@ fn stored_topics_name_their_keyed_subject() {
             _ => "{productId}",
         };
         let description = channel["description"].as_str().unwrap();
-        assert!(
-            description.contains(&format!("`{address}.{key}`")),
-            "{address}: {description}"
-        );
+        assert!(description.contains(&format!("`{address}.{key}`")), "{address}: {description}");
     }
 }
 
@@ -169,21 +147,11 @@ fn every_channel_has_its_operation() {
     let mut seen = BTreeSet::new();
     for operation in document["operations"].as_object().unwrap().values() {
         let address = resolve(&document, &operation["channel"])["address"].as_str().unwrap();
-        let expected = if address == "lomash.orders.created" {
-            "receive"
-        } else {
-            "send"
-        };
+        let expected = if address == "lomash.orders.created" { "receive" } else { "send" };
         assert_eq!(operation["action"], expected, "{address}");
         let channel = operation["channel"]["$ref"].as_str().unwrap();
         for message in operation["messages"].as_array().unwrap() {
-            assert!(
-                message["$ref"]
-                    .as_str()
-                    .unwrap()
-                    .starts_with(&format!("{channel}/messages/")),
-                "{address}"
-            );
+            assert!(message["$ref"].as_str().unwrap().starts_with(&format!("{channel}/messages/")), "{address}");
         }
         assert!(seen.insert(address), "{address} has two operations");
     }
@@ -199,12 +167,7 @@ fn enums_are_the_code_s() {
     assert_eq!(texts(&schemas["ChangedField"]["enum"]), variants_of::<ChangedField>());
     let event_types: BTreeSet<String> = Topic::ALL
         .iter()
-        .map(|topic| {
-            schema_of(&document, *topic)["properties"]["eventType"]["const"]
-                .as_str()
-                .unwrap()
-                .to_owned()
-        })
+        .map(|topic| schema_of(&document, *topic)["properties"]["eventType"]["const"].as_str().unwrap().to_owned())
         .collect();
     assert_eq!(event_types, variants_of::<EventType>());
     let encodings = [ContentType::Json, ContentType::MessagePack].map(|encoding| encoding.as_str().to_owned());
@@ -239,15 +202,9 @@ fn limits_are_the_code_s() {
     // No limit stands in the document that is not held to the code above.
     fn count(value: &Value) -> usize {
         let own = ["minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems"];
-        let own = own
-            .iter()
-            .filter(|keyword| value.get(**keyword).is_some_and(Value::is_number))
-            .count();
+        let own = own.iter().filter(|keyword| value.get(**keyword).is_some_and(Value::is_number)).count();
         let fields = value.as_object().into_iter().flat_map(serde_json::Map::values);
-        own + fields
-            .chain(value.as_array().into_iter().flatten())
-            .map(count)
-            .sum::<usize>()
+        own + fields.chain(value.as_array().into_iter().flatten()).map(count).sum::<usize>()
     }
     assert_eq!(count(&document["components"]["schemas"]), limits.len());
 
@@ -269,27 +226,13 @@ fn headers_are_those_of_the_design() {
         }
         let message = message_of(&document, topic);
         let schema = resolve(&document, &message["headers"]);
-        let names: BTreeSet<_> = schema["properties"]
-            .as_object()
-            .unwrap()
-            .keys()
-            .map(String::as_str)
-            .collect();
+        let names: BTreeSet<_> = schema["properties"].as_object().unwrap().keys().map(String::as_str).collect();
         assert_eq!(names, expected, "{topic}");
 
         for example in message["examples"].as_array().unwrap() {
             let headers = &example["headers"];
-            validator(&document, schema, Draft::Draft202012)
-                .validate(headers)
-                .unwrap();
-            assert!(
-                headers
-                    .as_object()
-                    .unwrap()
-                    .keys()
-                    .all(|name| names.contains(name.as_str())),
-                "{topic}"
-            );
+            validator(&document, schema, Draft::Draft202012).validate(headers).unwrap();
+            assert!(headers.as_object().unwrap().keys().all(|name| names.contains(name.as_str())), "{topic}");
             assert_eq!(headers["Nats-Msg-Id"], example["payload"]["eventId"], "{topic}");
         }
     }
@@ -310,9 +253,7 @@ fn same_fields(document: &Value, schema: &Value, value: &Value, path: &str) {
     let schema = resolve(document, schema);
     match value {
         Value::Object(fields) => {
-            let properties = schema["properties"]
-                .as_object()
-                .unwrap_or_else(|| panic!("{path} is no object"));
+            let properties = schema["properties"].as_object().unwrap_or_else(|| panic!("{path} is no object"));
             let named: BTreeSet<_> = properties.keys().collect();
             assert_eq!(named, fields.keys().collect(), "{path}");
             for (field, inner) in fields {
@@ -325,10 +266,7 @@ fn same_fields(document: &Value, schema: &Value, value: &Value, path: &str) {
                 same_fields(document, &schema["items"], item, &format!("{path}/{index}"));
             }
         }
-        _ => assert!(
-            schema.get("properties").is_none() && schema.get("items").is_none(),
-            "{path}"
-        ),
+        _ => assert!(schema.get("properties").is_none() && schema.get("items").is_none(), "{path}"),
     }
 }
 
@@ -452,8 +390,5 @@ fn schema_and_code_agree_on_wrong_values() {
             }
         }
     }
-    assert!(
-        accepted > 100 && refused > 1_000,
-        "accepted {accepted}, refused {refused}"
-    );
+    assert!(accepted > 100 && refused > 1_000, "accepted {accepted}, refused {refused}");
 }

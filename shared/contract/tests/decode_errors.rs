@@ -26,13 +26,7 @@ fn order_with(path: &str, value: Option<Value>) -> Value {
         Some(value) => *order.pointer_mut(path).unwrap() = value,
         None => {
             let (parent, field) = path.rsplit_once('/').unwrap();
-            order
-                .pointer_mut(parent)
-                .unwrap()
-                .as_object_mut()
-                .unwrap()
-                .remove(field)
-                .unwrap();
+            order.pointer_mut(parent).unwrap().as_object_mut().unwrap().remove(field).unwrap();
         }
     }
     order
@@ -59,16 +53,8 @@ fn a_bad_field_is_named_in_both_encodings() {
         ("/payload", None, "message: missing field `payload`".into()),
         ("/payload/orderId", None, "payload: missing field `orderId`".into()),
         ("/payload/items", None, "payload: missing field `items`".into()),
-        (
-            "/payload/items/1/productId",
-            None,
-            "payload.items[1]: missing field `productId`".into(),
-        ),
-        (
-            "/payload/items/1/quantity",
-            None,
-            "payload.items[1]: missing field `quantity`".into(),
-        ),
+        ("/payload/items/1/productId", None, "payload.items[1]: missing field `productId`".into()),
+        ("/payload/items/1/quantity", None, "payload.items[1]: missing field `quantity`".into()),
         // Quantities.
         (
             "/payload/items/0/quantity",
@@ -101,27 +87,15 @@ fn a_bad_field_is_named_in_both_encodings() {
             format!("payload.items[0].quantity: invalid type: string \"2\", {integer}"),
         ),
         // Lists.
-        (
-            "/payload/items",
-            Some(json!([])),
-            format!("payload.items: invalid length 0, {list}"),
-        ),
+        ("/payload/items", Some(json!([])), format!("payload.items: invalid length 0, {list}")),
         (
             "/payload/items",
             Some(Value::Array(vec![item; 1_001])),
             format!("payload.items: invalid length 1001, {list}"),
         ),
-        (
-            "/payload/items",
-            Some(json!("none")),
-            format!("payload.items: invalid type: string \"none\", {list}"),
-        ),
+        ("/payload/items", Some(json!("none")), format!("payload.items: invalid type: string \"none\", {list}")),
         // Ids.
-        (
-            "/eventId",
-            Some(json!("42")),
-            "eventId: invalid value: string \"42\", expected an event id as a UUID".into(),
-        ),
+        ("/eventId", Some(json!("42")), "eventId: invalid value: string \"42\", expected an event id as a UUID".into()),
         (
             "/payload/orderId",
             Some(json!(42)),
@@ -152,11 +126,7 @@ fn a_bad_field_is_named_in_both_encodings() {
             ),
         ),
         // Instants.
-        (
-            "/timestamp",
-            Some(json!("yesterday")),
-            format!("timestamp: invalid value: string \"yesterday\", {instant}"),
-        ),
+        ("/timestamp", Some(json!("yesterday")), format!("timestamp: invalid value: string \"yesterday\", {instant}")),
         (
             "/timestamp",
             Some(json!("2026-01-31T09:30:00")),
@@ -172,32 +142,12 @@ fn a_bad_field_is_named_in_both_encodings() {
             Some(json!("9999-12-31T23:59:59-01:00")),
             format!("timestamp: invalid value: string \"9999-12-31T23:59:59-01:00\", {instant}"),
         ),
-        (
-            "/timestamp",
-            Some(json!(1_769_851_800)),
-            format!("timestamp: invalid type: integer `1769851800`, {instant}"),
-        ),
+        ("/timestamp", Some(json!(1_769_851_800)), format!("timestamp: invalid type: integer `1769851800`, {instant}")),
         // Versions.
-        (
-            "/version",
-            Some(json!("x")),
-            format!("version: invalid value: string \"x\", {version}"),
-        ),
-        (
-            "/version",
-            Some(json!("1")),
-            format!("version: invalid value: string \"1\", {version}"),
-        ),
-        (
-            "/version",
-            Some(json!("1.0.0")),
-            format!("version: invalid value: string \"1.0.0\", {version}"),
-        ),
-        (
-            "/version",
-            Some(json!("+1.0")),
-            format!("version: invalid value: string \"+1.0\", {version}"),
-        ),
+        ("/version", Some(json!("x")), format!("version: invalid value: string \"x\", {version}")),
+        ("/version", Some(json!("1")), format!("version: invalid value: string \"1\", {version}")),
+        ("/version", Some(json!("1.0.0")), format!("version: invalid value: string \"1.0.0\", {version}")),
+        ("/version", Some(json!("+1.0")), format!("version: invalid value: string \"+1.0\", {version}")),
     ];
     for (path, value, expected) in cases {
         let order = order_with(path, value);
@@ -206,15 +156,9 @@ fn a_bad_field_is_named_in_both_encodings() {
         let in_json = format!("not a valid order-created as application/json: {expected}");
         assert_eq!(without_position(&sentence), in_json);
 
-        let sentence = refused(
-            Topic::OrdersCreated,
-            ContentType::MessagePack,
-            &rmp_serde::to_vec_named(&order).unwrap(),
-        );
-        assert_eq!(
-            sentence,
-            format!("not a valid order-created as application/msgpack: {expected}")
-        );
+        let sentence =
+            refused(Topic::OrdersCreated, ContentType::MessagePack, &rmp_serde::to_vec_named(&order).unwrap());
+        assert_eq!(sentence, format!("not a valid order-created as application/msgpack: {expected}"));
     }
 }
 
@@ -231,14 +175,8 @@ fn a_json_error_says_where_it_is() {
 #[test]
 fn another_version_or_event_is_said_before_any_field() {
     let cases = [
-        (
-            json!({ "version": "2.0" }),
-            "version 2.0 is not supported; this reader understands major version 1",
-        ),
-        (
-            json!({ "version": "0.9" }),
-            "version 0.9 is not supported; this reader understands major version 1",
-        ),
+        (json!({ "version": "2.0" }), "version 2.0 is not supported; this reader understands major version 1"),
+        (json!({ "version": "0.9" }), "version 0.9 is not supported; this reader understands major version 1"),
         (
             json!({ "eventType": "inventory-updated" }),
             "eventType is `inventory-updated`, this topic carries `order-created`",
@@ -269,10 +207,7 @@ fn another_version_or_event_is_said_before_any_field() {
         let text = serde_json::to_vec(&order).unwrap();
         assert_eq!(refused(Topic::OrdersCreated, ContentType::Json, &text), expected);
         let packed = rmp_serde::to_vec_named(&order).unwrap();
-        assert_eq!(
-            refused(Topic::OrdersCreated, ContentType::MessagePack, &packed),
-            expected
-        );
+        assert_eq!(refused(Topic::OrdersCreated, ContentType::MessagePack, &packed), expected);
     }
 }
 
@@ -345,54 +280,24 @@ fn a_damaged_json_message_says_how() {
     latin1[whole.find("KIT").unwrap()] = 0xd6;
     let envelope = "expected an envelope with eventId, eventType, timestamp, version and payload";
     let cases: Vec<(Vec<u8>, String)> = vec![
-        (
-            b"".into(),
-            "message: EOF while parsing a value at line 1 column 0".into(),
-        ),
-        (
-            b" \n".into(),
-            "message: EOF while parsing a value at line 2 column 0".into(),
-        ),
-        (
-            b"null".into(),
-            format!("message: invalid type: null, {envelope} at line 1 column 4"),
-        ),
-        (
-            b"[]".into(),
-            format!("message: invalid length 0, {envelope} at line 1 column 2"),
-        ),
+        (b"".into(), "message: EOF while parsing a value at line 1 column 0".into()),
+        (b" \n".into(), "message: EOF while parsing a value at line 2 column 0".into()),
+        (b"null".into(), format!("message: invalid type: null, {envelope} at line 1 column 4")),
+        (b"[]".into(), format!("message: invalid length 0, {envelope} at line 1 column 2")),
         (b"hello".into(), "message: expected value at line 1 column 1".into()),
         (
             whole.as_bytes()[..whole.find("3b7d-").unwrap()].into(),
             "payload.orderId: EOF while parsing a string at line 7 column 25".into(),
         ),
-        (
-            format!("{whole}{{}}").into(),
-            "message: trailing characters at line 15 column 1".into(),
-        ),
-        (
-            format!("{whole}\0").into(),
-            "message: trailing characters at line 15 column 1".into(),
-        ),
-        (
-            ["\u{feff}", whole].concat().into(),
-            "message: expected value at line 1 column 1".into(),
-        ),
-        (
-            repeated.into(),
-            "message: duplicate field `timestamp` at line 5 column 13".into(),
-        ),
-        (
-            latin1,
-            "payload.items[0].sku: invalid unicode code point at line 10 column 70".into(),
-        ),
+        (format!("{whole}{{}}").into(), "message: trailing characters at line 15 column 1".into()),
+        (format!("{whole}\0").into(), "message: trailing characters at line 15 column 1".into()),
+        (["\u{feff}", whole].concat().into(), "message: expected value at line 1 column 1".into()),
+        (repeated.into(), "message: duplicate field `timestamp` at line 5 column 13".into()),
+        (latin1, "payload.items[0].sku: invalid unicode code point at line 10 column 70".into()),
     ];
     for (bytes, expected) in cases {
         let sentence = refused(Topic::OrdersCreated, ContentType::Json, &bytes);
-        assert_eq!(
-            sentence,
-            format!("not a valid order-created as application/json: {expected}")
-        );
+        assert_eq!(sentence, format!("not a valid order-created as application/json: {expected}"));
     }
 }
 
@@ -408,31 +313,13 @@ fn a_damaged_messagepack_message_says_how() {
         (b"\xc0".into(), format!("message: invalid type: unit value, {envelope}")),
         (b"\xc1".into(), "message: wrong msgpack marker Reserved".into()),
         (b"\x90".into(), format!("message: invalid length 0, {envelope}")),
-        (
-            whole[..sku + 1].into(),
-            "payload.items[0].sku: the message ends in the middle".into(),
-        ),
-        (
-            [&whole[..], b"\x00"].concat(),
-            "message: there are bytes after the end of the message".into(),
-        ),
-        (
-            [&whole[..], b"\x91"].concat(),
-            "message: there are bytes after the end of the message".into(),
-        ),
-        (
-            [&whole[..], &whole[..]].concat(),
-            "message: there are bytes after the end of the message".into(),
-        ),
-        (
-            golden(Topic::OrdersCreated).into(),
-            format!("message: invalid type: integer `123`, {envelope}"),
-        ),
+        (whole[..sku + 1].into(), "payload.items[0].sku: the message ends in the middle".into()),
+        ([&whole[..], b"\x00"].concat(), "message: there are bytes after the end of the message".into()),
+        ([&whole[..], b"\x91"].concat(), "message: there are bytes after the end of the message".into()),
+        ([&whole[..], &whole[..]].concat(), "message: there are bytes after the end of the message".into()),
+        (golden(Topic::OrdersCreated).into(), format!("message: invalid type: integer `123`, {envelope}")),
         // Lengths that promise four thousand million elements.
-        (
-            b"\x81\xa7payload\xdd\xff\xff\xff\xff".into(),
-            "payload[0]: the message ends in the middle".into(),
-        ),
+        (b"\x81\xa7payload\xdd\xff\xff\xff\xff".into(), "payload[0]: the message ends in the middle".into()),
         (
             b"\x81\xa7payload\x81\xa5items\xdd\xff\xff\xff\xff".into(),
             "payload.items[0]: the message ends in the middle".into(),
@@ -445,10 +332,7 @@ fn a_damaged_messagepack_message_says_how() {
     ];
     for (bytes, expected) in cases {
         let sentence = refused(Topic::OrdersCreated, ContentType::MessagePack, &bytes);
-        assert_eq!(
-            sentence,
-            format!("not a valid order-created as application/msgpack: {expected}")
-        );
+        assert_eq!(sentence, format!("not a valid order-created as application/msgpack: {expected}"));
     }
 }
 
@@ -459,23 +343,11 @@ fn a_nesting_bomb_is_refused() {
     let bombs = [
         (ContentType::Json, "[".repeat(DEPTH).into_bytes()),
         (ContentType::Json, "{\"payload\":".repeat(DEPTH).into_bytes()),
-        (
-            ContentType::Json,
-            format!("{{\"extra\":{}", "[".repeat(DEPTH)).into_bytes(),
-        ),
-        (
-            ContentType::Json,
-            format!("{{\"payload\":{{\"items\":{}", "[".repeat(DEPTH)).into_bytes(),
-        ),
+        (ContentType::Json, format!("{{\"extra\":{}", "[".repeat(DEPTH)).into_bytes()),
+        (ContentType::Json, format!("{{\"payload\":{{\"items\":{}", "[".repeat(DEPTH)).into_bytes()),
         (ContentType::MessagePack, vec![0x91; DEPTH]),
-        (
-            ContentType::MessagePack,
-            [b"\x81\xa5extra".to_vec(), vec![0x91; DEPTH]].concat(),
-        ),
-        (
-            ContentType::MessagePack,
-            [b"\x81\xa7payload".to_vec(), b"\x81\xa1x".repeat(DEPTH)].concat(),
-        ),
+        (ContentType::MessagePack, [b"\x81\xa5extra".to_vec(), vec![0x91; DEPTH]].concat()),
+        (ContentType::MessagePack, [b"\x81\xa7payload".to_vec(), b"\x81\xa1x".repeat(DEPTH)].concat()),
     ];
     for (content_type, bomb) in bombs {
         for topic in Topic::ALL {
@@ -489,20 +361,10 @@ fn a_nesting_bomb_is_refused() {
 /// Foreign text in an error is cut, and loses what could break a log line.
 #[test]
 fn an_error_repeats_little_of_a_message() {
-    let order = order_with(
-        "/eventType",
-        Some(json!(format!("low\nstock\u{1b}[31m{}", "x".repeat(10_000)))),
-    );
-    let sentence = refused(
-        Topic::OrdersCreated,
-        ContentType::Json,
-        &serde_json::to_vec(&order).unwrap(),
-    );
+    let order = order_with("/eventType", Some(json!(format!("low\nstock\u{1b}[31m{}", "x".repeat(10_000)))));
+    let sentence = refused(Topic::OrdersCreated, ContentType::Json, &serde_json::to_vec(&order).unwrap());
     assert!(sentence.starts_with("eventType is `lowstock[31mxxx"), "{sentence}");
-    assert!(
-        sentence.ends_with("x…`, this topic carries `order-created`"),
-        "{sentence}"
-    );
+    assert!(sentence.ends_with("x…`, this topic carries `order-created`"), "{sentence}");
     assert!(sentence.chars().count() < 300);
 }
 
@@ -527,9 +389,6 @@ fn the_content_type_header_chooses_the_codec() {
         );
     }
     for content_type in [ContentType::Json, ContentType::MessagePack] {
-        assert_eq!(
-            ContentType::from_header(Some(&content_type.to_string())),
-            Ok(content_type)
-        );
+        assert_eq!(ContentType::from_header(Some(&content_type.to_string())), Ok(content_type));
     }
 }

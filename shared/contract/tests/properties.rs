@@ -26,9 +26,7 @@ fn id<T: From<Uuid> + std::fmt::Debug>() -> impl Strategy<Value = T> {
 /// Every instant that the wire can carry, from year 0 to 9999.
 fn instant() -> impl Strategy<Value = Timestamp> {
     (-62_167_219_200_000_i64..=253_402_300_799_999).prop_map(|milliseconds| {
-        OffsetDateTime::from_unix_timestamp_nanos(i128::from(milliseconds) * 1_000_000)
-            .unwrap()
-            .into()
+        OffsetDateTime::from_unix_timestamp_nanos(i128::from(milliseconds) * 1_000_000).unwrap().into()
     })
 }
 
@@ -53,51 +51,22 @@ fn order_created() -> impl Strategy<Value = Envelope<OrderCreated>> {
     (id(), instant(), id(), proptest::option::of(id()), items).prop_map(
         |(event_id, at, order_id, customer_id, items)| {
             let items = OrderItems::new(items).unwrap();
-            Envelope::new(
-                event_id,
-                at,
-                OrderCreated {
-                    order_id,
-                    customer_id,
-                    items,
-                },
-            )
+            Envelope::new(event_id, at, OrderCreated { order_id, customer_id, items })
         },
     )
 }
 
 fn inventory_updated() -> impl Strategy<Value = Envelope<InventoryUpdated>> {
-    let trigger = prop_oneof![
-        Just(Trigger::OrderConfirmed),
-        Just(Trigger::AdminUpdate),
-        Just(Trigger::ScheduledSync)
-    ];
+    let trigger = prop_oneof![Just(Trigger::OrderConfirmed), Just(Trigger::AdminUpdate), Just(Trigger::ScheduledSync)];
     let updated_by = prop_oneof![Just(UpdatedBy::System), id().prop_map(UpdatedBy::User)];
     let quantities = (0..=MAX_STOCK, 0..=MAX_STOCK);
-    (
-        id(),
-        instant(),
-        id(),
-        sku(),
-        quantities,
-        trigger,
-        proptest::option::of(id()),
-        updated_by,
+    (id(), instant(), id(), sku(), quantities, trigger, proptest::option::of(id()), updated_by).prop_map(
+        |(event_id, at, product_id, sku, (previous_quantity, new_quantity), trigger, order_id, updated_by)| {
+            let updated =
+                InventoryUpdated { product_id, sku, previous_quantity, new_quantity, trigger, order_id, updated_by };
+            Envelope::new(event_id, at, updated)
+        },
     )
-        .prop_map(
-            |(event_id, at, product_id, sku, (previous_quantity, new_quantity), trigger, order_id, updated_by)| {
-                let updated = InventoryUpdated {
-                    product_id,
-                    sku,
-                    previous_quantity,
-                    new_quantity,
-                    trigger,
-                    order_id,
-                    updated_by,
-                };
-                Envelope::new(event_id, at, updated)
-            },
-        )
 }
 
 /// A golden message, in either encoding, with a few bytes changed, put in or taken out.
@@ -126,10 +95,7 @@ fn mutated() -> impl Strategy<Value = (Topic, ContentType, Vec<u8>)> {
 fn is_stable(topic: Topic, content_type: ContentType, bytes: &[u8]) {
     match decode_as(topic, content_type, bytes) {
         Ok(understood) => {
-            assert_eq!(
-                decode_as(topic, ContentType::Json, understood.as_bytes()),
-                Ok(understood)
-            );
+            assert_eq!(decode_as(topic, ContentType::Json, understood.as_bytes()), Ok(understood));
         }
         Err(error) => {
             let sentence = error.to_string();
@@ -209,10 +175,7 @@ proptest! {
 fn a_keyed_subject_is_read_as_it_is_written_or_not_at_all() {
     let key = "2c7e43a4-9d0b-5b52-8f7a-6b1d3f5c0e11";
     let written = format!("lomash.inventory.updated.{key}");
-    let expected = KeyedSubject {
-        topic: Topic::InventoryUpdated,
-        key: Uuid::parse_str(key).unwrap(),
-    };
+    let expected = KeyedSubject { topic: Topic::InventoryUpdated, key: Uuid::parse_str(key).unwrap() };
     assert_eq!(written.parse(), Ok(expected));
     assert_eq!(expected.to_string(), written);
 

@@ -93,10 +93,7 @@ impl DeadLetter<'_> {
         headers.insert(REASON, reason.as_str());
         let subject = lomash_contract::subject::dead_letter(self.consumer);
         let stored = async {
-            let ack = context
-                .publish_with_headers(subject, headers, self.payload)
-                .await
-                .map_err(|e| e.to_string())?;
+            let ack = context.publish_with_headers(subject, headers, self.payload).await.map_err(|e| e.to_string())?;
             ack.await.map_err(|e| e.to_string())
         };
         match tokio::time::timeout(STORE_TIMEOUT, stored).await {

@@ -78,25 +78,14 @@ impl JetStreamLedger {
     #[must_use]
     pub fn new(context: Context, stream: &str) -> Self {
         let unique = uuid::Uuid::new_v4().simple().to_string();
-        Self {
-            context,
-            stream: stream.into(),
-            batch_prefix: unique[..12].into(),
-            batches: Arc::new(AtomicU64::new(1)),
-        }
+        Self { context, stream: stream.into(), batch_prefix: unique[..12].into(), batches: Arc::new(AtomicU64::new(1)) }
     }
 
     async fn open(&self, after: u64) -> Result<jetstream::consumer::pull::Ordered, ReadError> {
-        let stream = self
-            .context
-            .get_stream_no_info(&*self.stream)
-            .await
-            .map_err(unavailable)?;
+        let stream = self.context.get_stream_no_info(&*self.stream).await.map_err(unavailable)?;
         let consumer = stream
             .create_consumer(pull::OrderedConfig {
-                deliver_policy: DeliverPolicy::ByStartSequence {
-                    start_sequence: after + 1,
-                },
+                deliver_policy: DeliverPolicy::ByStartSequence { start_sequence: after + 1 },
                 ..Default::default()
             })
             .await
@@ -179,17 +168,14 @@ impl Ledger for JetStreamLedger {
             .headers(headers(last, &batch_id, count, count, expected_last_sequence))
             .payload(last.payload.clone())
             .timeout(Some(APPEND_TIMEOUT));
-        let answer = client
-            .send_request(last.subject.clone(), request)
-            .await
-            .map_err(|error| {
-                let reason = match error.kind() {
-                    RequestErrorKind::TimedOut => format!("no answer within {} s", APPEND_TIMEOUT.as_secs()),
-                    RequestErrorKind::NoResponders => "no server answers for the stream".to_owned(),
-                    _ => error.to_string(),
-                };
-                AppendError::Unknown(reason)
-            })?;
+        let answer = client.send_request(last.subject.clone(), request).await.map_err(|error| {
+            let reason = match error.kind() {
+                RequestErrorKind::TimedOut => format!("no answer within {} s", APPEND_TIMEOUT.as_secs()),
+                RequestErrorKind::NoResponders => "no server answers for the stream".to_owned(),
+                _ => error.to_string(),
+            };
+            AppendError::Unknown(reason)
+        })?;
         let answer: PublishAnswer = serde_json::from_slice(&answer.payload)
             .map_err(|error| AppendError::Unknown(format!("the answer is not a publish acknowledgement: {error}")))?;
         match answer.error {
@@ -204,17 +190,12 @@ impl Ledger for JetStreamLedger {
     }
 
     async fn last_sequence(&self) -> Result<u64, ReadError> {
-        let answer: StreamInfoAnswer = self
-            .context
-            .request(format!("STREAM.INFO.{}", self.stream), &())
-            .await
-            .map_err(unavailable)?;
+        let answer: StreamInfoAnswer =
+            self.context.request(format!("STREAM.INFO.{}", self.stream), &()).await.map_err(unavailable)?;
         match (answer.state, answer.error) {
             (Some(state), None) => Ok(state.last_seq),
             (_, Some(error)) => Err(ReadError::Unavailable(error.description)),
-            (None, None) => Err(ReadError::Unavailable(
-                "the stream's state is missing in the answer".to_owned(),
-            )),
+            (None, None) => Err(ReadError::Unavailable("the stream's state is missing in the answer".to_owned())),
         }
     }
 
@@ -264,10 +245,7 @@ impl Ledger for JetStreamLedger {
                     *seen = message.sequence;
                     Some(Ok(message))
                 }
-                Ok(message) => Some(Err(ReadError::Gap {
-                    after: *seen,
-                    found: message.sequence,
-                })),
+                Ok(message) => Some(Err(ReadError::Gap { after: *seen, found: message.sequence })),
                 Err(error) => Some(Err(error)),
             };
             *failed = matches!(checked, Some(Err(_)));
@@ -279,9 +257,7 @@ impl Ledger for JetStreamLedger {
 
 fn stored(message: jetstream::Message) -> Result<StoredMessage, ReadError> {
     let (sequence, stored_at) = {
-        let info = message
-            .info()
-            .map_err(|error| ReadError::Unavailable(error.to_string()))?;
+        let info = message.info().map_err(|error| ReadError::Unavailable(error.to_string()))?;
         (info.stream_sequence, info.published)
     };
     let message = message.message;
@@ -291,9 +267,7 @@ fn stored(message: jetstream::Message) -> Result<StoredMessage, ReadError> {
     };
     let batch = text("Nats-Batch-Id").map(|id| BatchPosition {
         id,
-        sequence: text("Nats-Batch-Sequence")
-            .and_then(|value| value.parse().ok())
-            .unwrap_or(0),
+        sequence: text("Nats-Batch-Sequence").and_then(|value| value.parse().ok()).unwrap_or(0),
         commit: text("Nats-Batch-Commit").is_some(),
     });
     let carried = Carried {

@@ -46,14 +46,8 @@ pub struct MemoryLedger {
 
 impl Default for MemoryLedger {
     fn default() -> Self {
-        let inner = Inner {
-            max_batch_messages: MAX_BATCH_MESSAGES,
-            ..Inner::default()
-        };
-        Self {
-            inner: Arc::new(Mutex::new(inner)),
-            last: Arc::new(watch::Sender::new(0)),
-        }
+        let inner = Inner { max_batch_messages: MAX_BATCH_MESSAGES, ..Inner::default() };
+        Self { inner: Arc::new(Mutex::new(inner)), last: Arc::new(watch::Sender::new(0)) }
     }
 }
 
@@ -61,10 +55,7 @@ impl Inner {
     fn store(&mut self, messages: &[NewMessage], expected: u64) -> Result<u64, AppendError> {
         if messages.len() > self.max_batch_messages {
             let description = format!("at most {} messages", self.max_batch_messages);
-            return Err(AppendError::TooLarge {
-                messages: messages.len(),
-                description,
-            });
+            return Err(AppendError::TooLarge { messages: messages.len(), description });
         }
         // The server looks at the ids before the sequence: a repeated batch is a duplicate, not a conflict.
         if let Some(message) = messages.iter().find(|message| self.ids.contains(&message.event_id)) {
@@ -150,10 +141,9 @@ impl Ledger for MemoryLedger {
                     inner.later.push((messages.to_vec(), expected_last_sequence));
                     lost()
                 }
-                Some(Fault::Refused) => Err(AppendError::Refused {
-                    code: 10_023,
-                    description: "insufficient resources".to_owned(),
-                }),
+                Some(Fault::Refused) => {
+                    Err(AppendError::Refused { code: 10_023, description: "insufficient resources".to_owned() })
+                }
             }
         };
         let last = self.lock().messages.len() as u64;
@@ -175,34 +165,24 @@ impl Ledger for MemoryLedger {
         if last < after {
             return Err(ReadError::WentBackwards { last, seen: after });
         }
-        let rest: Vec<_> = self
-            .lock()
-            .messages
-            .iter()
-            .skip(index(after))
-            .cloned()
-            .map(Ok)
-            .collect();
+        let rest: Vec<_> = self.lock().messages.iter().skip(index(after)).cloned().map(Ok).collect();
         Ok(stream::iter(rest).boxed())
     }
 
     async fn follow(&self, after: u64) -> Result<Messages, ReadError> {
         let changes = self.last.subscribe();
-        let messages = stream::unfold(
-            (self.clone(), changes, after),
-            |(ledger, mut changes, seen)| async move {
-                loop {
-                    changes.borrow_and_update();
-                    let next = ledger.lock().messages.get(index(seen)).cloned();
-                    if let Some(message) = next {
-                        return Some((Ok(message), (ledger, changes, seen + 1)));
-                    }
-                    if changes.changed().await.is_err() {
-                        return None;
-                    }
+        let messages = stream::unfold((self.clone(), changes, after), |(ledger, mut changes, seen)| async move {
+            loop {
+                changes.borrow_and_update();
+                let next = ledger.lock().messages.get(index(seen)).cloned();
+                if let Some(message) = next {
+                    return Some((Ok(message), (ledger, changes, seen + 1)));
                 }
-            },
-        );
+                if changes.changed().await.is_err() {
+                    return None;
+                }
+            }
+        });
         Ok(messages.boxed())
     }
 }

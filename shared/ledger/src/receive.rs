@@ -36,10 +36,7 @@ pub const DEAD_LETTER_RETRY: Duration = Duration::from_secs(2);
 /// Pause before a message comes back whose handler panicked.
 pub const PANIC_RETRY: Duration = Duration::from_secs(1);
 
-const _: () = assert!(
-    PULL_HEARTBEAT.as_millis() * 2 <= PULL_EXPIRES.as_millis(),
-    "the server requires it"
-);
+const _: () = assert!(PULL_HEARTBEAT.as_millis() * 2 <= PULL_EXPIRES.as_millis(), "the server requires it");
 
 /// What a handler made of a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -120,15 +117,10 @@ where
 }
 
 async fn open(context: &Context, receive: &Receive) -> Result<pull::Stream, String> {
-    let consumer: PullConsumer = context
-        .get_consumer_from_stream(receive.consumer, receive.stream)
-        .await
-        .map_err(|error| error.to_string())?;
-    let mut builder = consumer
-        .stream()
-        .max_messages_per_batch(receive.max_in_flight)
-        .expires(PULL_EXPIRES)
-        .heartbeat(PULL_HEARTBEAT);
+    let consumer: PullConsumer =
+        context.get_consumer_from_stream(receive.consumer, receive.stream).await.map_err(|error| error.to_string())?;
+    let mut builder =
+        consumer.stream().max_messages_per_batch(receive.max_in_flight).expires(PULL_EXPIRES).heartbeat(PULL_HEARTBEAT);
     if let Some(group) = receive.group {
         builder = builder.group(group);
     }
@@ -186,11 +178,7 @@ where
     F: Future<Output = Settle> + Send + 'a,
 {
     let (sequence, deliveries, stored_at) = match message.info() {
-        Ok(info) => (
-            info.stream_sequence,
-            u64::try_from(info.delivered).unwrap_or(1),
-            info.published,
-        ),
+        Ok(info) => (info.stream_sequence, u64::try_from(info.delivered).unwrap_or(1), info.published),
         Err(_) => (0, 1, OffsetDateTime::UNIX_EPOCH),
     };
     let (message, acker) = message.split();
@@ -211,13 +199,7 @@ where
         };
         let settle = outcome.unwrap_or_else(|panic| {
             let what = panic_text(&*panic);
-            error!(
-                consumer = receive.consumer,
-                sequence,
-                deliveries,
-                panic = what,
-                "handler panicked"
-            );
+            error!(consumer = receive.consumer, sequence, deliveries, panic = what, "handler panicked");
             if deliveries >= receive.max_panics {
                 Settle::Dead(format!("the handler panicked {deliveries} times, last with: {what}"))
             } else {
@@ -258,9 +240,6 @@ where
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic
-        .downcast_ref::<&str>()
-        .copied()
-        .or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
     text.unwrap_or("no message").to_owned()
 }

@@ -50,11 +50,7 @@ pub struct Difference {
 
 impl std::fmt::Display for Difference {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "{}: {} is {}, its definition says {}",
-            self.name, self.field, self.actual, self.defined
-        )
+        write!(f, "{}: {} is {}, its definition says {}", self.name, self.field, self.actual, self.defined)
     }
 }
 
@@ -75,7 +71,9 @@ pub enum StreamsError {
         description: String,
     },
     /// A stream that must exist does not.
-    #[error("{0} does not exist; create it with `lomash streams apply` or `nats stream add --config streams/{0}.json`")]
+    #[error(
+        "{0} does not exist; start a product service, which creates it, or run `nats stream add --config streams/{0}.json`"
+    )]
     Missing(String),
 }
 
@@ -94,27 +92,17 @@ pub fn definitions() -> Vec<Definition> {
     let stream = |name: &str, config: &str, consumers: &[(&str, &str)]| Definition {
         name: name.to_owned(),
         config: object(config),
-        consumers: consumers
-            .iter()
-            .map(|(name, text)| ((*name).to_owned(), object(text)))
-            .collect(),
+        consumers: consumers.iter().map(|(name, text)| ((*name).to_owned(), object(text))).collect(),
     };
     vec![
         stream("DEAD_LETTERS", include_str!("../../../streams/DEAD_LETTERS.json"), &[]),
         stream(INVENTORY, include_str!("../../../streams/INVENTORY.json"), &[]),
         stream("JOBS", include_str!("../../../streams/JOBS.json"), &[]),
-        stream(
-            "NOTIFICATIONS",
-            include_str!("../../../streams/NOTIFICATIONS.json"),
-            &[],
-        ),
+        stream("NOTIFICATIONS", include_str!("../../../streams/NOTIFICATIONS.json"), &[]),
         stream(
             ORDERS,
             include_str!("../../../streams/ORDERS.json"),
-            &[(
-                PRODUCT_ORDERS,
-                include_str!("../../../streams/consumers/ORDERS.product-orders.json"),
-            )],
+            &[(PRODUCT_ORDERS, include_str!("../../../streams/consumers/ORDERS.product-orders.json"))],
         ),
     ]
 }
@@ -131,11 +119,7 @@ fn refusal(name: &str, answer: &Value) -> Option<StreamsError> {
     Some(StreamsError::Refused {
         name: name.to_owned(),
         code: error.get("err_code").and_then(Value::as_u64).unwrap_or_default(),
-        description: error
-            .get("description")
-            .and_then(Value::as_str)
-            .unwrap_or("no description")
-            .to_owned(),
+        description: error.get("description").and_then(Value::as_str).unwrap_or("no description").to_owned(),
     })
 }
 
@@ -176,12 +160,7 @@ pub async fn wait_until_ready(context: &Context) -> Result<(), StreamsError> {
 /// [`StreamsError`].
 pub async fn apply(context: &Context, replicas: u32) -> Result<Vec<Difference>, StreamsError> {
     let mut found = Vec::new();
-    for Definition {
-        name,
-        mut config,
-        consumers,
-    } in definitions()
-    {
+    for Definition { name, mut config, consumers } in definitions() {
         config.insert("num_replicas".to_owned(), replicas.into());
         match actual(context, format!("STREAM.INFO.{name}"), &name).await? {
             Some(actual) => found.extend(differences(&name, &config, &actual)),
@@ -217,40 +196,49 @@ fn consumer_create_subject(stream: &str, consumer: &str, config: &Map<String, Va
     }
 }
 
-/// In which fields the stream `name` on the server is not what its definition says. More replicas than defined are no
-/// difference.
+/// In which fields the stream `name` on the server is not what its definition says with `replicas` copies. More copies
+/// are no difference.
 ///
 /// # Errors
 /// [`StreamsError::Missing`] when there is no such stream.
-pub async fn compare(context: &Context, name: &str) -> Result<Vec<Difference>, StreamsError> {
+pub async fn compare(context: &Context, name: &str, replicas: u32) -> Result<Vec<Difference>, StreamsError> {
     let missing = || StreamsError::Missing(name.to_owned());
-    let definition = definitions()
-        .into_iter()
-        .find(|definition| definition.name == name)
-        .ok_or_else(missing)?;
-    let actual = actual(context, format!("STREAM.INFO.{name}"), name)
-        .await?
-        .ok_or_else(missing)?;
+    let mut definition = definitions().into_iter().find(|definition| definition.name == name).ok_or_else(missing)?;
+    definition.config.insert("num_replicas".to_owned(), replicas.into());
+    let actual = actual(context, format!("STREAM.INFO.{name}"), name).await?.ok_or_else(missing)?;
     Ok(differences(name, &definition.config, &actual))
 }
 
-fn differences(name: &str, defined: &Map<String, Value>, actual: &Map<String, Value>) -> Vec<Difference> {
-    let absent = |value: &Value| match value {
+/// Fields that say nothing about what a stream keeps, and those that the deployment decides.
+const FREE_FIELDS: [&str; 4] = ["description", "metadata", "placement", "consumer_limits"];
+
+/// What the server leaves out because it is zero, false or empty.
+fn is_absent(value: &Value) -> bool {
+    match value {
         Value::Null => true,
         Value::Bool(flag) => !flag,
         Value::Number(number) => number.as_i64() == Some(0),
         Value::String(text) => text.is_empty(),
-        _ => false,
-    };
+        Value::Array(list) => list.is_empty(),
+        Value::Object(object) => object.is_empty(),
+    }
+}
+
+/// Compares both ways: a field that the definition does not name (a mirror, a subject transform, a seal) must not be
+/// set on the server either. Consumers are compared only in what their definition names.
+fn differences(name: &str, defined: &Map<String, Value>, actual: &Map<String, Value>) -> Vec<Difference> {
+    let is_stream = !name.contains('/');
+    let unnamed = actual.keys().filter(|field| is_stream && !defined.contains_key(*field));
     defined
-        .iter()
-        .filter(|(field, _)| !matches!(field.as_str(), "description" | "metadata"))
-        .filter_map(|(field, defined)| {
+        .keys()
+        .chain(unnamed)
+        .filter(|field| !FREE_FIELDS.contains(&field.as_str()))
+        .filter_map(|field| {
+            let defined = defined.get(field).unwrap_or(&Value::Null);
             let found = actual.get(field).unwrap_or(&Value::Null);
             let same = match field.as_str() {
                 "num_replicas" => found.as_u64() >= defined.as_u64(),
-                // The server leaves out what is zero, false or empty.
-                _ => found == defined || (absent(found) && absent(defined)),
+                _ => found == defined || (is_absent(found) && is_absent(defined)),
             };
             (!same).then(|| Difference {
                 name: name.to_owned(),

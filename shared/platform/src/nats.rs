@@ -22,12 +22,7 @@ const SUBSCRIPTION_CAPACITY: usize = 65_536;
 pub async fn connect(url: &str, name: &str) -> anyhow::Result<Client> {
     let addresses: Vec<async_nats::ServerAddr> = url
         .split(',')
-        .map(|address| {
-            address
-                .trim()
-                .parse()
-                .with_context(|| format!("NATS_URL: `{address}` is not an address"))
-        })
+        .map(|address| address.trim().parse().with_context(|| format!("NATS_URL: `{address}` is not an address")))
         .collect::<anyhow::Result<_>>()?;
     let deadline = tokio::time::Instant::now() + CONNECT_TIMEOUT;
     loop {
@@ -48,10 +43,7 @@ pub async fn connect(url: &str, name: &str) -> anyhow::Result<Client> {
 
 /// The addresses without any user or password.
 fn plain(addresses: &[async_nats::ServerAddr]) -> String {
-    let plain: Vec<_> = addresses
-        .iter()
-        .map(|address| format!("{}:{}", address.host(), address.port()))
-        .collect();
+    let plain: Vec<_> = addresses.iter().map(|address| format!("{}:{}", address.host(), address.port())).collect();
     plain.join(", ")
 }
 

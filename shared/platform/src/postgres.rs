@@ -33,13 +33,7 @@ fn config(url: &Secret) -> anyhow::Result<tokio_postgres::Config> {
 /// # Errors
 /// When `url` is not a Postgres URL.
 pub fn pool(url: &Secret) -> anyhow::Result<Pool> {
-    let manager = Manager::from_config(
-        config(url)?,
-        NoTls,
-        ManagerConfig {
-            recycling_method: RecyclingMethod::Fast,
-        },
-    );
+    let manager = Manager::from_config(config(url)?, NoTls, ManagerConfig { recycling_method: RecyclingMethod::Fast });
     Pool::builder(manager)
         .max_size(MAX_CONNECTIONS)
         .runtime(Runtime::Tokio1)
@@ -54,10 +48,8 @@ pub fn pool(url: &Secret) -> anyhow::Result<Pool> {
 /// # Errors
 /// When `url` is bad or the server cannot be reached.
 pub async fn connect(url: &Secret) -> anyhow::Result<tokio_postgres::Client> {
-    let (client, connection) = config(url)?
-        .connect(NoTls)
-        .await
-        .context("cannot connect to Postgres at DATABASE_URL; is it running?")?;
+    let (client, connection) =
+        config(url)?.connect(NoTls).await.context("cannot connect to Postgres at DATABASE_URL; is it running?")?;
     // Ends with the client; what breaks it is an error of the client's next call.
     tokio::spawn(connection);
     Ok(client)
@@ -71,21 +63,12 @@ pub async fn migrate(url: &Secret) -> anyhow::Result<()> {
     /// Key of the advisory lock under which one process at a time migrates.
     const MIGRATION_LOCK: i64 = 0x6c6f_6d61_7368_0001;
     let mut client = connect(url).await?;
-    client
-        .execute("SELECT pg_advisory_lock($1)", &[&MIGRATION_LOCK])
-        .await
-        .context("cannot lock the schema")?;
+    client.execute("SELECT pg_advisory_lock($1)", &[&MIGRATION_LOCK]).await.context("cannot lock the schema")?;
     // The history lives in the schema it is about: whoever drops the schema drops it too, and the next start makes both
     // anew. The lock goes with the connection.
-    client
-        .batch_execute("CREATE SCHEMA IF NOT EXISTS inventory")
-        .await
-        .context("cannot create the schema")?;
+    client.batch_execute("CREATE SCHEMA IF NOT EXISTS inventory").await.context("cannot create the schema")?;
     let mut runner = embedded::migrations::runner();
     runner.set_migration_table_name("inventory.schema_history");
-    runner
-        .run_async(&mut client)
-        .await
-        .context("a migration of sql/ failed")?;
+    runner.run_async(&mut client).await.context("a migration of sql/ failed")?;
     Ok(())
 }

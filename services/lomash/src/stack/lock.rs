@@ -90,27 +90,18 @@ impl FolderLock {
             .and_then(|()| file.seek(SeekFrom::Start(0)))
             .and_then(|_| writeln!(file, "{}", std::process::id()))
             .with_context(|| format!("could not write the lock file {}", path.display()))?;
-        Ok(Some(Self {
-            file,
-            folder: folder.to_owned(),
-        }))
+        Ok(Some(Self { file, folder: folder.to_owned() }))
     }
 
     fn holder(folder: &Path) -> Option<String> {
         let mut text = String::new();
-        File::open(folder.join("lock"))
-            .ok()?
-            .take(20)
-            .read_to_string(&mut text)
-            .ok()?;
+        File::open(folder.join("lock")).ok()?.take(20).read_to_string(&mut text).ok()?;
         Some(text.trim().to_owned()).filter(|pid| !pid.is_empty())
     }
 
     /// A copy of the lock for a child to inherit.
     pub(super) fn share(&self) -> Result<File> {
-        self.file
-            .try_clone()
-            .with_context(|| format!("could not share the lock on {}", self.folder.display()))
+        self.file.try_clone().with_context(|| format!("could not share the lock on {}", self.folder.display()))
     }
 }
 
@@ -122,24 +113,13 @@ mod tests {
     async fn a_folder_is_locked_once() {
         let dir = crate::stack::scratch().expect("a scratch folder");
         let first = FolderLock::acquire(dir.path(), Duration::ZERO).await.expect("free");
-        let refused = FolderLock::acquire(dir.path(), Duration::from_millis(50))
-            .await
-            .expect_err("taken");
-        assert!(
-            refused
-                .to_string()
-                .contains(&format!("in use by process {}", std::process::id())),
-            "{refused}"
-        );
+        let refused = FolderLock::acquire(dir.path(), Duration::from_millis(50)).await.expect_err("taken");
+        assert!(refused.to_string().contains(&format!("in use by process {}", std::process::id())), "{refused}");
 
         let inherited = first.share().expect("shared");
         drop(first);
-        FolderLock::acquire(dir.path(), Duration::ZERO)
-            .await
-            .expect_err("held by the copy");
+        FolderLock::acquire(dir.path(), Duration::ZERO).await.expect_err("held by the copy");
         drop(inherited);
-        FolderLock::acquire(dir.path(), Duration::ZERO)
-            .await
-            .expect("free again");
+        FolderLock::acquire(dir.path(), Duration::ZERO).await.expect("free again");
     }
 }

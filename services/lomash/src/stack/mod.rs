@@ -51,10 +51,7 @@ const LOG_TAIL_BYTES: u64 = 16 * 1024;
 /// [`tempfile::tempdir`] makes one that only its owner may enter; Postgres started by root runs as another
 /// user and would have to keep its data elsewhere.
 pub fn scratch() -> std::io::Result<tempfile::TempDir> {
-    tempfile::Builder::new()
-        .prefix("lomash-")
-        .permissions(std::fs::Permissions::from_mode(0o711))
-        .tempdir()
+    tempfile::Builder::new().prefix("lomash-").permissions(std::fs::Permissions::from_mode(0o711)).tempdir()
 }
 
 /// The last lines of a log, indented for an error message.

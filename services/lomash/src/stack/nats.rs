@@ -47,11 +47,7 @@ impl Kind for NatsServer {
         let config = dir.join("nats.conf");
         std::fs::write(&config, config_with_store(&dir.join("data"))?)
             .with_context(|| format!("could not write {}", config.display()))?;
-        Ok(Self {
-            program,
-            dir: dir.to_owned(),
-            name: format!("lomash-{}", uuid::Uuid::new_v4().simple()),
-        })
+        Ok(Self { program, dir: dir.to_owned(), name: format!("lomash-{}", uuid::Uuid::new_v4().simple()) })
     }
 
     fn command(&self, port: u16) -> Command {
@@ -64,14 +60,9 @@ impl Kind for NatsServer {
     }
 
     async fn probe(&self, port: u16, _pid: u32) -> Result<()> {
-        let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))
-            .await
-            .context("could not connect")?;
+        let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.context("could not connect")?;
         let mut line = String::new();
-        BufReader::new(stream.take(INFO_LIMIT_BYTES))
-            .read_line(&mut line)
-            .await
-            .context("it sent no greeting")?;
+        BufReader::new(stream.take(INFO_LIMIT_BYTES)).read_line(&mut line).await.context("it sent no greeting")?;
         let info: serde_json::Value = line
             .strip_prefix("INFO ")
             .and_then(|json| serde_json::from_str(json).ok())
@@ -91,9 +82,7 @@ impl Kind for NatsServer {
 }
 
 fn config_with_store(store: &Path) -> Result<String> {
-    let store = store
-        .to_str()
-        .with_context(|| format!("{} is not UTF-8, as NATS needs it", store.display()))?;
+    let store = store.to_str().with_context(|| format!("{} is not UTF-8, as NATS needs it", store.display()))?;
     // A JSON string is read as one by NATS, escapes included.
     let store = serde_json::to_string(store).context("could not quote the path of the store")?;
     Ok(CONFIG.replace(SHIPPED_STORE, &format!("store_dir: {store}")))

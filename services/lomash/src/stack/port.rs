@@ -44,10 +44,7 @@ mod tests {
         for _ in 0..20 {
             let port = free_port().expect("a port");
             TcpListener::bind((Ipv4Addr::LOCALHOST, port)).expect("free");
-            assert!(
-                first_ephemeral_port().is_none_or(|above| port < above || above <= LOWEST),
-                "{port}"
-            );
+            assert!(first_ephemeral_port().is_none_or(|above| port < above || above <= LOWEST), "{port}");
         }
     }
 }

@@ -74,13 +74,7 @@ impl Kind for PostgresServer {
         let major = made_by.as_deref().and_then(|version| version.trim().parse().ok());
         let bin = programs::postgres_bin(major).await?;
         let password = password(dir, made_by.is_some())?;
-        let server = Self {
-            bin,
-            data,
-            account,
-            password,
-            elsewhere: base != dir,
-        };
+        let server = Self { bin, data, account, password, elsewhere: base != dir };
         if made_by.is_none() {
             server.create_cluster(dir, &base, lock).await?;
         }
@@ -144,18 +138,10 @@ impl Kind for PostgresServer {
 impl Server<PostgresServer> {
     /// Creates an empty database beside `lomash` and gives its URL: one server then serves many tests.
     pub async fn create_database(&self, name: &str) -> Result<String> {
-        if name.is_empty()
-            || !name
-                .chars()
-                .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
-        {
+        if name.is_empty() || !name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_') {
             bail!("a database is named with a-z, 0-9 and _ here, not {name:?}");
         }
-        let admin = self
-            .kind()
-            .connect(self.port(), "postgres")
-            .await
-            .context("could not log in to postgres")?;
+        let admin = self.kind().connect(self.port(), "postgres").await.context("could not log in to postgres")?;
         admin
             .batch_execute(&format!("CREATE DATABASE \"{name}\""))
             .await
@@ -215,16 +201,7 @@ impl PostgresServer {
             .arg(&unfinished)
             .arg("--pwfile")
             .arg(&password_file)
-            .args([
-                "--username",
-                NAME,
-                "--auth",
-                "scram-sha-256",
-                "--encoding",
-                "UTF8",
-                "--locale",
-                "C",
-            ])
+            .args(["--username", NAME, "--auth", "scram-sha-256", "--encoding", "UTF8", "--locale", "C"])
             .stdin(Stdio::null())
             .stdout(output.try_clone().context("could not share the log of initdb")?)
             .stderr(output);
@@ -236,11 +213,7 @@ impl PostgresServer {
             Ok(status) if status.success() => fs::rename(&unfinished, &self.data)
                 .with_context(|| format!("could not move the new cluster to {}", self.data.display())),
             Ok(status) => bail!("initdb failed ({status}); {}", log_tail(&log)),
-            Err(_) => bail!(
-                "initdb did not end within {} s; {}",
-                INITDB_TIMEOUT.as_secs(),
-                log_tail(&log)
-            ),
+            Err(_) => bail!("initdb did not end within {} s; {}", INITDB_TIMEOUT.as_secs(), log_tail(&log)),
         }
     }
 
@@ -270,17 +243,11 @@ fn account_for(dir: &Path) -> Result<Option<Account>> {
         return Ok(None);
     }
     if let Some(data) = data.filter(|data| data.uid() != 0) {
-        return Ok(Some(Account {
-            uid: data.uid(),
-            gid: data.gid(),
-        }));
+        return Ok(Some(Account { uid: data.uid(), gid: data.gid() }));
     }
     for name in ["postgres", "nobody"] {
         if let Some(user) = User::from_name(name).with_context(|| format!("could not look up the user {name}"))? {
-            return Ok(Some(Account {
-                uid: user.uid.as_raw(),
-                gid: user.gid.as_raw(),
-            }));
+            return Ok(Some(Account { uid: user.uid.as_raw(), gid: user.gid.as_raw() }));
         }
     }
     bail!("Postgres does not run as root, and there is neither a user postgres nor nobody to run it as: create one")
@@ -293,10 +260,7 @@ fn base_folder(dir: &Path, account: Option<Account>) -> Result<PathBuf> {
         return Ok(dir.to_owned());
     };
     // The folder itself is ours to open; those above it are not.
-    let mode = fs::metadata(dir)
-        .with_context(|| format!("could not read {}", dir.display()))?
-        .permissions()
-        .mode();
+    let mode = fs::metadata(dir).with_context(|| format!("could not read {}", dir.display()))?.permissions().mode();
     fs::set_permissions(dir, Permissions::from_mode(mode | 0o011))
         .with_context(|| format!("could not make {} enterable", dir.display()))?;
 
@@ -339,10 +303,7 @@ fn base_folder(dir: &Path, account: Option<Account>) -> Result<PathBuf> {
         // From an earlier folder of this name, which was deleted and its password with it.
         check_private(&base, account)?;
         if let Some(pid) = living_postmaster(&base) {
-            bail!(
-                "{} is in use by process {pid}, a Postgres of an earlier start: stop it",
-                base.display()
-            );
+            bail!("{} is in use by process {pid}, a Postgres of an earlier start: stop it", base.display());
         }
         remove_all(&base)?;
     }
@@ -399,20 +360,13 @@ fn closed_to(dir: &Path, account: Account) -> Option<&Path> {
 fn check_private(base: &Path, account: Account) -> Result<()> {
     let found = fs::symlink_metadata(base).with_context(|| format!("could not read {}", base.display()))?;
     if !found.is_dir() || found.uid() != account.uid || found.mode() & 0o077 != 0 {
-        bail!(
-            "{} is not a private folder of user {}: remove it, it is not ours",
-            base.display(),
-            account.uid
-        );
+        bail!("{} is not a private folder of user {}: remove it, it is not ours", base.display(), account.uid);
     }
     Ok(())
 }
 
 fn private_folder(path: &Path, account: Option<Account>) -> Result<()> {
-    DirBuilder::new()
-        .mode(0o700)
-        .create(path)
-        .with_context(|| format!("could not create {}", path.display()))?;
+    DirBuilder::new().mode(0o700).create(path).with_context(|| format!("could not create {}", path.display()))?;
     give(path, account)
 }
 
@@ -482,16 +436,10 @@ mod tests {
             fs::set_permissions(folder.join("inside"), Permissions::from_mode(0o755)).expect("set");
             fs::set_permissions(folder, Permissions::from_mode(mode)).expect("set");
         }
-        let stranger = Account {
-            uid: 64_000,
-            gid: 64_000,
-        };
+        let stranger = Account { uid: 64_000, gid: 64_000 };
         assert_eq!(closed_to(&open.join("inside"), stranger), None);
         assert_eq!(closed_to(&closed.join("inside"), stranger), Some(closed.as_path()));
-        let ours = Account {
-            uid: geteuid().as_raw(),
-            gid: 64_000,
-        };
+        let ours = Account { uid: geteuid().as_raw(), gid: 64_000 };
         assert_eq!(closed_to(&closed.join("inside"), ours), None);
     }
 

@@ -80,16 +80,9 @@ impl Process {
 
     fn watch(name: &str, child: Child) -> Result<Self> {
         let pid = Pid::from_raw(child.id().cast_signed());
-        let shared = Arc::new(Shared {
-            exit: Mutex::new(None),
-            reaped: Condvar::new(),
-            ended: watch::Sender::new(None),
-        });
-        let process = Self {
-            name: name.to_owned(),
-            pid,
-            shared: shared.clone(),
-        };
+        let shared =
+            Arc::new(Shared { exit: Mutex::new(None), reaped: Condvar::new(), ended: watch::Sender::new(None) });
+        let process = Self { name: name.to_owned(), pid, shared: shared.clone() };
         thread::Builder::new()
             .name(format!("reap {name}"))
             .spawn(move || reap(pid, child, &shared))
@@ -134,11 +127,7 @@ impl Process {
     pub fn kill(&self) {
         self.signal_group(Signal::SIGKILL);
         if !self.wait_blocking(KILL_TIMEOUT) {
-            tracing::error!(
-                name = self.name,
-                pid = self.pid(),
-                "the process does not end after SIGKILL"
-            );
+            tracing::error!(name = self.name, pid = self.pid(), "the process does not end after SIGKILL");
         }
     }
 
@@ -162,11 +151,7 @@ impl Process {
             Ok(status) => Ok(status),
             Err(_) => {
                 self.kill();
-                anyhow::bail!(
-                    "{} did not stop within {} s after {signal} and was killed",
-                    self.name,
-                    timeout.as_secs()
-                )
+                anyhow::bail!("{} did not stop within {} s after {signal} and was killed", self.name, timeout.as_secs())
             }
         }
     }

@@ -37,14 +37,7 @@ impl std::fmt::Display for Version {
 /// The nats-server to use: `NATS_SERVER`, the one on the PATH, or the one in `.tools/`.
 pub(super) async fn nats_server() -> Result<PathBuf> {
     let tools = tool_folders().map(|tools| tools.join("nats-server"));
-    one_program(
-        "nats-server",
-        "NATS_SERVER",
-        NATS_OLDEST,
-        "nats-server: v",
-        on_path("nats-server").chain(tools),
-    )
-    .await
+    one_program("nats-server", "NATS_SERVER", NATS_OLDEST, "nats-server: v", on_path("nats-server").chain(tools)).await
 }
 
 /// The redis-server to use: `REDIS_SERVER`, or Redis or Valkey on the PATH or in Debian's folder.
@@ -61,10 +54,9 @@ pub(super) async fn postgres_bin(major: Option<u32>) -> Result<PathBuf> {
     if let Some(folder) = env::var_os("POSTGRES_BIN").map(PathBuf::from) {
         return match postgres_version(&folder).await {
             Ok(version) if version >= POSTGRES_OLDEST => Ok(folder),
-            Ok(version) => bail!(
-                "POSTGRES_BIN={} is version {version}; {POSTGRES_OLDEST} or newer is needed",
-                folder.display()
-            ),
+            Ok(version) => {
+                bail!("POSTGRES_BIN={} is version {version}; {POSTGRES_OLDEST} or newer is needed", folder.display())
+            }
             Err(error) => Err(error.context(format!("POSTGRES_BIN={} is not usable", folder.display()))),
         };
     }
@@ -79,11 +71,7 @@ pub(super) async fn postgres_bin(major: Option<u32>) -> Result<PathBuf> {
             seen.push(format!("{} is {version}", folder.display()));
         }
     }
-    let seen = if seen.is_empty() {
-        String::new()
-    } else {
-        format!(" ({})", seen.join(", "))
-    };
+    let seen = if seen.is_empty() { String::new() } else { format!(" ({})", seen.join(", ")) };
     match major {
         Some(major) => bail!(
             "the data was made by PostgreSQL {major}, which is not installed{seen}: install it, or delete the data, \
@@ -125,10 +113,7 @@ async fn one_program(
     if let Some(program) = env::var_os(variable).map(PathBuf::from) {
         return match version_of(&program, before_version).await {
             Ok(version) if version >= oldest => Ok(program),
-            Ok(version) => bail!(
-                "{variable}={} is version {version}; {oldest} or newer is needed",
-                program.display()
-            ),
+            Ok(version) => bail!("{variable}={} is version {version}; {oldest} or newer is needed", program.display()),
             Err(error) => Err(error.context(format!("{variable}={} is not usable", program.display()))),
         };
     }
@@ -140,49 +125,31 @@ async fn one_program(
             Err(error) => seen.push(format!("{error:#}")),
         }
     }
-    let seen = if seen.is_empty() {
-        String::new()
-    } else {
-        format!(" ({})", seen.join(", "))
-    };
+    let seen = if seen.is_empty() { String::new() } else { format!(" ({})", seen.join(", ")) };
     bail!("{name} {oldest} or newer was not found{seen}: {FIX}, or name it in {variable}")
 }
 
 async fn version_of(program: &Path, before: &str) -> Result<Version> {
-    let run = Command::new(program)
-        .arg("--version")
-        .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output();
+    let run = Command::new(program).arg("--version").stdin(Stdio::null()).kill_on_drop(true).output();
     let output = tokio::time::timeout(VERSION_TIMEOUT, run)
         .await
         .with_context(|| format!("{} does not print its version", program.display()))?
         .with_context(|| format!("{} cannot be run", program.display()))?;
     let text = String::from_utf8_lossy(&output.stdout);
-    parse_version(&text, before).with_context(|| {
-        format!(
-            "{} printed no version that is understood: {:?}",
-            program.display(),
-            text.trim()
-        )
-    })
+    parse_version(&text, before)
+        .with_context(|| format!("{} printed no version that is understood: {:?}", program.display(), text.trim()))
 }
 
 fn parse_version(text: &str, before: &str) -> Option<Version> {
     let (_, version) = text.split_once(before)?;
-    let mut numbers = version
-        .split(|c: char| !c.is_ascii_digit())
-        .map(|number| number.parse().ok());
+    let mut numbers = version.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().ok());
     Some(Version(numbers.next()??, numbers.next().flatten().unwrap_or(0)))
 }
 
 fn on_path(program: &'static str) -> impl Iterator<Item = PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let folders: Vec<PathBuf> = env::split_paths(&path).filter(|folder| folder.is_absolute()).collect();
-    folders
-        .into_iter()
-        .map(move |folder| folder.join(OsStr::new(program)))
-        .filter(|program| program.is_file())
+    folders.into_iter().map(move |folder| folder.join(OsStr::new(program))).filter(|program| program.is_file())
 }
 
 /// `.tools` of the clone that we run in or were built in: every folder upward of both.
@@ -203,17 +170,9 @@ mod tests {
         for (text, before, expected) in [
             ("nats-server: v2.15.1\n", "nats-server: v", Some(Version(2, 15))),
             ("nats-server: v2.9.10\n", "nats-server: v", Some(Version(2, 9))),
-            (
-                "Redis server v=7.0.15 sha=00000000:0 malloc=jemalloc-5.3.0 bits=64\n",
-                " v=",
-                Some(Version(7, 0)),
-            ),
+            ("Redis server v=7.0.15 sha=00000000:0 malloc=jemalloc-5.3.0 bits=64\n", " v=", Some(Version(7, 0))),
             ("Valkey server v=8.1.1 sha=00000000:0\n", " v=", Some(Version(8, 1))),
-            (
-                "postgres (PostgreSQL) 15.14 (Debian 15.14-0+deb12u1)\n",
-                "(PostgreSQL) ",
-                Some(Version(15, 14)),
-            ),
+            ("postgres (PostgreSQL) 15.14 (Debian 15.14-0+deb12u1)\n", "(PostgreSQL) ", Some(Version(15, 14))),
             ("postgres (PostgreSQL) 18beta1\n", "(PostgreSQL) ", Some(Version(18, 0))),
             ("something else", "v", None),
         ] {

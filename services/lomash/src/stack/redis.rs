@@ -43,16 +43,7 @@ impl Kind for RedisServer {
     fn command(&self, port: u16) -> Command {
         let mut command = Command::new(&self.program);
         command
-            .args([
-                "--bind",
-                "127.0.0.1",
-                "--port",
-                &port.to_string(),
-                "--daemonize",
-                "no",
-                "--logfile",
-                "",
-            ])
+            .args(["--bind", "127.0.0.1", "--port", &port.to_string(), "--daemonize", "no", "--logfile", ""])
             .args(["--save", "", "--appendonly", "yes", "--appendfsync", "everysec"])
             .arg("--dir")
             .arg(&self.data);
@@ -60,23 +51,15 @@ impl Kind for RedisServer {
     }
 
     async fn probe(&self, port: u16, pid: u32) -> Result<()> {
-        let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))
-            .await
-            .context("could not connect")?;
-        stream
-            .write_all(b"PING\r\nINFO server\r\nQUIT\r\n")
-            .await
-            .context("could not ask")?;
+        let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.context("could not connect")?;
+        stream.write_all(b"PING\r\nINFO server\r\nQUIT\r\n").await.context("could not ask")?;
         let mut answer = Vec::new();
         stream.read_to_end(&mut answer).await.context("it did not answer")?;
         let answer = String::from_utf8_lossy(&answer);
         if !answer.starts_with("+PONG\r\n") {
             bail!("it answers {:?} to PING", answer.lines().next().unwrap_or_default());
         }
-        if !answer
-            .lines()
-            .any(|line| line.trim_end() == format!("process_id:{pid}"))
-        {
+        if !answer.lines().any(|line| line.trim_end() == format!("process_id:{pid}")) {
             bail!("another Redis answers on its port");
         }
         Ok(())

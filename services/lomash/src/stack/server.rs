@@ -76,18 +76,11 @@ impl<K: Kind> Server<K> {
     /// Starts the server with its data and its log under `dir` and waits until it is healthy.
     pub async fn start(dir: &Path) -> Result<Self> {
         std::fs::create_dir_all(dir).with_context(|| format!("could not create {}", dir.display()))?;
-        let dir = dir
-            .canonicalize()
-            .with_context(|| format!("could not resolve {}", dir.display()))?;
+        let dir = dir.canonicalize().with_context(|| format!("could not resolve {}", dir.display()))?;
         // Taken before the data is looked at: two starts at the same time must not both lay it out.
         let mut lock = FolderLock::acquire(&dir, REMAINS_TIMEOUT).await?;
         let kind = K::prepare(&dir, &lock).await?;
-        let mut server = Self {
-            kind,
-            dir,
-            port: 0,
-            process: None,
-        };
+        let mut server = Self { kind, dir, port: 0, process: None };
         server.keep_last_log();
         let mut tries = 0;
         loop {
@@ -123,11 +116,7 @@ impl<K: Kind> Server<K> {
         let mut command = self.kind.command(self.port);
         command
             .stdin(Stdio::null())
-            .stdout(
-                log.try_clone()
-                    .context("could not share the log file")
-                    .map_err(Failure::Other)?,
-            )
+            .stdout(log.try_clone().context("could not share the log file").map_err(Failure::Other)?)
             .stderr(log);
         let process = Process::spawn(K::NAME, command, K::DEATH_SIGNAL, Some(lock.share()?))?;
         drop(lock);
@@ -164,18 +153,9 @@ impl<K: Kind> Server<K> {
 
     fn ended_at_start(&self, status: ExitStatus, written: u64) -> Failure {
         let log = std::fs::read(self.log()).unwrap_or_default();
-        let said = log
-            .get(usize::try_from(written).unwrap_or(usize::MAX)..)
-            .unwrap_or_default();
-        let error = anyhow!(
-            "{} ended while it was starting ({status}); {}",
-            K::NAME,
-            log_tail(&self.log())
-        );
-        if String::from_utf8_lossy(said)
-            .to_lowercase()
-            .contains("address already in use")
-        {
+        let said = log.get(usize::try_from(written).unwrap_or(usize::MAX)..).unwrap_or_default();
+        let error = anyhow!("{} ended while it was starting ({status}); {}", K::NAME, log_tail(&self.log()));
+        if String::from_utf8_lossy(said).to_lowercase().contains("address already in use") {
             Failure::PortTaken(error)
         } else {
             Failure::Other(error)
@@ -204,10 +184,7 @@ impl<K: Kind> Server<K> {
 
     /// The process id while it runs.
     pub fn pid(&self) -> Option<u32> {
-        self.process
-            .as_ref()
-            .filter(|process| process.exit().is_none())
-            .map(Process::pid)
+        self.process.as_ref().filter(|process| process.exit().is_none()).map(Process::pid)
     }
 
     /// What a person should know about this server besides its address, in one sentence.
@@ -271,10 +248,7 @@ impl<K: Kind> Server<K> {
     }
 
     fn signal_all(&self, signal: Signal) -> Result<()> {
-        let process = self
-            .process
-            .as_ref()
-            .with_context(|| format!("{} does not run", K::NAME))?;
+        let process = self.process.as_ref().with_context(|| format!("{} does not run", K::NAME))?;
         if !process.signal_group(signal) {
             bail!("{} has ended; {}", K::NAME, log_tail(&self.log()));
         }
@@ -300,10 +274,7 @@ impl<K: Kind> Server<K> {
             .append(true)
             .open(&path)
             .with_context(|| format!("could not open the log {}", path.display()))?;
-        let written = log
-            .metadata()
-            .with_context(|| format!("could not read the size of {}", path.display()))?
-            .len();
+        let written = log.metadata().with_context(|| format!("could not read the size of {}", path.display()))?.len();
         Ok((log, written))
     }
 

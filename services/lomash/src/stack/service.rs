@@ -43,8 +43,7 @@ impl Service {
     /// Adds arguments.
     #[must_use]
     pub fn args<A: AsRef<OsStr>>(mut self, arguments: impl IntoIterator<Item = A>) -> Self {
-        self.arguments
-            .extend(arguments.into_iter().map(|argument| argument.as_ref().to_owned()));
+        self.arguments.extend(arguments.into_iter().map(|argument| argument.as_ref().to_owned()));
         self
     }
 
@@ -58,8 +57,7 @@ impl Service {
     /// Sets an environment variable for the next start.
     pub fn set_env(&mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) {
         self.remove_env(name.as_ref());
-        self.variables
-            .push((name.as_ref().to_owned(), value.as_ref().to_owned()));
+        self.variables.push((name.as_ref().to_owned(), value.as_ref().to_owned()));
     }
 
     /// Takes back a variable that was set here, from the next start on.
@@ -107,10 +105,7 @@ impl Service {
 
     /// The process id while it runs.
     pub fn pid(&self) -> Option<u32> {
-        self.process
-            .as_ref()
-            .filter(|process| process.exit().is_none())
-            .map(Process::pid)
+        self.process.as_ref().filter(|process| process.exit().is_none()).map(Process::pid)
     }
 
     /// How it ended, if it was started and has ended by itself.
