@@ -1,1 +1,374 @@
-//! Placeholder.
+//! The projection under everything that may befall it: Postgres away, the schema dropped, two projectors, a zombie,
+//! messages that are not ours. Orders are decided meanwhile, and in the end the rows equal the fold.
+//!
+//! Owns what the projector promises besides its rows; the rows themselves are compared by `lomash verify`
+//! (invariant 7). Crashes between its steps are tested elsewhere.
+#![allow(clippy::unwrap_used)]
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use async_nats::HeaderMap;
+use futures::StreamExt;
+use lomash::audit::Status;
+use lomash::verify;
+use lomash_contract::{
+    ContentType, Envelope, EventId, InventoryUpdated, OrderCreated, ProductId, Timestamp, Topic, Trigger, UpdatedBy,
+    codec,
+};
+use lomash_ledger::{AppendError, JetStreamLedger, Ledger, Messages, NewMessage, ReadError};
+use lomash_tests::{Dice, Fate, PATIENCE, World, eventually, nowhere, order};
+use product_service::projection;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+/// Within this the projection must have caught up once it can.
+const HEAL_BOUND: Duration = Duration::from_secs(30);
+
+/// Lower half of the key of the lock that the active projector holds, as `pg_locks` shows it.
+const PROJECTOR_LOCK_LOW: u32 = 0x7368_0002;
+
+async fn count(database: &tokio_postgres::Client, query: &str) -> Result<i64> {
+    Ok(database.query_one(query, &[]).await?.get(0))
+}
+
+async fn checkpoint(database: &tokio_postgres::Client) -> Result<i64> {
+    count(database, "SELECT sequence FROM inventory.checkpoint WHERE projection = 'inventory'").await
+}
+
+/// Publishes orders over `products` and waits until all are decided.
+async fn some_orders(world: &World, dice: &mut Dice, products: &[ProductId], many: usize) -> Result<()> {
+    let orders: Vec<Envelope<OrderCreated>> = (0..many).map(|_| dice.order(products, 4, 3)).collect();
+    world.publish_all(&orders).await?;
+    world.decided(orders.iter().map(|order| order.payload.order_id)).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn orders_are_decided_without_postgres_and_the_projection_catches_up() -> Result<()> {
+    let mut world = World::start().await?;
+    let service = world.run_service().await?;
+    let mut dice = Dice::thrown();
+    let products = world.register_many(10, 400).await?;
+    some_orders(&world, &mut dice, &products, 50).await?;
+    world.quiet().await?;
+    let projected = checkpoint(&world.database().await?).await?;
+
+    world.postgres.as_mut().unwrap().stop().await?;
+    some_orders(&world, &mut dice, &products, 200).await?;
+    let (late, sold_out) = (world.register("LATE-1", 1).await?, dice.order(&products, 1, 1));
+    world.publish(&sold_out).await?;
+    assert_eq!(world.act(late, adjust(5)).await?.sequence, world.last_sequence().await?, "commands too");
+    assert!(world.last_sequence().await? > u64::try_from(projected)? + 200);
+
+    world.postgres.as_mut().unwrap().restart().await?;
+    world.quiet_within(HEAL_BOUND).await?;
+    world.verified().await?;
+
+    // Gone in the middle of a statement, and with its service under load.
+    let orders: Vec<_> = (0..300).map(|_| dice.order(&products, 4, 1)).collect();
+    let (head, tail) = orders.split_at(100);
+    world.publish_all(head).await?;
+    world.postgres.as_mut().unwrap().kill();
+    world.publish_all(tail).await?;
+    world.decided(orders.iter().map(|order| order.payload.order_id)).await?;
+    world.postgres.as_mut().unwrap().restart().await?;
+    world.quiet_within(HEAL_BOUND).await?;
+    world.verified().await?;
+    service.stop().await?;
+    world.close();
+    Ok(())
+}
+
+fn adjust(delta: i64) -> product_service::inventory::Action {
+    product_service::inventory::Action::Adjust { delta }
+}
+
+/// A service that starts while Postgres is away is a whole service all the same.
+#[tokio::test]
+async fn a_service_starts_without_postgres() -> Result<()> {
+    let mut world = World::start().await?;
+    world.postgres.as_mut().unwrap().stop().await?;
+    let service = world.run_service().await?;
+    let product = world.register("EARLY-1", 5).await?;
+    let order = order(&[(product, 5)]);
+    world.publish(&order).await?;
+    assert_eq!(world.decided([order.payload.order_id]).await?[&order.payload.order_id], Fate::Allocated);
+    world.postgres.as_mut().unwrap().restart().await?;
+    world.quiet_within(HEAL_BOUND).await?;
+    world.verified().await?;
+    service.stop().await?;
+    world.close();
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_dropped_schema_is_rebuilt_from_the_stream() -> Result<()> {
+    let world = World::start().await?;
+    let service = world.run_service().await?;
+    let mut dice = Dice::thrown();
+    let products = world.register_many(10, 400).await?;
+    some_orders(&world, &mut dice, &products, 100).await?;
+    let before = world.verified().await?;
+
+    // Nothing else happens: it is noticed all the same.
+    let database = world.database().await?;
+    database.batch_execute("DROP SCHEMA inventory CASCADE").await?;
+    world.quiet_within(HEAL_BOUND).await.context("dropped while idle")?;
+    let after = world.verified().await?;
+    assert_eq!(after.as_of.inventory_sequence, before.as_of.inventory_sequence, "a rebuild writes no event");
+
+    // Under traffic.
+    let orders: Vec<_> = (0..300).map(|_| dice.order(&products, 4, 1)).collect();
+    let (head, tail) = orders.split_at(150);
+    world.publish_all(head).await?;
+    database.batch_execute("DROP SCHEMA inventory CASCADE").await?;
+    world.publish_all(tail).await?;
+    world.decided(orders.iter().map(|order| order.payload.order_id)).await?;
+    world.quiet_within(HEAL_BOUND).await.context("dropped under traffic")?;
+    world.verified().await?;
+    service.stop().await?;
+    world.close();
+    Ok(())
+}
+
+/// The connection that holds the active projector's place.
+async fn active_projector(database: &tokio_postgres::Client) -> Result<Option<i32>> {
+    let query = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted AND objid = $1";
+    let rows = database.query(query, &[&PROJECTOR_LOCK_LOW]).await?;
+    assert!(rows.len() <= 1, "the place is taken once");
+    Ok(rows.first().map(|row| row.get(0)))
+}
+
+#[tokio::test]
+async fn of_two_services_one_projects_and_the_other_takes_over() -> Result<()> {
+    let world = World::start().await?;
+    let database = world.database().await?;
+    let mut dice = Dice::thrown();
+    let active = async || active_projector(&database).await;
+
+    let mut first = world.start_service("first").await?;
+    let place = eventually("an active projector", PATIENCE, active).await?;
+    let mut second = world.start_service("second").await?;
+    let products = world.register_many(10, 1_000).await?;
+    some_orders(&world, &mut dice, &products, 200).await?;
+    world.verified().await?;
+    assert_eq!(active_projector(&database).await?, Some(place), "the second stands by");
+
+    // Only its connection dies: whoever gets the place goes on from the checkpoint.
+    database.execute("SELECT pg_terminate_backend($1)", &[&place]).await?;
+    some_orders(&world, &mut dice, &products, 100).await?;
+    world.quiet_within(HEAL_BOUND).await?;
+    world.verified().await?;
+
+    first.kill();
+    some_orders(&world, &mut dice, &products, 100).await?;
+    world.quiet_within(HEAL_BOUND).await?;
+    world.verified().await?;
+    let place = active().await?.context("the second projects now")?;
+
+    start_again_and_stop_the_other(&world, &mut first, &mut second).await?;
+    some_orders(&world, &mut dice, &products, 100).await?;
+    world.quiet_within(HEAL_BOUND).await?;
+    let other = eventually("the first to project again", HEAL_BOUND, active).await?;
+    assert_ne!(other, place);
+    world.verified().await?;
+    first.stop().await?;
+    world.close();
+    Ok(())
+}
+
+/// In order this time: a service that stops leaves its place at once.
+async fn start_again_and_stop_the_other(
+    _world: &World,
+    first: &mut lomash::stack::Service,
+    second: &mut lomash::stack::Service,
+) -> Result<()> {
+    lomash_tests::start_until_ready(first).await?;
+    second.stop().await
+}
+
+// ── A zombie ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/// A ledger whose messages are held back until a gate opens: a projector on it is as slow as the test wants.
+#[derive(Clone)]
+struct Gated {
+    ledger: JetStreamLedger,
+    open: watch::Receiver<bool>,
+    /// How often a projector began to follow.
+    begun: Arc<watch::Sender<u32>>,
+}
+
+impl Ledger for Gated {
+    async fn append(&self, messages: &[NewMessage], expected_last_sequence: u64) -> Result<u64, AppendError> {
+        self.ledger.append(messages, expected_last_sequence).await
+    }
+
+    async fn last_sequence(&self) -> Result<u64, ReadError> {
+        self.ledger.last_sequence().await
+    }
+
+    async fn read(&self, after: u64) -> Result<Messages, ReadError> {
+        self.ledger.read(after).await
+    }
+
+    async fn follow(&self, after: u64) -> Result<Messages, ReadError> {
+        let messages = self.ledger.follow(after).await?;
+        self.begun.send_modify(|begun| *begun += 1);
+        let open = self.open.clone();
+        let gated = messages.then(move |message| {
+            let mut open = open.clone();
+            async move {
+                let _ = open.wait_for(|open| *open).await;
+                message
+            }
+        });
+        Ok(gated.boxed())
+    }
+}
+
+#[tokio::test]
+async fn a_projector_that_was_believed_dead_writes_nothing() -> Result<()> {
+    let world = World::start().await?;
+    let mut config = world.config();
+    // This service only decides; the projector is the test's own.
+    config.database_url = nowhere();
+    let service = world.run_service_as(config).await?;
+    let product = world.register("ZOMBIE-1", 100).await?;
+    let sell = async |units| -> Result<()> {
+        let order = order(&[(product, units)]);
+        world.publish(&order).await?;
+        world.decided([order.payload.order_id]).await?;
+        Ok(())
+    };
+
+    let (gate, open) = watch::channel(true);
+    let begun = Arc::new(watch::Sender::new(0));
+    let mut begins = begun.subscribe();
+    let ledger = Gated { ledger: world.ledger(), open, begun };
+    let stop = CancellationToken::new();
+    let pool = lomash_platform::postgres::pool(&world.database_url())?;
+    let projector = tokio::spawn(projection::run(ledger, pool, world.database_url(), stop.clone()));
+    sell(1).await?;
+    world.quiet().await?;
+    assert_eq!(*begins.borrow_and_update(), 1);
+    let database = world.database().await?;
+    let reached = checkpoint(&database).await?;
+
+    // It stalls with a message in its hands; meanwhile another projector is, as far as Postgres can tell, further on.
+    gate.send_replace(false);
+    sell(10).await?;
+    sell(20).await?;
+    let last = i64::try_from(world.last_sequence().await?)?;
+    database.execute("UPDATE inventory.checkpoint SET sequence = $1", &[&last]).await?;
+    gate.send_replace(true);
+    tokio::time::timeout(PATIENCE, begins.wait_for(|begun| *begun == 2))
+        .await
+        .context("the zombie did not give up")??;
+    assert_eq!(checkpoint(&database).await?, last, "the checkpoint is the other's");
+    let written = format!("SELECT count(*) FROM inventory.movements WHERE sequence > {reached}");
+    assert_eq!(count(&database, &written).await?, 0, "the zombie wrote no row");
+    assert_eq!(count(&database, "SELECT sum(quantity) FROM inventory.products").await?, 99);
+
+    // The other was restored from a backup: what is missing is projected, from where the checkpoint is.
+    database.execute("UPDATE inventory.checkpoint SET sequence = $1", &[&reached]).await?;
+    sell(30).await?;
+    world.quiet_within(HEAL_BOUND).await?;
+    assert_eq!(count(&database, "SELECT sum(quantity) FROM inventory.products").await?, 39);
+    world.verified().await?;
+    stop.cancel();
+    projector.await??;
+    service.stop().await?;
+    world.close();
+    Ok(())
+}
+
+// ── What is not ours ────────────────────────────────────────────────────────────────────────────────────────────
+
+/// An event as only we may write one, of the stock of a product.
+fn forged(product: ProductId, sku: &str, previous: u32, new: u32) -> Result<(Uuid, Vec<u8>)> {
+    let id = Uuid::new_v4();
+    let payload = InventoryUpdated {
+        product_id: product,
+        sku: sku.parse()?,
+        previous_quantity: previous,
+        new_quantity: new,
+        trigger: Trigger::AdminUpdate,
+        order_id: None,
+        updated_by: UpdatedBy::System,
+    };
+    let envelope = Envelope::new(EventId(id), Timestamp::now(), payload);
+    Ok((id, codec::encode(ContentType::Json, &envelope)))
+}
+
+#[tokio::test]
+async fn foreign_messages_are_skipped_by_every_reader_and_named() -> Result<()> {
+    let world = World::start().await?;
+    let service = world.run_service().await?;
+    let product = world.register("MINE-1", 100).await?;
+    let other = world.register("MINE-2", 100).await?;
+    let sell = async |units: u32| -> Result<Fate> {
+        let order = order(&[(product, units), (other, 1)]);
+        world.publish(&order).await?;
+        Ok(world.decided([order.payload.order_id]).await?[&order.payload.order_id])
+    };
+    assert_eq!(sell(10).await?, Fate::Allocated);
+    world.verified().await?;
+
+    let plant = async |key: ProductId, id: Option<Uuid>, payload: Vec<u8>| -> Result<u64> {
+        let mut headers = HeaderMap::new();
+        if let Some(id) = id {
+            headers.insert(async_nats::header::NATS_MESSAGE_ID, id.to_string());
+        }
+        let subject = format!("{}.{key}", Topic::InventoryUpdated.as_str());
+        let sent = world.context.publish_with_headers(subject, headers, payload.into()).await?;
+        Ok(sent.await?.sequence)
+    };
+    // Not an event; an event under no id; one that does not chain; one under the key of another product.
+    let mut foreign = vec![plant(product, None, b"+OK".to_vec()).await?];
+    let (_, chains) = forged(product, "MINE-1", 90, 1_000)?;
+    foreign.push(plant(product, None, chains).await?);
+    assert_eq!(sell(10).await?, Fate::Allocated, "orders go on");
+    let (id, broken) = forged(product, "MINE-1", 55, 1_000)?;
+    foreign.push(plant(product, Some(id), broken).await?);
+    let (id, misplaced) = forged(product, "MINE-1", 80, 1_000)?;
+    foreign.push(plant(other, Some(id), misplaced).await?);
+    assert_eq!(sell(81).await?, Fate::Refused(lomash_contract::FailureReason::InsufficientStock));
+    assert_eq!(sell(80).await?, Fate::Allocated, "what was forged was not believed");
+    world.quiet().await?;
+
+    let database = world.database().await?;
+    assert_eq!(count(&database, "SELECT skipped FROM inventory.checkpoint").await?, 4);
+    let stock = format!("SELECT quantity::bigint FROM inventory.products WHERE product_id = '{product}'");
+    assert_eq!(count(&database, &stock).await?, 0);
+
+    let report = world.report().await?;
+    let shown = verify::render(&report);
+    assert_eq!(report.totals.foreign, 4, "{shown}");
+    let violated: Vec<u8> = report
+        .invariants
+        .iter()
+        .filter(|invariant| invariant.status == Status::Violated)
+        .map(|invariant| invariant.number)
+        .collect();
+    assert_eq!(violated, [2, 3], "{shown}");
+    for number in violated {
+        let named = &report.invariant(number).unwrap().first;
+        let mut sequences: Vec<u64> = named.iter().filter_map(|violation| violation.sequence).collect();
+        sequences.dedup();
+        assert_eq!(sequences, foreign, "invariant {number} names each\n{shown}");
+    }
+
+    // A service that starts on such a ledger folds it to the same state.
+    service.stop().await?;
+    let service = world.run_service().await?;
+    world.act(product, adjust(7)).await?;
+    assert_eq!(sell(7).await?, Fate::Allocated);
+    world.quiet().await?;
+    assert_eq!(count(&database, "SELECT skipped FROM inventory.checkpoint").await?, 4);
+    service.stop().await?;
+    world.close();
+    Ok(())
+}

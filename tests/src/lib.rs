@@ -141,11 +141,7 @@ impl World {
     /// Where the projection is, or would be.
     #[must_use]
     pub fn database_url(&self) -> Secret {
-        match &self.postgres {
-            Some(postgres) => Secret::from(postgres.url()),
-            // Port 9 (discard) is no port of ours and nobody's on loopback: refused at once.
-            None => Secret::from("postgres://nobody@127.0.0.1:9/nothing".to_owned()),
-        }
+        self.postgres.as_ref().map_or_else(nowhere, |postgres| Secret::from(postgres.url()))
     }
 
     /// A connection to the projection.
@@ -204,8 +200,16 @@ impl World {
     /// # Errors
     /// When it does not get ready.
     pub async fn run_service(&self) -> anyhow::Result<InProcess> {
+        self.run_service_as(self.config()).await
+    }
+
+    /// The same with another configuration.
+    ///
+    /// # Errors
+    /// When it does not get ready.
+    pub async fn run_service_as(&self, config: Config) -> anyhow::Result<InProcess> {
         let stop = CancellationToken::new();
-        let mut task = tokio::spawn(run(self.config(), stop.clone()));
+        let mut task = tokio::spawn(run(config, stop.clone()));
         let answers = eventually("an answer of the product service", PATIENCE, async || {
             self.products.ping().await?;
             Ok(Some(()))
@@ -310,7 +314,7 @@ impl World {
                     tokio::time::sleep(LOOK_PAUSE).await;
                     continue;
                 };
-                while let (false, Some(Ok(message))) = (open.is_empty(), messages.next().await) {
+                while !open.is_empty() && let Some(Ok(message)) = messages.next().await {
                     seen = message.sequence;
                     if let Some((order, fate)) = fate(&message)
                         && open.remove(&order)
@@ -451,6 +455,12 @@ impl Drop for World {
             }
         }
     }
+}
+
+/// A database that nobody can reach. Port 9 (discard) is no port of ours: the kernel refuses at once.
+#[must_use]
+pub fn nowhere() -> Secret {
+    Secret::from("postgres://nobody@127.0.0.1:9/nothing".to_owned())
 }
 
 /// Starts a service and waits until it has folded the ledger and takes orders and commands.

@@ -359,6 +359,10 @@ fn schema_and_code_agree_on_wrong_values() {
         json!("x"),
         json!(" x"),
         json!("x\n"),
+        json!("\u{7}x"),
+        json!("a\u{85}b"),
+        json!(" "),
+        json!("a b"),
         long(MAX_SKU_CHARS),
         long(MAX_NAME_CHARS + 1),
         json!("system"),
@@ -372,7 +376,7 @@ fn schema_and_code_agree_on_wrong_values() {
         json!({ "x": 1 }),
     ];
     // What the platform promises to write within limits it does not check again when it reads its own events.
-    let looser_in_code = ["/payload/name", "/payload/category", "/payload/items/0/requested"];
+    let looser_in_code = ["/payload/items/0/requested"];
     let (mut accepted, mut refused) = (0, 0);
     for (topic, _) in GOLDEN {
         let validator = validator(&document, schema_of(&document, topic), Draft::Draft202012);

@@ -116,6 +116,12 @@ impl Load {
         assert_eq!(report.registered, self.rows.len() as u64, "{:?}", report.errors);
     }
 
+    /// Publishes the first order, and waits until it is decided.
+    pub async fn publish_first(&self, world: &World) {
+        publish(&world.context, self.orders[0].clone()).await.unwrap();
+        tokio::time::timeout(PATIENCE, wait_until_decided(&world.context)).await.expect("it is decided").unwrap();
+    }
+
     /// Publishes every order until the stream confirms it.
     pub async fn publish(self, context: Context) {
         self.publish_with(context, Arc::new(Semaphore::new(Semaphore::MAX_PERMITS))).await;
