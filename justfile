@@ -5,6 +5,10 @@
 
 set shell := ["sh", "-euc"]
 
+# What `just up` wrote while it runs: the operating recipes find its servers by themselves. The environment wins.
+set dotenv-load := true
+set dotenv-filename := ".data/stack.env"
+
 export CARGO_TERM_COLOR := env("CARGO_TERM_COLOR", "auto")
 
 target := env("CARGO_TARGET_DIR", env("CARGO_BUILD_TARGET_DIR", justfile_directory() / "target"))

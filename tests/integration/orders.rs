@@ -164,9 +164,8 @@ async fn an_order_is_decided_once_however_often_it_comes() -> Result<()> {
     }
     let changed = order_as(EventId(Uuid::new_v4()), good.payload.order_id, &[(product, 11)]);
     // The verifier holds an order's lines to those of its first message, so the changed one goes last.
-    let refused_again: Vec<_> = (0..64)
-        .map(|_| order_as(EventId(Uuid::new_v4()), bad.payload.order_id, &[(product, 100_000)]))
-        .collect();
+    let refused_again: Vec<_> =
+        (0..64).map(|_| order_as(EventId(Uuid::new_v4()), bad.payload.order_id, &[(product, 100_000)])).collect();
     world.publish_all(&refused_again).await?;
     world.publish(&changed).await?;
     world.quiet().await?;
@@ -175,17 +174,13 @@ async fn an_order_is_decided_once_however_often_it_comes() -> Result<()> {
     // More stock does not reopen a refused order.
     world.act(product, Action::Adjust { delta: 1_000_000 }).await?;
     let decided = world.last_sequence().await?;
-    world
-        .publish(&order_as(EventId(Uuid::new_v4()), bad.payload.order_id, &[(product, 100_000)]))
-        .await?;
+    world.publish(&order_as(EventId(Uuid::new_v4()), bad.payload.order_id, &[(product, 100_000)])).await?;
     world.quiet().await?;
     assert_eq!(world.last_sequence().await?, decided, "0 new events");
 
     // 64 at once of an order that is not decided yet: one of them counts.
     let id = OrderId(Uuid::new_v4());
-    let at_once: Vec<_> = (0..64)
-        .map(|_| order_as(EventId(Uuid::new_v4()), id, &[(product, 7)]))
-        .collect();
+    let at_once: Vec<_> = (0..64).map(|_| order_as(EventId(Uuid::new_v4()), id, &[(product, 7)])).collect();
     world.publish_all(&at_once).await?;
     world.quiet().await?;
     assert_eq!(movements(&world, id).await?.len(), 1);
@@ -237,20 +232,14 @@ async fn messagepack_is_read_with_ids_as_bytes_and_as_strings() -> Result<()> {
 
     let as_bytes = order(&[(product, 3)]);
     let (headers, body) = encoded(ContentType::MessagePack, &as_bytes);
-    assert!(
-        body.windows(16).any(|window| window == product.as_bytes()),
-        "the id is in there as its 16 bytes"
-    );
+    assert!(body.windows(16).any(|window| window == product.as_bytes()), "the id is in there as its 16 bytes");
     world.publish_raw(headers, body).await?;
 
     let as_strings = order(&[(product, 4)]);
     let (headers, _) = encoded(ContentType::MessagePack, &as_strings);
     let body = rmp_serde::to_vec_named(&serde_json::to_value(&as_strings)?)?;
     let text = product.to_string();
-    assert!(
-        body.windows(text.len()).any(|window| window == text.as_bytes()),
-        "the id is in there as text"
-    );
+    assert!(body.windows(text.len()).any(|window| window == text.as_bytes()), "the id is in there as text");
     world.publish_raw(headers, body).await?;
 
     // JSON in so many words, and JSON with a parameter.
@@ -289,11 +278,7 @@ fn poisons(product: ProductId) -> Result<Vec<Poison>> {
         changed.to_string().into_bytes()
     };
     let line = json!({ "productId": product, "quantity": 1 });
-    let json = |payload: Vec<u8>, says| Poison {
-        content_type: None,
-        payload,
-        says,
-    };
+    let json = |payload: Vec<u8>, says| Poison { content_type: None, payload, says };
     let (_, packed) = encoded(ContentType::MessagePack, &order(&[(product, 1)]));
     Ok(vec![
         json(b"not even JSON".to_vec(), &["order-created"]),
@@ -318,11 +303,7 @@ fn poisons(product: ProductId) -> Result<Vec<Poison>> {
             payload: packed[..packed.len() / 2].to_vec(),
             says: &["application/msgpack", "ends in the middle"],
         },
-        Poison {
-            content_type: Some("application/msgpack"),
-            payload: b"{}".to_vec(),
-            says: &["application/msgpack"],
-        },
+        Poison { content_type: Some("application/msgpack"), payload: b"{}".to_vec(), says: &["application/msgpack"] },
     ])
 }
 
@@ -503,17 +484,10 @@ async fn trace_and_reason_travel_with_the_events() -> Result<()> {
         command_id: Uuid::new_v4(),
         product_id: one,
         by: UpdatedBy::User(Uuid::new_v4()),
-        action: Action::SetQuantity {
-            quantity: 12,
-            expected_quantity: Some(0),
-        },
+        action: Action::SetQuantity { quantity: 12, expected_quantity: Some(0) },
     };
     let done = world.products.send(command, Some(words.to_owned())).await?;
-    let expected = Outcome::StockChanged {
-        previous_quantity: 0,
-        new_quantity: 12,
-        shortfall: 0,
-    };
+    let expected = Outcome::StockChanged { previous_quantity: 0, new_quantity: 12, shortfall: 0 };
     assert_eq!(done.outcome, expected);
     let with_reason: Vec<_> = world
         .events()
@@ -558,10 +532,7 @@ async fn admin_commands_and_orders_share_one_chain() -> Result<()> {
     let taken = world.register("MIX-1", 1).await.expect_err("the sku has an owner");
     assert!(format!("{taken:#}").contains(&product.to_string()), "{taken:#}");
     let last = world.last_sequence().await?;
-    let again = Action::Register {
-        details: details("MIX-1")?,
-        initial_quantity: 300,
-    };
+    let again = Action::Register { details: details("MIX-1")?, initial_quantity: 300 };
     assert_eq!(world.act(product, again).await?.outcome, Outcome::Unchanged);
     assert_eq!(world.last_sequence().await?, last);
     world.verified().await?;

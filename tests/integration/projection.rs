@@ -18,7 +18,7 @@ use lomash_contract::{
     codec,
 };
 use lomash_ledger::{AppendError, JetStreamLedger, Ledger, Messages, NewMessage, ReadError};
-use lomash_tests::{Dice, Fate, PATIENCE, World, eventually, nowhere, order};
+use lomash_tests::{Dice, Fate, PATIENCE, World, eventually, nowhere, order, start_until_ready};
 use product_service::projection;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -111,24 +111,33 @@ async fn a_dropped_schema_is_rebuilt_from_the_stream() -> Result<()> {
     let mut dice = Dice::thrown();
     let products = world.register_many(10, 400).await?;
     some_orders(&world, &mut dice, &products, 100).await?;
-    let before = world.verified().await?;
+    world.verified().await?;
 
-    // Nothing else happens: it is noticed all the same.
-    let database = world.database().await?;
-    database.batch_execute("DROP SCHEMA inventory CASCADE").await?;
-    world.quiet_within(HEAL_BOUND).await.context("dropped while idle")?;
-    let after = world.verified().await?;
-    assert_eq!(after.as_of.inventory_sequence, before.as_of.inventory_sequence, "a rebuild writes no event");
-
-    // Under traffic.
     let orders: Vec<_> = (0..300).map(|_| dice.order(&products, 4, 1)).collect();
     let (head, tail) = orders.split_at(150);
     world.publish_all(head).await?;
-    database.batch_execute("DROP SCHEMA inventory CASCADE").await?;
+    world.database().await?.batch_execute("DROP SCHEMA inventory CASCADE").await?;
     world.publish_all(tail).await?;
     world.decided(orders.iter().map(|order| order.payload.order_id)).await?;
-    world.quiet_within(HEAL_BOUND).await.context("dropped under traffic")?;
+    world.quiet_within(HEAL_BOUND).await?;
     world.verified().await?;
+    service.stop().await?;
+    world.close();
+    Ok(())
+}
+
+/// Readers must not wait for the next sale to have their tables back.
+#[tokio::test]
+async fn a_schema_dropped_in_a_quiet_hour_is_rebuilt_too() -> Result<()> {
+    let world = World::start().await?;
+    let service = world.run_service().await?;
+    let products = world.register_many(10, 400).await?;
+    some_orders(&world, &mut Dice::thrown(), &products, 50).await?;
+    let before = world.verified().await?;
+    world.database().await?.batch_execute("DROP SCHEMA inventory CASCADE").await?;
+    world.quiet_within(HEAL_BOUND).await?;
+    let after = world.verified().await?;
+    assert_eq!(after.as_of.inventory_sequence, before.as_of.inventory_sequence, "a rebuild writes no event");
     service.stop().await?;
     world.close();
     Ok(())
@@ -169,7 +178,9 @@ async fn of_two_services_one_projects_and_the_other_takes_over() -> Result<()> {
     world.verified().await?;
     let place = active().await?.context("the second projects now")?;
 
-    start_again_and_stop_the_other(&world, &mut first, &mut second).await?;
+    // In order this time: a service that stops leaves its place.
+    start_until_ready(&mut first).await?;
+    second.stop().await?;
     some_orders(&world, &mut dice, &products, 100).await?;
     world.quiet_within(HEAL_BOUND).await?;
     let other = eventually("the first to project again", HEAL_BOUND, active).await?;
@@ -178,16 +189,6 @@ async fn of_two_services_one_projects_and_the_other_takes_over() -> Result<()> {
     first.stop().await?;
     world.close();
     Ok(())
-}
-
-/// In order this time: a service that stops leaves its place at once.
-async fn start_again_and_stop_the_other(
-    _world: &World,
-    first: &mut lomash::stack::Service,
-    second: &mut lomash::stack::Service,
-) -> Result<()> {
-    lomash_tests::start_until_ready(first).await?;
-    second.stop().await
 }
 
 // ── A zombie ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -353,8 +354,9 @@ async fn foreign_messages_are_skipped_by_every_reader_and_named() -> Result<()> 
         .filter(|invariant| invariant.status == Status::Violated)
         .map(|invariant| invariant.number)
         .collect();
-    assert_eq!(violated, [2, 3], "{shown}");
-    for number in violated {
+    // The first names the one that looks like an event of ours and was published without its id.
+    assert_eq!(violated, [1, 2, 3], "{shown}");
+    for number in [2, 3] {
         let named = &report.invariant(number).unwrap().first;
         let mut sequences: Vec<u64> = named.iter().filter_map(|violation| violation.sequence).collect();
         sequences.dedup();

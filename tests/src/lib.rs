@@ -314,7 +314,9 @@ impl World {
                     tokio::time::sleep(LOOK_PAUSE).await;
                     continue;
                 };
-                while !open.is_empty() && let Some(Ok(message)) = messages.next().await {
+                while !open.is_empty()
+                    && let Some(Ok(message)) = messages.next().await
+                {
                     seen = message.sequence;
                     if let Some((order, fate)) = fate(&message)
                         && open.remove(&order)

@@ -113,7 +113,7 @@ pub async fn run(command: OrdersCommand) -> anyhow::Result<()> {
 }
 
 async fn replay(context: &Context, args: &ReplayArgs) -> anyhow::Result<ReplayReport> {
-    let mut orders = retail::open(&args.file).with_context(|| format!("cannot read {}", args.file.display()))?;
+    let mut orders = retail::open(&args.file)?;
     let limit = args.limit.unwrap_or(u64::MAX);
     let mut report = ReplayReport::default();
     let mut progress = Progress::counting("publishing orders");

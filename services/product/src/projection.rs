@@ -34,6 +34,9 @@ const REST_TIMEOUT: Duration = Duration::from_secs(5);
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(2);
 
+/// How often an idle projector looks whether its checkpoint is still there.
+const IDLE_CHECK: Duration = Duration::from_secs(2);
+
 /// How often a standby asks whether the place of the active projector is free.
 const STANDBY_PAUSE: Duration = Duration::from_secs(1);
 
@@ -135,6 +138,10 @@ async fn project<L: Ledger>(
     loop {
         let batch = next_batch(&mut messages, checkpoint).await?;
         let Some(reached) = batch.last().map(|message| message.sequence) else {
+            // An idle projector would not notice that its rows are gone or that it was replaced.
+            if read_checkpoint(&client).await? != checkpoint {
+                return Err(ProjectionError::Fenced { expected: checkpoint });
+            }
             continue;
         };
         apply(&mut client, &batch, checkpoint, reached).await?;
@@ -151,7 +158,7 @@ async fn read_checkpoint(client: &tokio_postgres::Client) -> Result<u64, Project
     Ok(u64::try_from(row.get::<_, i64>(0)).unwrap_or(0))
 }
 
-/// The messages that are there, at least one, up to where an atomic batch ends.
+/// The messages that are there, up to where an atomic batch ends; none when none came for [`IDLE_CHECK`].
 async fn next_batch(messages: &mut Messages, after: u64) -> Result<Vec<StoredMessage>, ProjectionError> {
     let mut batch: Vec<StoredMessage> = Vec::new();
     loop {
@@ -160,7 +167,10 @@ async fn next_batch(messages: &mut Messages, after: u64) -> Result<Vec<StoredMes
             return Ok(batch);
         }
         let next = if batch.is_empty() {
-            messages.next().await
+            match tokio::time::timeout(IDLE_CHECK, messages.next()).await {
+                Ok(next) => next,
+                Err(_) => return Ok(batch),
+            }
         } else if whole {
             match messages.next().now_or_never() {
                 Some(next) => next,

@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, debug, error, info, warn};
 
 use crate::dead_letter::DeadLetter;
+use crate::streams;
 
 /// How long one pull request waits at the server.
 ///
@@ -79,7 +80,7 @@ impl Delivery {
 pub struct Receive {
     /// The stream.
     pub stream: &'static str,
-    /// Its durable consumer; must exist (see [`crate::streams`]).
+    /// Its durable consumer; made from its definition when it is missing, also when it was deleted meanwhile.
     pub consumer: &'static str,
     /// The priority group, for a consumer that pins one client.
     pub group: Option<&'static str>,
@@ -117,6 +118,7 @@ where
 }
 
 async fn open(context: &Context, receive: &Receive) -> Result<pull::Stream, String> {
+    streams::ensure_consumer(context, receive.stream, receive.consumer).await.map_err(|error| error.to_string())?;
     let consumer: PullConsumer =
         context.get_consumer_from_stream(receive.consumer, receive.stream).await.map_err(|error| error.to_string())?;
     let mut builder =

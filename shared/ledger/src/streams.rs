@@ -172,20 +172,39 @@ pub async fn apply(context: &Context, replicas: u32) -> Result<Vec<Difference>, 
             }
         }
         for (consumer, config) in consumers {
-            let label = format!("{name}/{consumer}");
-            match actual(context, format!("CONSUMER.INFO.{name}.{consumer}"), &label).await? {
-                Some(actual) => found.extend(differences(&label, &config, &actual)),
-                None => {
-                    let request = json!({ "stream_name": name, "config": config, "action": "create" });
-                    let answer = call(context, consumer_create_subject(&name, &consumer, &config), &request).await?;
-                    if let Some(error) = refusal(&label, &answer) {
-                        return Err(error);
-                    }
-                }
-            }
+            found.extend(ensure(context, &name, &consumer, config).await?);
         }
     }
     Ok(found)
+}
+
+/// Creates the durable consumer `consumer` of `stream` from its definition if it is missing. One that was deleted comes
+/// back as new and delivers from the stream's beginning; whoever handles messages bears seeing them again.
+///
+/// # Errors
+/// [`StreamsError`]; [`StreamsError::Missing`] when there is no such definition.
+pub async fn ensure_consumer(context: &Context, stream: &str, consumer: &str) -> Result<(), StreamsError> {
+    let defined = definitions().into_iter().find(|definition| definition.name == stream);
+    let config = defined.and_then(|defined| defined.consumers.into_iter().find(|(name, _)| name == consumer));
+    let (_, config) = config.ok_or_else(|| StreamsError::Missing(format!("{stream}/{consumer}")))?;
+    ensure(context, stream, consumer, config).await.map(|_| ())
+}
+
+/// Creates the consumer if it is missing, else tells in what it differs.
+async fn ensure(
+    context: &Context,
+    stream: &str,
+    consumer: &str,
+    config: Map<String, Value>,
+) -> Result<Vec<Difference>, StreamsError> {
+    let label = format!("{stream}/{consumer}");
+    if let Some(actual) = actual(context, format!("CONSUMER.INFO.{stream}.{consumer}"), &label).await? {
+        return Ok(differences(&label, &config, &actual));
+    }
+    let subject = consumer_create_subject(stream, consumer, &config);
+    let request = json!({ "stream_name": stream, "config": config, "action": "create" });
+    let answer = call(context, subject, &request).await?;
+    refusal(&label, &answer).map_or(Ok(Vec::new()), Err)
 }
 
 /// The subject by which the `nats` CLI creates a consumer: its filter is part of it, so that permissions can name it.

@@ -15,9 +15,7 @@ use lomash::orders::{publish, wait_until_decided};
 use lomash::output::Progress;
 use lomash::up::Stack;
 use lomash::verify::{self, Show};
-use lomash_contract::{
-    Envelope, LedgerEvent, LineQuantity, OrderCreated, OrderItem, OrderItems, ProductId, Timestamp,
-};
+use lomash_contract::{Envelope, LedgerEvent, LineQuantity, OrderCreated, OrderItem, OrderItems, ProductId, Timestamp};
 use lomash_ledger::{JetStreamLedger, Ledger, streams};
 use lomash_platform::{Secret, nats};
 use product_service::client::ProductClient;
@@ -26,6 +24,9 @@ use uuid::Uuid;
 
 /// How long anything awaited may take before the test fails.
 pub const PATIENCE: Duration = Duration::from_secs(90);
+
+/// Pause between two looks at a condition.
+const POLL: Duration = Duration::from_millis(5);
 
 /// Orders published and not yet confirmed.
 const IN_FLIGHT: usize = 200;
@@ -54,7 +55,7 @@ impl World {
                 if let Ok(last) = ledger.last_sequence().await {
                     return last;
                 }
-                tokio::task::yield_now().await;
+                tokio::time::sleep(POLL).await;
             }
         };
         tokio::time::timeout(PATIENCE, patient).await.expect("the ledger can be read again")
@@ -62,7 +63,11 @@ impl World {
 
     /// Waits until the ledger has more than `sequence`.
     pub async fn advanced_beyond(&self, sequence: u64) {
-        let advanced = async { while self.last_sequence().await <= sequence {} };
+        let advanced = async {
+            while self.last_sequence().await <= sequence {
+                tokio::time::sleep(POLL).await;
+            }
+        };
         tokio::time::timeout(PATIENCE, advanced).await.expect("orders are decided again");
     }
 }
