@@ -206,19 +206,29 @@ async fn a_replay_of_all_orders_adds_nothing() -> Result<()> {
     assert!(fates.values().any(|fate| *fate == SHORT), "some are not");
     let before = world.verified().await?;
 
+    let made = world.product_orders().await?.created;
     let orders_stream = world.context.get_stream(streams::ORDERS).await?;
     orders_stream.delete_consumer(streams::PRODUCT_ORDERS).await?;
     assert_eq!(streams::apply(&world.context, 1).await?, []);
-    assert_eq!(world.product_orders().await?.ack_floor.stream_sequence, 0, "it begins at the beginning");
-    // All of them are delivered again; quiet alone would also be seen by a service that does not come back.
+    // A new consumer, to which all 301 messages are delivered again.
     world.quiet().await?;
     let replayed = world.product_orders().await?;
+    assert_ne!(replayed.created, made);
     assert_eq!(replayed.ack_floor.stream_sequence, 301);
 
     let after = world.verified().await?;
     assert_eq!(after.as_of.inventory_sequence, before.as_of.inventory_sequence, "0 new events");
     assert_eq!(after.totals.stock_units, before.totals.stock_units);
     assert_eq!(after.totals.dead_letters, 1, "the letter is not written twice");
+
+    // Deleted by accident, with nobody there to apply the file: the service makes it again and goes on.
+    orders_stream.delete_consumer(streams::PRODUCT_ORDERS).await?;
+    let next = dice.order(&products, 5, 4);
+    world.publish(&next).await?;
+    world.decided([next.payload.order_id]).await?;
+    let healed = world.verified().await?;
+    assert_eq!(healed.totals.orders_published, after.totals.orders_published + 1);
+    assert_eq!(healed.totals.orders_allocated + healed.totals.orders_refused(), 301);
     service.stop().await?;
     world.close();
     Ok(())

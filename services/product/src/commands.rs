@@ -6,14 +6,14 @@
 
 use std::sync::Arc;
 
-use async_nats::{Client, Message};
+use async_nats::{Client, Message, SubscribeError};
 use futures::StreamExt;
 use lomash_ledger::{Carried, header};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{debug, warn};
+use tracing::debug;
 
 use crate::committer::{CommandError, Committed, Committer};
 use crate::inventory::{Command, Outcome, ProductCommand, Rejection};
@@ -100,14 +100,11 @@ impl From<Result<Committed, CommandError>> for Reply {
 }
 
 /// Answers commands until `stop`, then finishes those at work.
-pub async fn serve(client: Client, committer: Committer, stop: CancellationToken) {
-    let mut requests = match client.queue_subscribe(SUBJECT, QUEUE.to_owned()).await {
-        Ok(requests) => requests,
-        Err(problem) => {
-            warn!(%problem, subject = SUBJECT, "cannot take commands");
-            return;
-        }
-    };
+///
+/// # Errors
+/// When the subject cannot be subscribed.
+pub async fn serve(client: Client, committer: Committer, stop: CancellationToken) -> Result<(), SubscribeError> {
+    let mut requests = client.queue_subscribe(SUBJECT, QUEUE.to_owned()).await?;
     let places = Arc::new(Semaphore::new(MAX_IN_FLIGHT));
     let at_work = TaskTracker::new();
     loop {
@@ -130,6 +127,7 @@ pub async fn serve(client: Client, committer: Committer, stop: CancellationToken
     // Ends in bounded time: the committer answers everything when it is stopped.
     at_work.close();
     at_work.wait().await;
+    Ok(())
 }
 
 async fn answer(client: &Client, committer: &Committer, message: Message) {

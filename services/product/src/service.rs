@@ -12,6 +12,7 @@ use lomash_ledger::streams::{self, Difference};
 use lomash_ledger::{JetStreamLedger, Ledger, receive};
 use lomash_platform::telemetry::LogFormat;
 use lomash_platform::{Secret, nats, postgres};
+use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -24,6 +25,9 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 const _: () =
     assert!(DRAIN_TIMEOUT.as_secs() < receive::DRAIN_TIMEOUT.as_secs(), "handlers must still hear the answer");
+
+/// How long the last acknowledgements may take to leave.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How often start-up says how far it is.
 const PROGRESS_EVERY: Duration = Duration::from_secs(2);
@@ -82,37 +86,35 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         return Ok(());
     };
 
-    // Intake stops first and what it took is still decided; then the committer, then the rest.
+    // Whoever takes work in stops first, and what was taken is still decided; then the committer.
     let committing = CancellationToken::new();
     let (committer, commit_loop) = committer(ledger.clone(), state, Timestamp::now, committing.clone());
-    let commit_task = tokio::spawn(commit_loop);
-    let projector_task = tokio::spawn(projection::run(ledger, pool, config.database_url.clone(), stop.clone()));
-    let orders_task = tokio::spawn({
+    let mut commit_task = tokio::spawn(commit_loop);
+    let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
+    let projecting = projection::run(ledger, pool, config.database_url.clone(), stop.clone());
+    tasks.spawn(async { projecting.await.context("the projector cannot go on") });
+    tasks.spawn({
         let (committer, stop) = (committer.clone(), stop.clone());
         async move {
             let handler = |delivery| orders::handle(committer.clone(), delivery);
             receive::run(context, orders::receive(), stop, handler).await;
+            Ok(())
         }
     });
-    let commands_task = tokio::spawn(commands::serve(client.clone(), committer, stop.clone()));
+    let serving = commands::serve(client.clone(), committer, stop.clone());
+    tasks.spawn(async { serving.await.context("commands cannot be taken") });
     info!("ready");
 
-    let mut commit_task = commit_task;
-    let mut projector_task = projector_task;
     // The first task that ends early ends the process; a supervisor starts it again.
-    let early: Option<anyhow::Error> = tokio::select! {
+    let mut outcome = tokio::select! {
         biased;
-        () = stop.cancelled() => None,
-        ended = &mut commit_task => Some(match ended {
+        () = stop.cancelled() => Ok(()),
+        ended = &mut commit_task => Err(match ended {
             Ok(Ok(_)) => anyhow::anyhow!("the committer ended by itself"),
             Ok(Err(problem)) => anyhow::Error::new(problem).context("the committer cannot go on"),
             Err(panic) => anyhow::Error::new(panic).context("the committer panicked"),
         }),
-        ended = &mut projector_task => match ended {
-            Ok(Ok(())) => None,
-            Ok(Err(problem)) => Some(anyhow::Error::new(problem).context("the projector cannot go on")),
-            Err(panic) => Some(anyhow::Error::new(panic).context("the projector panicked")),
-        },
+        Some(ended) = tasks.join_next() => early_end(ended),
     };
     stop.cancel();
     // With the servers unreachable the committer cannot answer what was taken in; it is then told to let go.
@@ -123,28 +125,29 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
             committing.cancel();
         }
     });
-    let (orders_end, commands_end) = tokio::join!(orders_task, commands_task);
+    while let Some(ended) = tasks.join_next().await {
+        outcome = outcome.and(ended.context("a task panicked").and_then(|ended| ended));
+    }
     letting_go.abort();
     committing.cancel();
-    if early.is_none() {
-        commit_task.await.context("the committer panicked")?.context("the committer cannot go on")?;
-    }
-    if !projector_task.is_finished() {
-        projector_task.await.context("the projector panicked")??;
+    if !commit_task.is_finished() {
+        let ended = commit_task.await.context("the committer panicked")?;
+        outcome = outcome.and(ended.map(|_| ()).context("the committer cannot go on"));
     }
     // What was settled last must be on the wire before the process goes.
-    if let Err(problem) = client.flush().await {
-        warn!(%problem, "the last acknowledgements may be lost; their orders come back and are known");
+    if !matches!(tokio::time::timeout(FLUSH_TIMEOUT, client.flush()).await, Ok(Ok(()))) {
+        warn!("the last acknowledgements may be lost; their orders come back and are known");
     }
-    orders_end.context("the order receiver panicked")?;
-    commands_end.context("the command server panicked")?;
-    match early {
-        Some(problem) => Err(problem),
-        None => {
-            info!("stopped");
-            Ok(())
-        }
+    if outcome.is_ok() {
+        info!("stopped");
     }
+    outcome
+}
+
+/// What to say of a task that ended: only when the process is stopping is that as it should be.
+fn early_end(ended: Result<anyhow::Result<()>, JoinError>) -> anyhow::Result<()> {
+    ended.context("a task panicked")??;
+    bail!("a task ended by itself")
 }
 
 fn refuse_a_weaker_ledger(differences: Vec<Difference>, allowed: &[String]) -> anyhow::Result<()> {
