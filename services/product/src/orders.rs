@@ -17,6 +17,9 @@ use crate::inventory::{Command, Order, OrderLine};
 /// Orders handled at once. Twice the largest batch, so that the next one is ready while one is being stored.
 pub const MAX_ORDERS_IN_FLIGHT: usize = 2 * lomash_ledger::MAX_BATCH_MESSAGES;
 
+/// Bytes of the orders handled at once: some 30,000 orders of the median size, or the 400 largest possible.
+pub const MAX_ORDER_BYTES_IN_FLIGHT: usize = 64 << 20;
+
 /// Pause before an order comes back that this process could not bring to a decision, for it is stopping.
 const RETRY_PAUSE: Duration = Duration::from_millis(250);
 
@@ -31,6 +34,7 @@ pub const fn receive() -> Receive {
         consumer: streams::PRODUCT_ORDERS,
         group: Some(streams::PRODUCT_ORDERS_GROUP),
         max_in_flight: MAX_ORDERS_IN_FLIGHT,
+        max_in_flight_bytes: MAX_ORDER_BYTES_IN_FLIGHT,
         max_panics: MAX_PANICS,
     }
 }

@@ -11,7 +11,10 @@ use lomash_contract::EventId;
 use time::OffsetDateTime;
 use tokio::sync::watch;
 
-use crate::{AppendError, BatchPosition, Ledger, MAX_BATCH_MESSAGES, Messages, NewMessage, ReadError, StoredMessage};
+use crate::jetstream::header_text;
+use crate::{
+    AppendError, BatchPosition, Carried, Ledger, MAX_BATCH_MESSAGES, Messages, NewMessage, ReadError, StoredMessage,
+};
 
 /// What goes wrong with one append.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,8 +60,11 @@ impl Inner {
             let description = format!("at most {} messages", self.max_batch_messages);
             return Err(AppendError::TooLarge { messages: messages.len(), description });
         }
-        // The server looks at the ids before the sequence: a repeated batch is a duplicate, not a conflict.
-        if let Some(message) = messages.iter().find(|message| self.ids.contains(&message.event_id)) {
+        // The server looks at the ids before the sequence: a repeated batch is a duplicate, not a conflict. An id twice
+        // in one batch is one too.
+        let mut in_batch = HashSet::with_capacity(messages.len());
+        let known = |message: &&NewMessage| !in_batch.insert(message.event_id) || self.ids.contains(&message.event_id);
+        if let Some(message) = messages.iter().find(known) {
             return Err(AppendError::Duplicate(message.event_id.to_string()));
         }
         let last = self.messages.len() as u64;
@@ -80,7 +86,7 @@ impl Inner {
                     sequence: index as u64 + 1,
                     commit: index + 1 == messages.len(),
                 }),
-                carried: message.carried.as_deref().cloned().unwrap_or_default(),
+                carried: message.carried.as_deref().map(as_headers).unwrap_or_default(),
                 payload: message.payload.clone(),
             });
         }
@@ -184,6 +190,16 @@ impl Ledger for MemoryLedger {
             }
         });
         Ok(messages.boxed())
+    }
+}
+
+/// What is left of texts that went through headers.
+fn as_headers(carried: &Carried) -> Carried {
+    let text = |text: &Option<String>| text.as_deref().map(header_text);
+    Carried {
+        traceparent: text(&carried.traceparent),
+        tracestate: text(&carried.tracestate),
+        reason: text(&carried.reason),
     }
 }
 

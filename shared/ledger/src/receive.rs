@@ -9,7 +9,7 @@ use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 
 use async_nats::HeaderMap;
-use async_nats::jetstream::consumer::{PullConsumer, pull};
+use async_nats::jetstream::consumer::{PriorityGroupState, PullConsumer, pull};
 use async_nats::jetstream::{self, AckKind, Context};
 use bytes::Bytes;
 use futures::FutureExt;
@@ -28,6 +28,11 @@ use crate::streams;
 pub const PULL_EXPIRES: Duration = Duration::from_secs(2);
 /// How often the server says that a waiting pull is alive.
 pub const PULL_HEARTBEAT: Duration = Duration::from_secs(1);
+/// Messages asked for ahead of those that are handled: enough to hide the way to the server, few enough that the largest
+/// ones do not fill the memory.
+pub const PREFETCH_MESSAGES: usize = 500;
+/// How long handing the pin over may take when the loop stops.
+pub const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(1);
 /// Pause before the loop opens its consumer again after a failure.
 pub const REOPEN_PAUSE: Duration = Duration::from_millis(500);
 /// How long a stopping loop waits for the handlers that are at work; what is not settled comes back.
@@ -86,6 +91,8 @@ pub struct Receive {
     pub group: Option<&'static str>,
     /// Most messages handled at once. Messages wait in the stream, not in memory.
     pub max_in_flight: usize,
+    /// Most bytes of payload handled at once; one message may go over it.
+    pub max_in_flight_bytes: usize,
     /// Deliveries after which a message whose handler panics is given up.
     pub max_panics: u64,
 }
@@ -121,8 +128,11 @@ async fn open(context: &Context, receive: &Receive) -> Result<pull::Stream, Stri
     streams::ensure_consumer(context, receive.stream, receive.consumer).await.map_err(|error| error.to_string())?;
     let consumer: PullConsumer =
         context.get_consumer_from_stream(receive.consumer, receive.stream).await.map_err(|error| error.to_string())?;
-    let mut builder =
-        consumer.stream().max_messages_per_batch(receive.max_in_flight).expires(PULL_EXPIRES).heartbeat(PULL_HEARTBEAT);
+    let mut builder = consumer
+        .stream()
+        .max_messages_per_batch(PREFETCH_MESSAGES.min(receive.max_in_flight))
+        .expires(PULL_EXPIRES)
+        .heartbeat(PULL_HEARTBEAT);
     if let Some(group) = receive.group {
         builder = builder.group(group);
     }
@@ -140,14 +150,24 @@ async fn pump<H, F>(
     F: Future<Output = Settle> + Send,
 {
     let mut at_work = FuturesUnordered::new();
+    let mut bytes_at_work = 0;
+    let mut pin: Option<String> = None;
     loop {
+        let has_room = at_work.len() < receive.max_in_flight && bytes_at_work < receive.max_in_flight_bytes;
         tokio::select! {
             // Settling frees places, so it goes first; stopping is looked at before new work.
             biased;
-            Some(()) = at_work.next(), if !at_work.is_empty() => {}
+            Some(bytes) = at_work.next(), if !at_work.is_empty() => bytes_at_work -= bytes,
             () = stop.cancelled() => break,
-            next = messages.next(), if at_work.len() < receive.max_in_flight => match next {
-                Some(Ok(message)) => at_work.push(handle(context, receive, message, handler)),
+            next = messages.next(), if has_room => match next {
+                Some(Ok(message)) => {
+                    let bytes = message.payload.len();
+                    pin = receive.group.and_then(|_| {
+                        Some(message.headers.as_ref()?.get_last(async_nats::header::NATS_PIN_ID)?.to_string())
+                    });
+                    bytes_at_work += bytes;
+                    at_work.push(handle(context, receive, message, handler).map(move |()| bytes));
+                }
                 Some(Err(problem)) => {
                     debug!(consumer = receive.consumer, %problem, "pull interrupted");
                     if problem.kind() != pull::MessagesErrorKind::MissingHeartbeat {
@@ -166,6 +186,27 @@ async fn pump<H, F>(
             left = at_work.len(),
             "handlers did not finish in time; their messages come back"
         );
+    }
+    if let (true, Some(group), Some(pin)) = (stop.is_cancelled(), receive.group, pin) {
+        hand_over(context, receive, group, &pin).await;
+    }
+}
+
+/// Gives up the pin, if we have it, so that a standby need not wait until it runs out. Best effort.
+async fn hand_over(context: &Context, receive: &Receive, group: &str, pin: &str) {
+    let handing_over = async {
+        let stream = context.get_stream_no_info(receive.stream).await.map_err(|error| error.to_string())?;
+        let info = stream.consumer_info(receive.consumer).await.map_err(|error| error.to_string())?;
+        let ours = |state: &PriorityGroupState| state.group == group && state.pinned_client_id.as_deref() == Some(pin);
+        if info.priority_groups.iter().any(ours) {
+            stream.unpin_consumer(receive.consumer, group).await.map_err(|error| error.to_string())?;
+        }
+        Ok::<(), String>(())
+    };
+    match tokio::time::timeout(HAND_OVER_TIMEOUT, handing_over).await {
+        Ok(Ok(())) => {}
+        Ok(Err(problem)) => debug!(consumer = receive.consumer, problem, "the pin was not handed over and runs out"),
+        Err(_) => debug!(consumer = receive.consumer, "the pin was not handed over in time and runs out"),
     }
 }
 
