@@ -200,10 +200,7 @@ impl Ledger for JetStreamLedger {
     }
 
     async fn read(&self, after: u64) -> Result<Messages, ReadError> {
-        let last = self.last_sequence().await?;
-        if last < after {
-            return Err(ReadError::WentBackwards { last, seen: after });
-        }
+        let last = self.reaches(after).await?;
         if last == after {
             return Ok(stream::empty().boxed());
         }

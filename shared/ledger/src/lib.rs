@@ -13,11 +13,13 @@ pub mod streams;
 
 use std::future::Future;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use lomash_contract::{Envelope, EventId, Foreign, LedgerEvent};
 use time::OffsetDateTime;
+use tokio::time::Instant;
 
 pub use jetstream::{APPEND_TIMEOUT, JetStreamLedger, READ_STALL_TIMEOUT};
 pub use memory::{Fault, MemoryLedger};
@@ -26,6 +28,11 @@ pub use memory::{Fault, MemoryLedger};
 ///
 /// A server left at its own default takes 1,000; the committer adapts when it is told so.
 pub const MAX_BATCH_MESSAGES: usize = 4_000;
+
+/// How long a leader may claim that the stream ends before what was seen already, until it is believed.
+pub const STALE_LEADER_PATIENCE: Duration = Duration::from_secs(3);
+
+const STALE_LEADER_PAUSE: Duration = Duration::from_millis(200);
 
 /// Header names of ours and of the server's that are not constants of the client library.
 pub mod header {
@@ -198,6 +205,29 @@ pub trait Ledger: Clone + Send + Sync + 'static {
     /// # Errors
     /// [`ReadError::Unavailable`].
     fn last_sequence(&self) -> impl Future<Output = Result<u64, ReadError>> + Send;
+
+    /// The last stored sequence, when it is not below `seen`, a sequence that was read or written before.
+    ///
+    /// A leader that was frozen and wakes answers from its past until it hears of its successor, so it is asked again for
+    /// [`STALE_LEADER_PATIENCE`] before the stream is said to have gone backwards.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    fn reaches(&self, seen: u64) -> impl Future<Output = Result<u64, ReadError>> + Send {
+        async move {
+            let deadline = Instant::now() + STALE_LEADER_PATIENCE;
+            loop {
+                let last = self.last_sequence().await?;
+                if last >= seen {
+                    return Ok(last);
+                }
+                if Instant::now() >= deadline {
+                    return Err(ReadError::WentBackwards { last, seen });
+                }
+                tokio::time::sleep(STALE_LEADER_PAUSE).await;
+            }
+        }
+    }
 
     /// The messages after sequence `after`, up to what the leader holds now; then it ends.
     ///

@@ -167,10 +167,7 @@ impl Ledger for MemoryLedger {
     }
 
     async fn read(&self, after: u64) -> Result<Messages, ReadError> {
-        let last = self.last_sequence().await?;
-        if last < after {
-            return Err(ReadError::WentBackwards { last, seen: after });
-        }
+        self.reaches(after).await?;
         let rest: Vec<_> = self.lock().messages.iter().skip(index(after)).cloned().map(Ok).collect();
         Ok(stream::iter(rest).boxed())
     }
