@@ -128,7 +128,8 @@ restore_policy() {
     fi
 }
 
-# What Debian starts at boot if its package is installed: none of these was there before, or it is not ours to stop.
+# The servers that Debian will start at every boot because we install them. One whose service was there before is
+# somebody's, and stays as it is.
 new_services() {
     for service in postgresql redis-server; do
         case " $packages " in *" $service "*) [ -e "/etc/init.d/$service" ] || echo "$service" ;; esac
@@ -144,9 +145,9 @@ apt_install() {
     elif command -v sudo >/dev/null 2>&1 && { sudo -n true 2>/dev/null || [ -t 0 ]; }; then
         sudo=sudo
     else
-        fail "missing on this machine: $missing. Installing them needs root: run 'apt-get install --no-install-recommends $packages' as root, then this again.${only:+ ($root/deploy/dev/setup.sh lists what else is missing.)}"
+        fail "missing on this machine: $missing. Installing them needs root: run 'apt-get update && apt-get install --no-install-recommends $packages' as root, then this again.${only:+ ($root/deploy/dev/setup.sh lists what else is missing.)}"
     fi
-    say "installing $packages with apt-get, for this machine lacks: $missing"
+    say "installing $packages with apt-get (a minute or so), for this machine lacks: $missing"
     trap restore_policy EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM
