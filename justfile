@@ -50,10 +50,21 @@ orders FILE *ARGS: _programs
 verify *ARGS: _programs
     exec '{{ lomash }}' verify {{ ARGS }}
 
+# Build the projection anew from the stream, beside the live one, and swap them; `--rollback` swaps back
+[group('operate')]
+rebuild *ARGS: _programs
+    exec '{{ lomash }}' rebuild {{ ARGS }}
+
 # Show streams, consumers, lag and checkpoints
 [group('operate')]
 status *ARGS: _programs
     exec '{{ lomash }}' status {{ ARGS }}
+
+# Measure this system beside its rivals and the limit of the server, optimised, on servers of its own (some 15 minutes)
+[group('operate')]
+bench *ARGS: _setup
+    cargo build --release --locked -p lomash -p lomash-product
+    cd '{{ here }}'; exec '{{ absolute_path(join(target, "release", "lomash")) }}' bench {{ ARGS }}
 
 # Run every test; words after it are passed to `cargo test` (`just test -p lomash-ledger`)
 [group('develop')]

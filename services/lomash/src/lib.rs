@@ -3,12 +3,15 @@
 //! Tests and the demo use the same parts as the commands do.
 
 pub mod audit;
+pub mod bench;
 pub mod catalogue;
 pub mod demo;
 pub mod import;
 pub mod orders;
 pub mod output;
+pub mod rebuild;
 pub mod retail;
+mod snapshot;
 pub mod stack;
 pub mod status;
 pub mod up;

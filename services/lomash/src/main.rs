@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use lomash::{demo, import, orders, status, up, verify};
+use lomash::{bench, demo, import, orders, rebuild, status, up, verify};
 use lomash_platform::telemetry::{self, LogFormat};
 
 /// Lomash Inventory: stock that is never oversold, lost or double-counted.
@@ -31,6 +31,10 @@ enum Command {
     Orders(orders::OrdersCommand),
     /// Check the whole ledger and its projection.
     Verify(verify::VerifyArgs),
+    /// Build the projection anew from the stream, beside the live one, and swap them.
+    Rebuild(rebuild::RebuildArgs),
+    /// Measure this system beside its rivals and the limit of the server.
+    Bench(bench::BenchArgs),
     /// Show streams, consumers, lag and checkpoints.
     Status(status::StatusArgs),
 }
@@ -45,6 +49,8 @@ async fn main() -> ExitCode {
         Command::Import(args) => import::run(args).await,
         Command::Orders(command) => orders::run(command).await.map(|()| ExitCode::SUCCESS),
         Command::Verify(args) => verify::run(args).await,
+        Command::Rebuild(args) => rebuild::run(args).await,
+        Command::Bench(args) => bench::run(args).await,
         Command::Status(args) => status::run(args).await,
     };
     outcome.unwrap_or_else(|error| {

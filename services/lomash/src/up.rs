@@ -34,6 +34,9 @@ const CLIENT_NAME: &str = "lomash up";
 /// The file with the URLs, for a shell or another program to read.
 const ENV_FILE: &str = "stack.env";
 
+/// Name of the one service there is today, and of its program.
+const PRODUCT_SERVICE: &str = "product-service";
+
 /// Start everything on this machine and keep it running until Ctrl-C.
 #[derive(Clone, Debug, Args)]
 pub struct UpArgs {
@@ -137,8 +140,16 @@ impl Stack {
     /// # Errors
     /// When another one runs on `data`, or a part does not start: what had started is ended.
     pub async fn start(data: &Path) -> Result<Self> {
+        Self::start_with(data, &program(PRODUCT_SERVICE)?).await
+    }
+
+    /// The same with another build of the product service: tests bring the one that has crash points.
+    ///
+    /// # Errors
+    /// As for [`Stack::start`].
+    pub async fn start_with(data: &Path, product_service: &Path) -> Result<Self> {
         let mut stack = Self::start_servers(data).await?;
-        stack.start_services().await?;
+        stack.start_services(product_service).await?;
         Ok(stack)
     }
 
@@ -159,8 +170,8 @@ impl Stack {
         Ok(Self { env_file, services: Vec::new(), redis, postgres, nats, data, _lock: lock })
     }
 
-    async fn start_services(&mut self) -> Result<()> {
-        let mut product = self.service("product-service")?;
+    async fn start_services(&mut self, product_service: &Path) -> Result<()> {
+        let mut product = self.service_at(PRODUCT_SERVICE, product_service);
         product.start()?;
         // From here on the stack owns it.
         self.services.push(product);
@@ -173,11 +184,15 @@ impl Stack {
     /// # Errors
     /// When its program is not built.
     pub fn service(&self, name: &str) -> Result<Service> {
+        Ok(self.service_at(name, &program(name)?))
+    }
+
+    fn service_at(&self, name: &str, program: &Path) -> Service {
         let log = self.data.join(format!("{name}.log"));
-        Ok(Service::new(name, &program(name)?, &log)
+        Service::new(name, program, &log)
             .env("NATS_URL", self.nats.url())
             .env("DATABASE_URL", self.postgres.url())
-            .env("REDIS_URL", self.redis.url()))
+            .env("REDIS_URL", self.redis.url())
     }
 
     /// The running services, to be killed and restarted by tests.

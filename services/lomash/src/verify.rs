@@ -13,9 +13,8 @@
 //!    finds its order. Orders that came after step 1 are above the floor and owe nothing yet.
 //! 5. `INVENTORY` from 1 to the checkpoint, comparing rows on the way, then to the end.
 //!
-//! No table and no stream is held in memory: rows come through portals, a few hundred at a time.
+//! No table and no stream is held in memory; `snapshot.rs` reads the rows.
 
-use std::borrow::Cow;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -30,16 +29,12 @@ use futures::StreamExt;
 use lomash_contract::{ContentType, OrderCreated, Topic, codec, subject};
 use lomash_ledger::{JetStreamLedger, Ledger, READ_STALL_TIMEOUT, ReadError, dead_letter, header, streams};
 use lomash_platform::Secret;
-use time::OffsetDateTime;
-use tokio_postgres::types::ToSql;
-use tokio_postgres::{IsolationLevel, Portal, Row as PostgresRow, Transaction};
-use uuid::Uuid;
+use lomash_platform::postgres::Schema;
+use product_service::projection::PROJECTION;
 
-use crate::audit::{
-    Audit, DecisionRow, Evidence, MovementRow, ProductRow, Projected, Projection, Report, Row, Status, TableComparison,
-    canonical_items, micros,
-};
+use crate::audit::{Audit, Evidence, Projection, Report, Status};
 use crate::output::{self, Progress};
+use crate::snapshot::{Snapshot, unsigned};
 
 /// How long `--wait` waits when no number is given.
 pub const DEFAULT_WAIT_SECONDS: u64 = 60;
@@ -56,14 +51,8 @@ const WAIT_PAUSE: Duration = Duration::from_millis(100);
 /// How often the rest of a batch is looked for that the fold ended in, a [`WAIT_PAUSE`] apart.
 const MAX_LOOKS_FOR_REST: u32 = 20;
 
-/// Rows that one trip to Postgres brings.
-const ROWS_A_TRIP: i32 = 512;
-
 /// Name under which the program connects.
 const CLIENT_NAME: &str = "lomash verify";
-
-/// Name of the projection in `inventory.checkpoint`.
-const PROJECTION: &str = "inventory";
 
 /// Checks the ledger and its projection against the invariants.
 #[derive(Clone, Debug, Args)]
@@ -117,7 +106,7 @@ pub enum Show {
 }
 
 impl Show {
-    fn progress(self, what: &str, total: u64) -> Progress {
+    pub(crate) fn progress(self, what: &str, total: u64) -> Progress {
         match self {
             Self::Progress => Progress::new(what, total),
             Self::Nothing => Progress::hidden(),
@@ -146,7 +135,7 @@ pub async fn verify(context: &Context, database_url: Option<&Secret>, show: Show
         None => Err(Projection::NotChecked("no DATABASE_URL".to_owned())),
         Some(Err(problem)) => Err(Projection::Unreadable(format!("{problem:#}"))),
         Some(Ok(client)) => {
-            Snapshot::open(client).await.map_err(|problem| Projection::Unreadable(format!("{problem:#}")))
+            Snapshot::open(client, Schema::Live).await.map_err(|problem| Projection::Unreadable(format!("{problem:#}")))
         }
     };
     let last = ledger.last_sequence().await?;
@@ -426,215 +415,6 @@ impl Fold<'_> {
             }
         }
         Ok(())
-    }
-}
-
-// ── The projection ──────────────────────────────────────────────────────────────────────────────────────────────
-
-/// A table of the snapshot and what the fold says about it.
-struct Table<R: Row> {
-    portal: Portal,
-    read: fn(&PostgresRow) -> R,
-    comparison: TableComparison<R>,
-}
-
-/// The projection at one moment.
-///
-/// Portals and not one query after the other: two tables are read side by side, in the order of the stream.
-struct Snapshot<'c> {
-    transaction: Transaction<'c>,
-    checkpoint: u64,
-    skipped: u64,
-    products: Table<ProductRow>,
-    movements: Table<MovementRow>,
-    decisions: Table<DecisionRow>,
-    /// The first failure of Postgres; after it nothing is compared.
-    failure: Option<tokio_postgres::Error>,
-}
-
-impl<'c> Snapshot<'c> {
-    async fn open(client: &'c mut tokio_postgres::Client) -> anyhow::Result<Self> {
-        let transaction = client
-            .build_transaction()
-            .isolation_level(IsolationLevel::RepeatableRead)
-            .read_only(true)
-            .start()
-            .await
-            .context("Postgres does not begin a transaction")?;
-        let query = "SELECT sequence, skipped FROM inventory.checkpoint WHERE projection = $1";
-        let row = transaction
-            .query_opt(query, &[&PROJECTION])
-            .await
-            .context("the checkpoint of the projection cannot be read; start the product service to build it")?
-            .context("the projection has no checkpoint; start the product service to build it")?;
-        let cannot = "the projection's tables cannot be read; start the product service to build them";
-        let products = Table::open(
-            &transaction,
-            "SELECT product_id, sku, name, category, low_stock_threshold, active, quantity, is_available, sequence,
-                    registered_at, updated_at
-             FROM inventory.products ORDER BY product_id",
-            product_row,
-        );
-        let movements = Table::open(
-            &transaction,
-            "SELECT sequence, product_id, previous_quantity, new_quantity, trigger, order_id, updated_by, reason,
-                    event_id, occurred_at, stored_at
-             FROM inventory.movements ORDER BY sequence",
-            movement_row,
-        );
-        let decisions = Table::open(
-            &transaction,
-            "SELECT sequence, order_id, outcome, reason, items, decided_at
-             FROM inventory.order_decisions ORDER BY sequence, order_id",
-            decision_row,
-        );
-        Ok(Self {
-            checkpoint: unsigned(row.get(0)),
-            skipped: unsigned(row.get(1)),
-            products: products.await.context(cannot)?,
-            movements: movements.await.context(cannot)?,
-            decisions: decisions.await.context(cannot)?,
-            transaction,
-            failure: None,
-        })
-    }
-
-    /// Compares what one message adds.
-    async fn compare(&mut self, projected: Projected) {
-        if self.failure.is_some() {
-            return;
-        }
-        let Projected { movement, decision } = projected;
-        let compared = async {
-            if let Some(row) = movement {
-                self.movements.compare(&self.transaction, row).await?;
-            }
-            if let Some(row) = decision {
-                self.decisions.compare(&self.transaction, row).await?;
-            }
-            Ok(())
-        };
-        self.failure = compared.await.err();
-    }
-
-    /// Compares the products as the fold has them at the checkpoint and ends the tables.
-    async fn finish(mut self, audit: &Audit) -> Projection {
-        let compared = async {
-            if let Some(failure) = self.failure.take() {
-                return Err(failure);
-            }
-            for row in audit.product_rows() {
-                self.products.compare(&self.transaction, row).await?;
-            }
-            self.products.drain(&self.transaction).await?;
-            self.movements.drain(&self.transaction).await?;
-            self.decisions.drain(&self.transaction).await
-        };
-        if let Err(problem) = compared.await {
-            let detail = problem.as_db_error().map_or_else(|| problem.to_string(), ToString::to_string);
-            return Projection::Unreadable(format!("the projection could not be read to its end: {detail}"));
-        }
-        Projection::Compared {
-            checkpoint: self.checkpoint,
-            skipped: self.skipped,
-            skipped_by_fold: audit.skipped(),
-            tables: vec![
-                self.products.comparison.report(),
-                self.movements.comparison.report(),
-                self.decisions.comparison.report(),
-            ],
-        }
-    }
-}
-
-impl<R: Row> Table<R> {
-    async fn open(
-        transaction: &Transaction<'_>,
-        query: &str,
-        read: fn(&PostgresRow) -> R,
-    ) -> Result<Self, tokio_postgres::Error> {
-        let none: &[&(dyn ToSql + Sync)] = &[];
-        let portal = transaction.bind(query, none).await?;
-        Ok(Self { portal, read, comparison: TableComparison::default() })
-    }
-
-    async fn compare(&mut self, transaction: &Transaction<'_>, row: R) -> Result<(), tokio_postgres::Error> {
-        let mut row = row;
-        while let Some(back) = self.comparison.push_fold(row) {
-            row = back;
-            self.fetch(transaction).await?;
-        }
-        Ok(())
-    }
-
-    async fn drain(&mut self, transaction: &Transaction<'_>) -> Result<(), tokio_postgres::Error> {
-        loop {
-            self.comparison.drain_projection();
-            if self.comparison.is_projection_ended() {
-                return Ok(());
-            }
-            self.fetch(transaction).await?;
-        }
-    }
-
-    async fn fetch(&mut self, transaction: &Transaction<'_>) -> Result<(), tokio_postgres::Error> {
-        let rows = transaction.query_portal(&self.portal, ROWS_A_TRIP).await?;
-        if rows.is_empty() {
-            self.comparison.end_projection();
-        }
-        self.comparison.push_projection(rows.iter().map(self.read));
-        Ok(())
-    }
-}
-
-fn unsigned(value: i64) -> u64 {
-    u64::try_from(value).unwrap_or(0)
-}
-
-fn instant(row: &PostgresRow, column: usize) -> i64 {
-    micros(row.get::<_, OffsetDateTime>(column))
-}
-
-fn product_row(row: &PostgresRow) -> ProductRow {
-    ProductRow {
-        product_id: row.get(0),
-        sku: row.get(1),
-        name: row.get(2),
-        category: row.get(3),
-        low_stock_threshold: row.get::<_, Option<i32>>(4).map(i64::from),
-        active: row.get(5),
-        quantity: i64::from(row.get::<_, i32>(6)),
-        is_available: row.get(7),
-        sequence: unsigned(row.get(8)),
-        registered_at: instant(row, 9),
-        updated_at: instant(row, 10),
-    }
-}
-
-fn movement_row(row: &PostgresRow) -> MovementRow {
-    MovementRow {
-        sequence: unsigned(row.get(0)),
-        product_id: row.get(1),
-        previous_quantity: i64::from(row.get::<_, i32>(2)),
-        new_quantity: i64::from(row.get::<_, i32>(3)),
-        trigger: Cow::Owned(row.get(4)),
-        order_id: row.get::<_, Option<Uuid>>(5),
-        updated_by: row.get::<_, Option<Uuid>>(6),
-        reason: row.get(7),
-        event_id: row.get(8),
-        occurred_at: instant(row, 9),
-        stored_at: instant(row, 10),
-    }
-}
-
-fn decision_row(row: &PostgresRow) -> DecisionRow {
-    DecisionRow {
-        sequence: unsigned(row.get(0)),
-        order_id: row.get(1),
-        outcome: Cow::Owned(row.get(2)),
-        reason: row.get::<_, Option<String>>(3).map(Cow::Owned),
-        items: row.get::<_, Option<serde_json::Value>>(4).map(canonical_items),
-        decided_at: instant(row, 5),
     }
 }
 

@@ -2,7 +2,7 @@
 //! Postgres.
 //!
 //! The way of an order: [`orders`] parses it, [`inventory`] decides it, [`committer`] stores the decision, and only then
-//! is the order acknowledged. [`projection`] follows behind, on its own.
+//! is the order acknowledged. [`projection`] follows behind, on its own; [`rebuild`] makes its tables anew.
 
 pub mod client;
 pub mod commands;
@@ -10,4 +10,5 @@ pub mod committer;
 pub mod inventory;
 pub mod orders;
 pub mod projection;
+pub mod rebuild;
 pub mod service;

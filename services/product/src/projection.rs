@@ -19,9 +19,9 @@ use lomash_platform::Secret;
 use lomash_platform::postgres::{self, Schema};
 use serde_json::Value;
 use time::OffsetDateTime;
+use tokio_postgres::Transaction;
 use tokio_postgres::binary_copy::BinaryCopyInWriter;
 use tokio_postgres::types::{Json, Type};
-use tokio_postgres::{GenericClient, Transaction};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 use uuid::Uuid;
@@ -134,10 +134,7 @@ async fn project<L: Ledger>(
         tokio::time::sleep(STANDBY_PAUSE).await;
     }
     let mut checkpoint = read_checkpoint(&client, Schema::Live).await?;
-    let last = ledger.last_sequence().await?;
-    if last < checkpoint {
-        return Err(ReadError::WentBackwards { last, seen: checkpoint }.into());
-    }
+    let last = ledger.reaches(checkpoint).await?;
     info!(checkpoint, last, "projecting");
     let mut messages = ledger.follow(checkpoint).await?;
     loop {
@@ -158,7 +155,7 @@ async fn project<L: Ledger>(
 }
 
 /// Where the rows of `schema` stand.
-pub(crate) async fn read_checkpoint(client: &impl GenericClient, schema: Schema) -> Result<u64, ProjectionError> {
+async fn read_checkpoint(client: &tokio_postgres::Client, schema: Schema) -> Result<u64, ProjectionError> {
     let query = format!("SELECT sequence FROM {schema}.checkpoint WHERE projection = $1");
     let row = client.query_one(&query, &[&PROJECTION]).await?;
     Ok(u64::try_from(row.get::<_, i64>(0)).unwrap_or(0))
@@ -233,6 +230,11 @@ pub(crate) struct Changes<'m> {
 }
 
 impl<'m> Changes<'m> {
+    /// Nothing yet, over these products as they are.
+    pub(crate) fn over(products: HashMap<ProductId, ProductRow>) -> Self {
+        Self { products, ..Self::default() }
+    }
+
     /// Takes one message in, or skips it by the rule that every reader applies.
     pub(crate) fn fold(&mut self, message: &'m StoredMessage, parsed: Parsed) {
         let admitted = parsed.and_then(|envelope| {
@@ -320,7 +322,7 @@ async fn apply(
         return Err(ProjectionError::Fenced { expected });
     }
     let keys: Vec<Uuid> = parsed.iter().flatten().map(|envelope| envelope.payload.key()).collect();
-    let mut changes = Changes { products: load_products(&transaction, schema, &keys).await?, ..Changes::default() };
+    let mut changes = Changes::over(load_products(&transaction, schema, &keys).await?);
     for (message, parsed) in batch.iter().zip(parsed) {
         changes.fold(message, parsed);
     }

@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -41,7 +42,9 @@ pub struct World {
 /// Starts NATS, Postgres, Redis and the product service.
 pub async fn world() -> World {
     let folder = lomash::stack::scratch().unwrap();
-    let stack = Stack::start(folder.path()).await.unwrap();
+    // Built with this crate, so never stale and with the crash points in it.
+    let product_service = Path::new(env!("CARGO_BIN_EXE_product-service-under-test"));
+    let stack = Stack::start_with(folder.path(), product_service).await.unwrap();
     let client = nats::connect(&stack.nats.url(), "fault test").await.unwrap();
     World { stack, context: async_nats::jetstream::new(client), _folder: folder }
 }
