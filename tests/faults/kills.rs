@@ -9,6 +9,7 @@ mod support;
 
 use std::sync::Arc;
 
+use lomash::dice::Dice;
 use support::{Load, world};
 use tokio::sync::Semaphore;
 
@@ -26,20 +27,12 @@ fn setting(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|value| value.parse().unwrap_or_else(|_| panic!("{name} is not a number: {value}")))
 }
 
-/// Numbers that look random and are the same for the same seed (SplitMix64).
-fn below(seed: &mut u64, bound: u64) -> u64 {
-    *seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let mut mixed = *seed;
-    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    (mixed ^ (mixed >> 31)) % bound
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn killed_again_and_again_nothing_is_lost_and_nothing_is_done_twice() {
     let times = setting("LOMASH_KILLS").unwrap_or(2);
-    let mut seed = setting("LOMASH_SEED").unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0);
+    let seed = setting("LOMASH_SEED").unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0);
     println!("LOMASH_SEED={seed} LOMASH_KILLS={times}");
+    let mut dice = Dice(seed);
     let load = match std::env::var_os("LOMASH_RETAIL_CSV") {
         Some(file) => Load::retail(file.as_ref()),
         None => Load::kitchen(ORDERS),
@@ -49,7 +42,7 @@ async fn killed_again_and_again_nothing_is_lost_and_nothing_is_done_twice() {
         victims.extend([Victim::Nats, Victim::Postgres, Victim::ProductService]);
     }
     for index in (1..victims.len()).rev() {
-        victims.swap(index, usize::try_from(below(&mut seed, index as u64 + 1)).unwrap());
+        victims.swap(index, dice.index(index + 1));
     }
 
     let mut world = world().await;
@@ -61,7 +54,7 @@ async fn killed_again_and_again_nothing_is_lost_and_nothing_is_done_twice() {
         let before = world.last_sequence().await;
         permits.add_permits(chunk);
         // Somewhere among the decisions of this chunk, at another place each time.
-        world.advanced_beyond(before + below(&mut seed, chunk as u64 / 2)).await;
+        world.advanced_beyond(before + dice.below(chunk as u64 / 2)).await;
         println!("kill {round}: {victim:?} after sequence {}", world.last_sequence().await);
         match victim {
             Victim::Nats => {

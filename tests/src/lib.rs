@@ -579,7 +579,7 @@ pub fn encoded(content_type: ContentType, order: &Envelope<OrderCreated>) -> (He
 pub struct Dice {
     /// Where it began.
     pub seed: u64,
-    state: u64,
+    dice: lomash::dice::Dice,
 }
 
 impl Dice {
@@ -600,21 +600,12 @@ impl Dice {
     /// With this seed.
     #[must_use]
     pub const fn new(seed: u64) -> Self {
-        Self { seed, state: seed }
-    }
-
-    /// The next number.
-    pub fn next_u64(&mut self) -> u64 {
-        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.state;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
+        Self { seed, dice: lomash::dice::Dice(seed) }
     }
 
     /// A number below `bound`.
     pub fn below(&mut self, bound: u32) -> u32 {
-        u32::try_from(self.next_u64() % u64::from(bound.max(1))).unwrap_or_default()
+        u32::try_from(self.dice.below(bound.into())).unwrap_or_default()
     }
 
     /// One of these.
@@ -624,7 +615,7 @@ impl Dice {
 
     /// An id.
     pub fn uuid(&mut self) -> Uuid {
-        Uuid::from_u64_pair(self.next_u64(), self.next_u64())
+        self.dice.uuid()
     }
 
     /// An order of 1 to `most_lines` lines over `products`, of 1 to `most_units` units each; products may repeat.

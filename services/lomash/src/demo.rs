@@ -27,6 +27,7 @@ use tokio::time::{Duration, Instant, timeout};
 use uuid::Uuid;
 
 use crate::catalogue::{self, Row};
+use crate::dice::Dice;
 use crate::import::import;
 use crate::orders::wait_until_decided;
 use crate::output::{self, Progress};
@@ -143,23 +144,6 @@ impl Model {
             }
         };
         self.fates.insert(order.order_id, fate);
-    }
-}
-
-/// Numbers that look random and are the same for the same seed (SplitMix64).
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (mixed ^ (mixed >> 31)) % bound
-    }
-
-    fn uuid(&mut self) -> Uuid {
-        Uuid::from_u64_pair(self.below(u64::MAX), self.below(u64::MAX))
     }
 }
 
@@ -306,7 +290,7 @@ async fn publish_all(
     model: &mut Model,
 ) -> anyhow::Result<Vec<Published>> {
     let product = |dice: &mut Dice| loop {
-        let index = usize::try_from(dice.below(rows.len() as u64)).unwrap_or(0);
+        let index = dice.index(rows.len());
         let product = catalogue::product_id(&rows[index].sku);
         if product != off_sale {
             return product;

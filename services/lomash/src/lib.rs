@@ -6,6 +6,7 @@ pub mod audit;
 pub mod bench;
 pub mod catalogue;
 pub mod demo;
+pub mod dice;
 pub mod import;
 pub mod orders;
 pub mod output;

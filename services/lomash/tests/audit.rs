@@ -12,6 +12,7 @@ use lomash::audit::{
     Audit, DecisionRow, Evidence, MovementRow, ProductRow, Projection, Report, Row, Status, TableComparison,
     TableReport, canonical_items, micros,
 };
+use lomash::dice::Dice;
 use lomash_contract::{
     ChangedField, ContentType, CountedBy, Envelope, EventId, FailedItem, FailureReason, InventoryCounted,
     InventoryUpdateFailed, InventoryUpdated, LedgerEvent, LineQuantity, OrderCreated, OrderId, OrderItem, OrderItems,
@@ -418,41 +419,28 @@ fn decided_orders_that_left_the_orders_stream_are_noted() {
     assert!(report.invariant(4).unwrap().notes[0].contains("not in ORDERS any more"));
 }
 
-/// Small and seeded: a failure prints its seed, which replays it.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self, below: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (mixed ^ (mixed >> 31)) % below
-    }
-}
-
 fn random_history(seed: u64) -> History {
-    let mut random = Random(seed);
+    let mut random = Dice(seed);
     let mut history = History { floor: Some(0), ..History::default() };
     let mut placed: Vec<(OrderId, Vec<(ProductId, u32)>)> = Vec::new();
     for _ in 0..80 {
-        history.grouped = random.next(3) > 0;
-        let id = product(u128::from(random.next(8)));
+        history.grouped = random.below(3) > 0;
+        let id = product(u128::from(random.below(8)));
         let known = history.stock.get(&id).copied();
-        match (random.next(10), known) {
-            (0..=2, None) => history.register(id, random.next(12) as u32, random.next(6) > 0),
-            (0, Some(_)) => history.set(id, random.next(12) as u32, Trigger::AdminUpdate),
-            (1, Some(_)) => history.set(id, random.next(12) as u32, Trigger::ScheduledSync),
+        match (random.below(10), known) {
+            (0..=2, None) => history.register(id, random.below(12) as u32, random.below(6) > 0),
+            (0, Some(_)) => history.set(id, random.below(12) as u32, Trigger::AdminUpdate),
+            (1, Some(_)) => history.set(id, random.below(12) as u32, Trigger::ScheduledSync),
             (2, Some((_, active))) => history.revise(id, !active),
             (3, Some(_)) => history.count(id),
             (4, _) => history.malformed(),
             (5, _) if !placed.is_empty() => {
-                let (id, lines) = placed[random.next(placed.len() as u64) as usize].clone();
+                let (id, lines) = placed[random.below(placed.len() as u64) as usize].clone();
                 history.order(id, &lines);
             }
             _ => {
-                let lines: Vec<_> = (0..=random.next(4))
-                    .map(|_| (product(u128::from(random.next(8))), 1 + random.next(5) as u32))
+                let lines: Vec<_> = (0..=random.below(4))
+                    .map(|_| (product(u128::from(random.below(8))), 1 + random.below(5) as u32))
                     .collect();
                 let id = order(placed.len() as u128);
                 placed.push((id, lines.clone()));

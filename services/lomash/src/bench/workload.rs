@@ -17,6 +17,7 @@ use lomash_contract::{
 use serde::Serialize;
 use uuid::Uuid;
 
+use crate::dice::Dice;
 use crate::retail;
 
 /// Lines of an order of [`Scenario::Lines14`], each of another product.
@@ -253,27 +254,6 @@ impl PlainOrder {
     /// Product and quantity of each line.
     pub fn lines(&self) -> impl Iterator<Item = (Uuid, i64)> + '_ {
         self.products.iter().copied().zip(self.quantities.iter().copied())
-    }
-}
-
-/// Numbers that look random and are the same for the same seed (SplitMix64).
-pub(super) struct Dice(pub u64);
-
-impl Dice {
-    pub fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (mixed ^ (mixed >> 31)) % bound
-    }
-
-    fn index(&mut self, bound: usize) -> usize {
-        self.below(bound as u64) as usize
-    }
-
-    pub fn uuid(&mut self) -> Uuid {
-        Uuid::from_u64_pair(self.below(u64::MAX), self.below(u64::MAX))
     }
 }
 
