@@ -18,7 +18,7 @@ use lomash_contract::{
     codec,
 };
 use lomash_ledger::{AppendError, JetStreamLedger, Ledger, Messages, NewMessage, ReadError};
-use lomash_tests::{Dice, Fate, PATIENCE, World, eventually, nowhere, order, start_until_ready};
+use lomash_tests::{Dice, Fate, PATIENCE, World, count, eventually, nowhere, order, start_until_ready};
 use product_service::projection;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -29,10 +29,6 @@ const HEAL_BOUND: Duration = Duration::from_secs(30);
 
 /// Lower half of the key of the lock that the active projector holds, as `pg_locks` shows it.
 const PROJECTOR_LOCK_LOW: u32 = 0x7368_0002;
-
-async fn count(database: &tokio_postgres::Client, query: &str) -> Result<i64> {
-    Ok(database.query_one(query, &[]).await?.get(0))
-}
 
 async fn checkpoint(database: &tokio_postgres::Client) -> Result<i64> {
     count(database, "SELECT sequence FROM inventory.checkpoint WHERE projection = 'inventory'").await

@@ -16,7 +16,7 @@ use lomash::verify::Show;
 use lomash_contract::{
     ContentType, Envelope, EventId, InventoryUpdated, OrderId, ProductId, Timestamp, Topic, Trigger, UpdatedBy, codec,
 };
-use lomash_tests::{Dice, PATIENCE, World, eventually, order};
+use lomash_tests::{Dice, PATIENCE, World, count, eventually, order};
 use product_service::rebuild::Rebuild;
 use tokio::task::JoinHandle;
 use uuid::Uuid;
@@ -32,10 +32,6 @@ const ONLY_IF_EQUAL: Options = Options { dry_run: false, only_if_equal: true };
 
 async fn rebuild(world: &World, options: Options) -> Result<rebuild::Outcome> {
     rebuild::rebuild(&world.context, &world.database_url(), options, Show::Nothing).await
-}
-
-async fn count(database: &tokio_postgres::Client, query: &str) -> Result<i64> {
-    Ok(database.query_one(query, &[]).await?.get(0))
 }
 
 /// Which schema the name of the live one leads to.

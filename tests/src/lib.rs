@@ -625,3 +625,11 @@ impl Dice {
         order_as(EventId(self.uuid()), OrderId(self.uuid()), &lines)
     }
 }
+
+/// The one number that `query` asks `database` for.
+///
+/// # Errors
+/// When the query fails or gives no row.
+pub async fn count(database: &tokio_postgres::Client, query: &str) -> anyhow::Result<i64> {
+    Ok(database.query_one(query, &[]).await?.get(0))
+}

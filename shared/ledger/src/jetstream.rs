@@ -204,27 +204,22 @@ impl Ledger for JetStreamLedger {
         if last == after {
             return Ok(stream::empty().boxed());
         }
-        let bounded = self.follow(after).await?.scan(false, move |done, item| {
-            let end = *done;
-            *done = item.as_ref().map_or(true, |message| message.sequence >= last);
-            futures::future::ready((!end).then_some(item))
-        });
+        let messages = self.follow(after).await?;
         // The end of the range is known, so silence before it is a fault and not an idle stream.
-        let guarded = stream::unfold((bounded.boxed(), after), move |(mut messages, seen)| async move {
+        let guarded = stream::unfold((messages, after), move |(mut messages, seen)| async move {
             if seen >= last {
                 return None;
             }
-            match tokio::time::timeout(READ_STALL_TIMEOUT, messages.next()).await {
-                Ok(None) => None,
-                Ok(Some(item)) => {
-                    let seen = item.as_ref().map_or(u64::MAX, |message| message.sequence);
-                    Some((item, (messages, seen)))
-                }
+            let item = match tokio::time::timeout(READ_STALL_TIMEOUT, messages.next()).await {
+                Ok(Some(item)) => item,
+                Ok(None) => Err(ReadError::Unavailable(format!("the reader ended after {seen}, before {last}"))),
                 Err(_) => {
                     let stalled = format!("nothing came within {} s after {seen}", READ_STALL_TIMEOUT.as_secs());
-                    Some((Err(ReadError::Unavailable(stalled)), (messages, u64::MAX)))
+                    Err(ReadError::Unavailable(stalled))
                 }
-            }
+            };
+            let seen = item.as_ref().map_or(u64::MAX, |message| message.sequence);
+            Some((item, (messages, seen)))
         });
         Ok(guarded.boxed())
     }

@@ -162,9 +162,11 @@ async fn pump<H, F>(
             next = messages.next(), if has_room => match next {
                 Some(Ok(message)) => {
                     let bytes = message.payload.len();
-                    pin = receive.group.and_then(|_| {
-                        Some(message.headers.as_ref()?.get_last(async_nats::header::NATS_PIN_ID)?.to_string())
-                    });
+                    let headers = message.headers.as_ref().filter(|_| receive.group.is_some());
+                    let given = headers.and_then(|headers| headers.get_last(async_nats::header::NATS_PIN_ID));
+                    if let Some(given) = given.filter(|given| pin.as_deref() != Some(given.as_str())) {
+                        pin = Some(given.to_string());
+                    }
                     bytes_at_work += bytes;
                     at_work.push(handle(context, receive, message, handler).map(move |()| bytes));
                 }
