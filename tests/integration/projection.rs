@@ -19,6 +19,7 @@ use lomash_contract::{
 };
 use lomash_ledger::{AppendError, JetStreamLedger, Ledger, Messages, NewMessage, ReadError};
 use lomash_tests::{Dice, Fate, PATIENCE, World, count, eventually, nowhere, order, start_until_ready};
+use product_service::projected::Projected;
 use product_service::projection;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -247,7 +248,8 @@ async fn a_projector_that_was_believed_dead_writes_nothing() -> Result<()> {
     let ledger = Gated { ledger: world.ledger(), open, begun };
     let stop = CancellationToken::new();
     let pool = lomash_platform::postgres::pool(&world.database_url())?;
-    let projector = tokio::spawn(projection::run(ledger, pool, world.database_url(), stop.clone()));
+    let projected = Projected::new(pool.clone());
+    let projector = tokio::spawn(projection::run(ledger, pool, world.database_url(), projected, (), stop.clone()));
     sell(1).await?;
     world.quiet().await?;
     assert_eq!(*begins.borrow_and_update(), 1);

@@ -5,6 +5,7 @@
 //! the write path waits for it: with Postgres down, orders are still decided, and it catches up later.
 
 use std::collections::BTreeMap;
+use std::future::Future;
 use std::time::Duration;
 
 use deadpool_postgres::{Client, Pool};
@@ -26,6 +27,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 use uuid::Uuid;
 
+use crate::projected::Projected;
+
 /// Messages after which a transaction is cut at the next end of a batch.
 pub const BATCH_MESSAGES: usize = 2_000;
 
@@ -37,13 +40,16 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(2);
 
 /// How often an idle projector looks whether its checkpoint is still there.
-const IDLE_CHECK: Duration = Duration::from_secs(2);
+pub const IDLE_CHECK: Duration = Duration::from_secs(2);
 
 /// How often a standby asks whether the place of the active projector is free.
 const STANDBY_PAUSE: Duration = Duration::from_secs(1);
 
 /// Longest that one transaction may take; a slow database must not hold the checkpoint's lock for ever.
 const STATEMENT_TIMEOUT_MS: u32 = 30_000;
+
+/// Longest that [`AfterCommit`] may hold up the projection, each time.
+pub const AFTER_COMMIT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Key of the advisory lock that the active projector holds; the checkpoint protects the rows even without it.
 const PROJECTOR_LOCK: i64 = 0x6c6f_6d61_7368_0002;
@@ -81,21 +87,49 @@ impl From<tokio_postgres::Error> for ProjectionError {
     }
 }
 
+/// What wants to hear of the active projector's progress, for instance a cache of its rows.
+///
+/// Each call is awaited before the projection goes on, but for [`AFTER_COMMIT_TIMEOUT`] at most: then its future is
+/// dropped, and it must know by itself that it did not finish. A failure is its own affair; the rows are committed.
+pub trait AfterCommit: Send + Sync + 'static {
+    /// The projector of this process is the active one now and its rows are those at `checkpoint`. Said again when another
+    /// schema took the place of the live one (`lomash rebuild`), so anything may have changed.
+    fn became_active(&self, checkpoint: u64) -> impl Future<Output = ()> + Send;
+
+    /// The rows are at `reached` now; of the products, these changed.
+    fn committed(&self, reached: u64, changed: &[ProductId]) -> impl Future<Output = ()> + Send;
+
+    /// Nothing happened for [`IDLE_CHECK`]; the rows are still those at `checkpoint`.
+    fn idle(&self, checkpoint: u64) -> impl Future<Output = ()> + Send;
+}
+
+/// Nobody wants to hear.
+impl AfterCommit for () {
+    async fn became_active(&self, _: u64) {}
+
+    async fn committed(&self, _: u64, _: &[ProductId]) {}
+
+    async fn idle(&self, _: u64) {}
+}
+
 /// Projects until `stop`; only a stream that went backwards or has a gap ends it otherwise.
 ///
 /// # Errors
 /// [`ProjectionError::Read`] for what trying again cannot mend.
-pub async fn run<L: Ledger>(
+pub async fn run<L: Ledger, A: AfterCommit>(
     ledger: L,
     pool: Pool,
     url: Secret,
+    projected: Projected,
+    after_commit: A,
     stop: CancellationToken,
 ) -> Result<(), ProjectionError> {
     let mut pause = FIRST_PAUSE;
+    let hears = Hears { projected, after_commit };
     while !stop.is_cancelled() {
         let outcome = tokio::select! {
             () = stop.cancelled() => break,
-            outcome = project(&ledger, &pool, &url, &mut pause) => outcome,
+            outcome = project(&ledger, &pool, &url, &hears, &mut pause) => outcome,
         };
         match outcome {
             Ok(never) => match never {},
@@ -116,11 +150,25 @@ pub async fn run<L: Ledger>(
     Ok(())
 }
 
+/// Who hears of progress.
+struct Hears<A> {
+    projected: Projected,
+    after_commit: A,
+}
+
+/// Waits for what hears of progress, but not for long.
+async fn told(what: &str, hearing: impl Future<Output = ()>) {
+    if tokio::time::timeout(AFTER_COMMIT_TIMEOUT, hearing).await.is_err() {
+        warn!(bound_ms = AFTER_COMMIT_TIMEOUT.as_millis(), "the projection goes on without waiting for {what}");
+    }
+}
+
 /// Becomes the active projector and projects until something fails.
-async fn project<L: Ledger>(
+async fn project<L: Ledger, A: AfterCommit>(
     ledger: &L,
     pool: &Pool,
     url: &Secret,
+    Hears { projected, after_commit }: &Hears<A>,
     pause: &mut Duration,
 ) -> Result<std::convert::Infallible, ProjectionError> {
     // Every time: a schema that was dropped while we ran is made again and filled from the stream.
@@ -133,32 +181,55 @@ async fn project<L: Ledger>(
     while !client.query_one(lock, &[&PROJECTOR_LOCK]).await?.get::<_, bool>(0) {
         tokio::time::sleep(STANDBY_PAUSE).await;
     }
-    let mut checkpoint = read_checkpoint(&client, Schema::Live).await?;
+    let Checkpoint { sequence: mut checkpoint, mut table } = read_checkpoint(&client, Schema::Live).await?;
     let last = ledger.reaches(checkpoint).await?;
     info!(checkpoint, last, "projecting");
+    let announcer = projected.announce(checkpoint);
+    told("what begins with it", after_commit.became_active(checkpoint)).await;
     let mut messages = ledger.follow(checkpoint).await?;
     loop {
         let batch = next_batch(&mut messages, checkpoint).await?;
         let Some(reached) = batch.last().map(|message| message.sequence) else {
             // An idle projector would not notice that its rows are gone or that it was replaced.
-            if read_checkpoint(&client, Schema::Live).await? != checkpoint {
+            let found = read_checkpoint(&client, Schema::Live).await?;
+            if found.sequence != checkpoint {
                 return Err(ProjectionError::Fenced { expected: checkpoint });
             }
+            if std::mem::replace(&mut table, found.table) != found.table {
+                told("what begins with another schema", after_commit.became_active(checkpoint)).await;
+            }
+            told("what is renewed while it is idle", after_commit.idle(checkpoint)).await;
             continue;
         };
-        apply(&mut client, Schema::Live, &batch, checkpoint, reached).await?;
+        let applied = apply(&mut client, Schema::Live, &batch, checkpoint, reached).await?;
         crash_point!("project-after-commit");
         debug!(from = checkpoint + 1, to = reached, "projected");
         checkpoint = reached;
         *pause = FIRST_PAUSE;
+        announcer.reached(checkpoint);
+        if std::mem::replace(&mut table, applied.table) != applied.table {
+            told("what begins with another schema", after_commit.became_active(checkpoint)).await;
+        }
+        told("what follows a commit", after_commit.committed(checkpoint, &applied.changed)).await;
     }
 }
 
-/// Where the rows of `schema` stand.
-async fn read_checkpoint(client: &tokio_postgres::Client, schema: Schema) -> Result<u64, ProjectionError> {
-    let query = format!("SELECT sequence FROM {schema}.checkpoint WHERE projection = $1");
-    let row = client.query_one(&query, &[&PROJECTION]).await?;
-    Ok(u64::try_from(row.get::<_, i64>(0)).unwrap_or(0))
+/// Where the rows of a schema stand.
+struct Checkpoint {
+    sequence: u64,
+    /// The identity of its table: another one when `lomash rebuild` put another schema in its place.
+    table: u32,
+}
+
+impl Checkpoint {
+    fn of(row: &tokio_postgres::Row) -> Self {
+        Self { sequence: row.get::<_, i64>(0).unsigned_abs(), table: row.get(1) }
+    }
+}
+
+async fn read_checkpoint(client: &tokio_postgres::Client, schema: Schema) -> Result<Checkpoint, ProjectionError> {
+    let query = format!("SELECT sequence, tableoid FROM {schema}.checkpoint WHERE projection = $1");
+    Ok(Checkpoint::of(&client.query_one(&query, &[&PROJECTION]).await?))
 }
 
 /// The messages that are there, up to where an atomic batch ends; none when none came for [`IDLE_CHECK`].
@@ -304,6 +375,14 @@ impl<'m> Changes<'m> {
 /// A message by the stateless half of the rule that every reader applies.
 pub(crate) type Parsed = Result<lomash_contract::Envelope<LedgerEvent>, lomash_contract::Foreign>;
 
+/// What applying a batch did.
+struct Applied {
+    /// The products whose rows changed.
+    changed: Vec<ProductId>,
+    /// See [`Checkpoint::table`].
+    table: u32,
+}
+
 /// Applies a batch and moves the checkpoint from `expected` to `reached`, in one transaction.
 async fn apply(
     client: &mut tokio_postgres::Client,
@@ -311,14 +390,14 @@ async fn apply(
     batch: &[StoredMessage],
     expected: u64,
     reached: u64,
-) -> Result<(), ProjectionError> {
+) -> Result<Applied, ProjectionError> {
     let parsed: Vec<Parsed> = batch.iter().map(StoredMessage::parse).collect();
     let transaction = client.transaction().await?;
     // First of all, and with a lock on the table too: who swaps schemas waits for this transaction, and this one finds
     // either the tables from before the swap or those from after it, never some of each.
-    let lock = format!("SELECT sequence FROM {schema}.checkpoint WHERE projection = $1 FOR UPDATE");
-    let found: i64 = transaction.query_one(&lock, &[&PROJECTION]).await?.get(0);
-    if found != bigint(expected) {
+    let lock = format!("SELECT sequence, tableoid FROM {schema}.checkpoint WHERE projection = $1 FOR UPDATE");
+    let found = Checkpoint::of(&transaction.query_one(&lock, &[&PROJECTION]).await?);
+    if found.sequence != expected {
         return Err(ProjectionError::Fenced { expected });
     }
     let keys: Vec<Uuid> = parsed.iter().flatten().map(|envelope| envelope.payload.key()).collect();
@@ -331,7 +410,8 @@ async fn apply(
     write_decisions(&transaction, schema, &changes.decisions).await?;
     move_checkpoint(&transaction, schema, expected, reached, changes.skipped).await?;
     transaction.commit().await?;
-    Ok(())
+    let changed = changes.products.values().filter(|row| row.changed).map(|row| row.details.product_id).collect();
+    Ok(Applied { changed, table: found.table })
 }
 
 /// Moves the checkpoint from `expected` to `reached`; `skipped` more messages were not ours.
