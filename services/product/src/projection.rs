@@ -12,8 +12,8 @@ use deadpool_postgres::{Client, Pool};
 use futures::{FutureExt, StreamExt};
 use hashbrown::HashMap;
 use lomash_contract::{
-    InventoryUpdateFailed, InventoryUpdated, LedgerEvent, OrderId, ProductDetails, ProductId, ProductRegistered,
-    ProductRevised, UpdatedBy, chains,
+    CountedBy, InventoryCounted, InventoryUpdateFailed, InventoryUpdated, LedgerEvent, OrderId, ProductDetails,
+    ProductId, ProductRegistered, ProductRevised, UpdatedBy, chains,
 };
 use lomash_ledger::{Ledger, Messages, ReadError, StoredMessage, crash_point};
 use lomash_platform::Secret;
@@ -268,10 +268,13 @@ pub(crate) struct ProductRow {
     details: ProductDetails,
     quantity: u32,
     sequence: u64,
+    registered_sequence: u64,
     registered_at: OffsetDateTime,
     updated_at: OffsetDateTime,
-    /// Whether the table does not have it so yet.
+    /// Whether the tables do not have it so yet.
     pub(crate) changed: bool,
+    /// Whether that is so of its details, too. They change rarely, and their indexes are dear.
+    pub(crate) details_changed: bool,
 }
 
 /// One change of stock, and with which message it came.
@@ -280,6 +283,13 @@ pub(crate) struct Movement<'m> {
     event_id: Uuid,
     occurred_at: OffsetDateTime,
     updated: InventoryUpdated,
+}
+
+/// A count, and with which message it came.
+pub(crate) struct Count<'m> {
+    message: &'m StoredMessage,
+    event_id: Uuid,
+    counted: InventoryCounted,
 }
 
 pub(crate) enum OrderDecision {
@@ -295,6 +305,7 @@ pub(crate) type Decisions = BTreeMap<u64, (OrderId, OffsetDateTime, OrderDecisio
 pub(crate) struct Changes<'m> {
     pub(crate) products: HashMap<ProductId, ProductRow>,
     pub(crate) movements: Vec<Movement<'m>>,
+    pub(crate) counts: Vec<Count<'m>>,
     pub(crate) decisions: Decisions,
     decided: HashMap<OrderId, u64>,
     pub(crate) skipped: u64,
@@ -326,9 +337,11 @@ impl<'m> Changes<'m> {
                 let row = ProductRow {
                     quantity: 0,
                     sequence,
+                    registered_sequence: sequence,
                     registered_at: stored_at,
                     updated_at: stored_at,
                     changed: true,
+                    details_changed: true,
                     details,
                 };
                 self.products.insert(row.details.product_id, row);
@@ -336,6 +349,7 @@ impl<'m> Changes<'m> {
             LedgerEvent::ProductRevised(ProductRevised(details)) => {
                 if let Some(row) = self.touch(details.product_id, message) {
                     row.details = details;
+                    row.details_changed = true;
                 }
             }
             LedgerEvent::InventoryUpdated(updated) => {
@@ -351,7 +365,10 @@ impl<'m> Changes<'m> {
             LedgerEvent::InventoryUpdateFailed(failed) => {
                 self.decide(failed.order_id, message, OrderDecision::Refused(failed));
             }
-            LedgerEvent::InventoryCounted(_) | LedgerEvent::ProductUpdated(_) => {}
+            LedgerEvent::InventoryCounted(counted) => {
+                self.counts.push(Count { message, event_id: envelope.event_id.0, counted });
+            }
+            LedgerEvent::ProductUpdated(_) => {}
         }
     }
 
@@ -407,6 +424,7 @@ async fn apply(
     }
     write_products(&transaction, schema, changes.products.values()).await?;
     write_movements(&transaction, schema, &changes.movements).await?;
+    write_counts(&transaction, schema, &changes.counts).await?;
     write_decisions(&transaction, schema, &changes.decisions).await?;
     move_checkpoint(&transaction, schema, expected, reached, changes.skipped).await?;
     transaction.commit().await?;
@@ -446,8 +464,9 @@ async fn load_products(
     keys: &[Uuid],
 ) -> Result<HashMap<ProductId, ProductRow>, ProjectionError> {
     let query = format!(
-        "SELECT product_id, sku, name, category, low_stock_threshold, active, quantity, sequence, registered_at, updated_at
-         FROM {schema}.products WHERE product_id = ANY($1)"
+        "SELECT product_id, sku, name, category, low_stock_threshold, active, quantity, sequence, registered_sequence,
+                registered_at, updated_at
+         FROM {schema}.products JOIN {schema}.stock USING (product_id) WHERE product_id = ANY($1)"
     );
     let rows = transaction.query(&query, &[&keys]).await?;
     rows.into_iter()
@@ -468,9 +487,11 @@ async fn load_products(
                 details,
                 quantity: row.get::<_, i32>(6).unsigned_abs(),
                 sequence: row.get::<_, i64>(7).unsigned_abs(),
-                registered_at: row.get(8),
-                updated_at: row.get(9),
+                registered_sequence: row.get::<_, i64>(8).unsigned_abs(),
+                registered_at: row.get(9),
+                updated_at: row.get(10),
                 changed: false,
+                details_changed: false,
             };
             Ok((product_id, row))
         })
@@ -485,8 +506,33 @@ pub(crate) async fn write_products(
 ) -> Result<(), ProjectionError> {
     let changed: Vec<&ProductRow> = rows.filter(|row| row.changed).collect();
     for rows in changed.chunks(PRODUCTS_A_STATEMENT) {
+        upsert_stock(transaction, schema, rows).await?;
+    }
+    let changed: Vec<&ProductRow> = changed.into_iter().filter(|row| row.details_changed).collect();
+    for rows in changed.chunks(PRODUCTS_A_STATEMENT) {
         upsert_products(transaction, schema, rows).await?;
     }
+    Ok(())
+}
+
+async fn upsert_stock(
+    transaction: &Transaction<'_>,
+    schema: Schema,
+    rows: &[&ProductRow],
+) -> Result<(), ProjectionError> {
+    let ids: Vec<Uuid> = rows.iter().map(|row| row.details.product_id.0).collect();
+    let quantities: Vec<i32> = rows.iter().map(|row| integer(row.quantity)).collect();
+    let thresholds: Vec<Option<i32>> = rows.iter().map(|row| row.details.low_stock_threshold.map(integer)).collect();
+    let sequences: Vec<i64> = rows.iter().map(|row| bigint(row.sequence)).collect();
+    let updated: Vec<OffsetDateTime> = rows.iter().map(|row| row.updated_at).collect();
+    let upsert = format!(
+        "INSERT INTO {schema}.stock (product_id, quantity, low_stock_threshold, sequence, updated_at)
+             SELECT * FROM UNNEST($1::uuid[], $2::int[], $3::int[], $4::bigint[], $5::timestamptz[])
+             ON CONFLICT (product_id) DO UPDATE SET
+                 quantity = excluded.quantity, low_stock_threshold = excluded.low_stock_threshold,
+                 sequence = excluded.sequence, updated_at = excluded.updated_at"
+    );
+    transaction.execute(&upsert, &[&ids, &quantities, &thresholds, &sequences, &updated]).await?;
     Ok(())
 }
 
@@ -499,30 +545,47 @@ async fn upsert_products(
     let skus: Vec<&str> = rows.iter().map(|row| row.details.sku.as_str()).collect();
     let names: Vec<&str> = rows.iter().map(|row| &*row.details.name).collect();
     let categories: Vec<Option<&str>> = rows.iter().map(|row| row.details.category.as_deref()).collect();
-    let thresholds: Vec<Option<i32>> = rows.iter().map(|row| row.details.low_stock_threshold.map(integer)).collect();
     let actives: Vec<bool> = rows.iter().map(|row| row.details.active).collect();
-    let quantities: Vec<i32> = rows.iter().map(|row| integer(row.quantity)).collect();
-    let sequences: Vec<i64> = rows.iter().map(|row| bigint(row.sequence)).collect();
+    // An array of arrays would have to be rectangular, so the words travel as one text; they hold no space.
+    let words: Vec<String> = rows.iter().map(|row| searchable_words(&row.details).join(" ")).collect();
+    let registered_sequences: Vec<i64> = rows.iter().map(|row| bigint(row.registered_sequence)).collect();
     let registered: Vec<OffsetDateTime> = rows.iter().map(|row| row.registered_at).collect();
-    let updated: Vec<OffsetDateTime> = rows.iter().map(|row| row.updated_at).collect();
     let upsert = format!(
         "INSERT INTO {schema}.products
-                 (product_id, sku, name, category, low_stock_threshold, active, quantity, sequence, registered_at,
-                  updated_at)
-             SELECT * FROM UNNEST($1::uuid[], $2::text[], $3::text[], $4::text[], $5::int[], $6::bool[], $7::int[],
-                                  $8::bigint[], $9::timestamptz[], $10::timestamptz[])
+                 (product_id, sku, name, category, active, words, registered_sequence, registered_at)
+             SELECT product_id, sku, name, category, active, string_to_array(words, ' '), sequence, registered_at
+             FROM UNNEST($1::uuid[], $2::text[], $3::text[], $4::text[], $5::bool[], $6::text[], $7::bigint[],
+                         $8::timestamptz[])
+                  AS new (product_id, sku, name, category, active, words, sequence, registered_at)
              ON CONFLICT (product_id) DO UPDATE SET
-                 sku = excluded.sku, name = excluded.name, category = excluded.category,
-                 low_stock_threshold = excluded.low_stock_threshold, active = excluded.active,
-                 quantity = excluded.quantity, sequence = excluded.sequence, updated_at = excluded.updated_at"
+                 sku = excluded.sku, name = excluded.name, category = excluded.category, active = excluded.active,
+                 words = excluded.words"
     );
     transaction
-        .execute(
-            &upsert,
-            &[&ids, &skus, &names, &categories, &thresholds, &actives, &quantities, &sequences, &registered, &updated],
-        )
+        .execute(&upsert, &[&ids, &skus, &names, &categories, &actives, &words, &registered_sequences, &registered])
         .await?;
     Ok(())
+}
+
+/// The words of its sku and its name, by which a product is found.
+fn searchable_words(details: &ProductDetails) -> Vec<String> {
+    let mut words: Vec<String> = split_words(details.sku.as_str()).chain(split_words(&details.name)).collect();
+    words.sort_unstable();
+    words.dedup();
+    words
+}
+
+/// The words of a text: what stands between characters that are neither letters nor digits, in lower case. Both what is
+/// found and what is looked for are split by this.
+pub fn split_words(text: &str) -> impl Iterator<Item = String> {
+    // Lower case first: a letter may become several characters of which not all are letters.
+    let lower = text.to_lowercase();
+    let words: Vec<String> = lower
+        .split(|letter: char| !letter.is_alphanumeric())
+        .filter(|word| !word.is_empty())
+        .map(str::to_owned)
+        .collect();
+    words.into_iter()
 }
 
 /// Adds movements by binary `COPY`.
@@ -573,6 +636,45 @@ pub(crate) async fn write_movements(
                 &message.carried.reason,
                 event_id,
                 occurred_at,
+                &message.stored_at,
+            ])
+            .await?;
+    }
+    writer.finish().await?;
+    Ok(())
+}
+
+/// Adds counts by binary `COPY`.
+pub(crate) async fn write_counts(
+    transaction: &Transaction<'_>,
+    schema: Schema,
+    counts: &[Count<'_>],
+) -> Result<(), ProjectionError> {
+    if counts.is_empty() {
+        return Ok(());
+    }
+    let copy = format!(
+        "COPY {schema}.counts (sequence, product_id, quantity, counted_at, counted_by, event_id, stored_at)
+         FROM STDIN BINARY"
+    );
+    let sink = transaction.copy_in(&copy).await?;
+    let types = [Type::INT8, Type::UUID, Type::INT8, Type::TIMESTAMPTZ, Type::UUID, Type::UUID, Type::TIMESTAMPTZ];
+    let writer = BinaryCopyInWriter::new(sink, &types);
+    let mut writer = std::pin::pin!(writer);
+    for Count { message, event_id, counted } in counts {
+        let by = match counted.counted_by {
+            CountedBy::Warehouse => None,
+            CountedBy::User(id) => Some(id),
+        };
+        writer
+            .as_mut()
+            .write(&[
+                &bigint(message.sequence),
+                &counted.product_id.0,
+                &i64::from(counted.quantity),
+                &counted.counted_at.get(),
+                &by,
+                event_id,
                 &message.stored_at,
             ])
             .await?;
