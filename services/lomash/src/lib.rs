@@ -4,7 +4,7 @@
 
 pub mod audit;
 pub mod bench;
-pub mod catalogue;
+pub use product_service::catalogue;
 pub mod demo;
 pub mod dice;
 pub mod import;
