@@ -15,5 +15,6 @@ pub mod retail;
 mod snapshot;
 pub mod stack;
 pub mod status;
+pub mod token;
 pub mod up;
 pub mod verify;
