@@ -223,6 +223,7 @@ async fn every_key_expires_and_keys_are_never_listed_at_once() -> Result<()> {
         filled(&cache, &Key::list(&format!("page {number}")), 1, &row(1)).await?;
         filled(&cache, &Key::product(product()), 1, &row(1)).await?;
     }
+    let _ = cache.get::<Row>(&Key::list("page 0")).await;
     let keys = kit.keys().await?;
     assert!(keys.len() > 100);
     for key in keys {
@@ -388,8 +389,10 @@ async fn without_redis_or_with_one_that_never_answers_reads_come_from_the_source
 
 #[tokio::test]
 async fn a_wrong_address_is_told_without_its_password() {
-    for wrong in ["redis://u:hunter2@", "hunter2", "http://u:hunter2@host", "redis-cluster://u:hunter2@host:1"] {
-        let problem = Cache::connect(Some(&Secret::from(wrong.to_owned()))).unwrap_err();
+    let urls = ["redis://u:hunter2@", "redis://u:hunter2@:6379", "redis://u:hunter2@host:x", "hunter2"];
+    let schemes = ["rediss", "http", "redis-cluster"].map(|scheme| format!("{scheme}://u:hunter2@host:1"));
+    for wrong in urls.map(str::to_owned).into_iter().chain(schemes) {
+        let problem = Cache::connect(Some(&Secret::from(wrong.clone()))).expect_err(&wrong);
         let said = format!("{problem} {problem:?}");
         assert!(said.contains("REDIS_URL") && !said.contains("hunter2"), "{said}");
     }

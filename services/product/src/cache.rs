@@ -122,7 +122,7 @@ static FILL: Script = Script::new(
 /// The address is none of a single Redis server.
 #[derive(Debug, thiserror::Error)]
 #[error("REDIS_URL is not the address of one Redis server ({0}); write it as redis://user:password@host:6379/0")]
-pub struct BadRedisUrl(String);
+pub struct BadRedisUrl(&'static str);
 
 /// Names an entry.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -238,15 +238,9 @@ impl Cache {
     /// # Errors
     /// [`BadRedisUrl`] when `url` cannot be an address, whether or not anybody listens there.
     pub fn connect(url: Option<&Secret>) -> Result<Self, BadRedisUrl> {
-        // What the parser says of a wrong address does not repeat it; there may be a password in it.
-        let bad = |problem: fred::prelude::Error| BadRedisUrl(format!("{:?} error", problem.kind()));
-        let config = url.map(|url| Config::from_url(url.expose())).transpose().map_err(bad)?;
-        if let Some(config) = &config
-            && !config.server.is_centralized()
-        {
-            return Err(BadRedisUrl("it names a cluster or sentinels".to_owned()));
-        }
-        let connection = config.as_ref().map(readers).transpose().map_err(bad)?;
+        let config = url.map(parse).transpose()?;
+        let unusable = |_| BadRedisUrl("it cannot be used");
+        let connection = config.as_ref().map(readers).transpose().map_err(unusable)?;
         let shared = Arc::new(Shared {
             config,
             connection: RwLock::new(connection),
@@ -355,6 +349,19 @@ impl Cache {
         });
         Ok(at)
     }
+}
+
+/// Reads an address. No error repeats it: there may be a password in it.
+fn parse(url: &Secret) -> Result<Config, BadRedisUrl> {
+    // The library takes any scheme, `rediss` too, and would speak without TLS.
+    if !url.expose().starts_with("redis://") {
+        return Err(BadRedisUrl("it does not begin with redis://; clusters, sentinels and TLS are not supported"));
+    }
+    let config = Config::from_url(url.expose()).map_err(|_| BadRedisUrl("it cannot be parsed"))?;
+    if config.server.hosts().iter().any(|server| server.host.is_empty()) {
+        return Err(BadRedisUrl("it names no host"));
+    }
+    Ok(config)
 }
 
 /// The connection that reads and fills go over.
