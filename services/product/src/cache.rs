@@ -2,7 +2,7 @@
 //!
 //! It may lose anything and must never be wrong for long. Nobody ever gets an error from it: without Redis every read is
 //! a miss, and reads come from Postgres. Owns the keys `product:{productId}`, `products:list:{hash}` and
-//! `products:filter:{hash}`, and three of its own under `inventory:`. Assumes one Redis server, not a cluster: a script
+//! `products:filter:{hash}`, and four of its own under `inventory:`. Assumes one Redis server, not a cluster: a script
 //! takes an entry's key together with the watermark's.
 //!
 //! **The watermark** is the projection's sequence up to which Redis has been invalidated. An entry is the value and the
@@ -34,7 +34,7 @@
 //! - *`lomash rebuild` swaps the tables.* The projector says `became_active` again, and everything is cleared.
 //!
 //! Sequences that were asked for (`Lomash-Min-Sequence`) are compared with the entry's own, never with the watermark:
-//! between rules 3's two steps an entry may be older than the watermark says.
+//! between the two steps of rule 3 an entry may be older than the watermark says.
 
 mod flights;
 mod health;
@@ -109,13 +109,18 @@ const FILTER_PREFIX: &str = "products:filter:";
 /// Bytes of a query's digest that its key carries: enough that nobody finds two queries with the same one.
 const DIGEST_BYTES: usize = 16;
 
-/// Stores an entry by rule 2; 0 when it loses.
+/// There while a list may be cached: without it a batch need not look for lists. It outlives every list.
+const LISTS_MARK: &str = "inventory:lists";
+const LISTS_MARK_TTL: Duration = Duration::from_secs(2 * ENTRY_TTL.as_secs());
+
+/// Stores an entry by rule 2, and the mark with a list; 0 when it loses.
 static FILL: Script = Script::new(
     "local watermark = redis.call('GET', KEYS[2])
      if not watermark or tonumber(ARGV[1]) < tonumber(watermark) then return 0 end
      local header = redis.call('GETRANGE', KEYS[1], 0, 9)
      if #header == 10 and struct.unpack('>I8', header, 3) > tonumber(ARGV[1]) then return 0 end
      redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
+     if KEYS[3] then redis.call('SET', KEYS[3], '', 'PX', ARGV[4]) end
      return 1",
 );
 
@@ -147,6 +152,11 @@ impl Key {
     #[must_use]
     pub fn filter(query: &str) -> Self {
         Self { text: format!("{FILTER_PREFIX}{}", digest(query)) }
+    }
+
+    /// Whether any product's change may change it.
+    fn is_list(&self) -> bool {
+        !self.text.starts_with(PRODUCT_PREFIX)
     }
 
     /// The key as Redis has it.
@@ -417,9 +427,11 @@ impl Shared {
 
     async fn try_fill(&self, key: &Key, sequence: u64, entry: Bytes) -> bool {
         let Some(client) = self.client() else { return false };
-        let args = vec![sequence.to_string().into(), Value::Bytes(entry), milliseconds(ENTRY_TTL)];
-        let keys = [key.as_str(), WATERMARK];
-        match timeout(OPERATION_TIMEOUT, FILL.run::<i64>(&client, &keys, args)).await {
+        let (entry_ttl, mark_ttl) = (milliseconds(ENTRY_TTL), milliseconds(LISTS_MARK_TTL));
+        let args = vec![sequence.to_string().into(), Value::Bytes(entry), entry_ttl, mark_ttl];
+        let keys = [key.as_str(), WATERMARK, LISTS_MARK];
+        let keys = if key.is_list() { &keys[..] } else { &keys[..2] };
+        match timeout(OPERATION_TIMEOUT, FILL.run::<i64>(&client, keys, args)).await {
             Ok(Ok(stored)) => {
                 self.health.succeeded();
                 stored == 1

@@ -16,7 +16,9 @@ use uuid::Uuid;
 
 use super::health::count;
 use super::redis::{Connection, Lost, Script};
-use super::{FILTER_PREFIX, Key, LIST_PREFIX, PRODUCT_PREFIX, Shared, WATERMARK, WATERMARK_TTL, milliseconds};
+use super::{
+    FILTER_PREFIX, Key, LIST_PREFIX, LISTS_MARK, PRODUCT_PREFIX, Shared, WATERMARK, WATERMARK_TTL, milliseconds,
+};
 use crate::projection::AfterCommit;
 
 /// Longest that the projection is held up, whatever Redis does.
@@ -70,6 +72,7 @@ static ESTABLISH: Script = Script::new(
 );
 
 /// Moves the watermark on and renews it, never backwards; 0 where it ran out or is another's: then all must be cleared.
+/// 2 when products changed and there may be lists: whoever hears that must delete them or clear, for the mark is gone.
 static ADVANCE: Script = Script::new(
     "local watermark = redis.call('GET', KEYS[1])
      if not watermark or redis.call('GET', KEYS[2]) ~= ARGV[1] then return 0 end
@@ -77,6 +80,7 @@ static ADVANCE: Script = Script::new(
      redis.call('SET', KEYS[1], watermark, 'PX', ARGV[3])
      redis.call('SET', KEYS[3], watermark, 'PX', ARGV[4])
      redis.call('PEXPIRE', KEYS[2], ARGV[4])
+     if ARGV[5] == 'changed' and redis.call('DEL', KEYS[4]) == 1 then return 2 end
      return 1",
 );
 
@@ -117,6 +121,17 @@ impl Cursor {
     }
 }
 
+/// What became of the watermark.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Advanced {
+    /// It is there and ours, and no list is to be deleted.
+    NoLists,
+    /// It is, and there may be lists to be deleted.
+    Lists,
+    /// It ran out or is another's.
+    No,
+}
+
 /// One connection and one claim to the watermark.
 pub(super) struct Session {
     connection: Connection,
@@ -154,10 +169,15 @@ impl Session {
         self.script(&ESTABLISH, &[WATERMARK, OWNER, FLOOR], args).await
     }
 
-    /// Whether the watermark is still ours, and now at `sequence` at least.
-    async fn advance(&mut self, sequence: u64) -> FredResult<bool> {
-        let args = self.watermark(sequence);
-        Ok(self.script(&ADVANCE, &[WATERMARK, OWNER, FLOOR], args).await? == 1)
+    /// Moves the watermark to `sequence`, where it is still ours.
+    async fn advance(&mut self, sequence: u64, changed: bool) -> FredResult<Advanced> {
+        let mut args = self.watermark(sequence);
+        args.push(if changed { "changed" } else { "" }.into());
+        Ok(match self.script(&ADVANCE, &[WATERMARK, OWNER, FLOOR, LISTS_MARK], args).await? {
+            1 => Advanced::NoLists,
+            2 => Advanced::Lists,
+            _ => Advanced::No,
+        })
     }
 
     fn watermark(&self, sequence: u64) -> Vec<Value> {
@@ -230,15 +250,17 @@ impl Shared {
         let sweep_deadline = Instant::now() + SWEEP_TIMEOUT;
         let (mut session, mut cursor) = match (progress, news) {
             (Progress::Settled(mut session), News::Committed(_) | News::Idle) => {
-                if session.advance(sequence).await? {
-                    let News::Committed(changed) = news else { return Ok(Progress::Settled(session)) };
-                    if self.invalidate(&mut session, changed, sweep_deadline).await? {
-                        count(&self.health.invalidations);
-                        return Ok(Progress::Settled(session));
-                    }
-                    debug!(sequence, "too many keys for one invalidation; clearing instead");
-                } else {
+                let changed = if let News::Committed(changed) = news { changed } else { &[] };
+                let advanced = session.advance(sequence, !changed.is_empty()).await?;
+                if advanced == Advanced::No {
                     info!(sequence, "the cache's watermark ran out or is another's; clearing");
+                } else if invalidate(&mut session, changed, advanced == Advanced::Lists, sweep_deadline).await? {
+                    if matches!(news, News::Committed(_)) {
+                        count(&self.health.invalidations);
+                    }
+                    return Ok(Progress::Settled(session));
+                } else {
+                    info!(sequence, "Redis holds too many keys for one invalidation; clearing the cache instead");
                 }
                 session.begin().await?;
                 (session, Cursor::beginning())
@@ -269,19 +291,18 @@ impl Shared {
             _ => Err(Error::new(ErrorKind::Canceled, "another projector claimed the watermark")),
         }
     }
+}
 
-    /// Deletes the products and all lists; false when there are too many keys for it.
-    async fn invalidate(&self, session: &mut Session, changed: &[ProductId], deadline: Instant) -> FredResult<bool> {
-        if changed.is_empty() {
-            return Ok(true);
-        }
-        for some in changed.chunks(KEYS_AN_UNLINK) {
-            session.unlink(some.iter().map(|product_id| Key::product(*product_id).text).collect()).await?;
-        }
-        let lists = [LIST_PREFIX, FILTER_PREFIX];
-        let reached = session.sweep("products:*", &lists, Cursor::beginning(), deadline).await?;
-        Ok(matches!(reached, Cursor::End))
+/// Deletes the products, and all lists where there may be any; false when there are too many keys for it.
+async fn invalidate(session: &mut Session, changed: &[ProductId], lists: bool, deadline: Instant) -> FredResult<bool> {
+    for some in changed.chunks(KEYS_AN_UNLINK) {
+        session.unlink(some.iter().map(|product_id| Key::product(*product_id).text).collect()).await?;
     }
+    if !lists {
+        return Ok(true);
+    }
+    let reached = session.sweep("products:*", &[LIST_PREFIX, FILTER_PREFIX], Cursor::beginning(), deadline).await?;
+    Ok(matches!(reached, Cursor::End))
 }
 
 impl AfterCommit for super::Cache {
