@@ -305,8 +305,11 @@ async fn a_zombie_neither_lowers_the_watermark_nor_keeps_the_other_from_it() -> 
     zombie.committed(11, &[product]).await;
     assert!(kit.watermark().await?.is_none_or(|watermark| watermark >= 20));
     assert!(!reader.fill(&key, 15, &row(15)).await, "a value from before 20 was taken");
-    zombie.became_active(12).await;
-    assert!(kit.watermark().await?.is_none_or(|watermark| watermark >= 20));
+    eventually("its claim to take the watermark away", PATIENCE, async || {
+        zombie.became_active(12).await;
+        Ok(kit.watermark().await?.is_none().then_some(()))
+    })
+    .await?;
     assert!(!reader.fill(&key, 15, &row(15)).await, "a value from before 20 was taken");
     // The active one goes on and clears, for it cannot know what the other did.
     settled(&active, 21).await?;
@@ -327,6 +330,9 @@ async fn a_restarted_redis_is_cleared_whether_it_remembers_or_not() -> Result<()
     // Its append-only file brings everything back, the watermark included; it might have been an older one.
     kit.redis.restart().await?;
     in_use(&projector).await?;
+    // Long enough for a connection that would be made again by itself; the watermark is still there.
+    tokio::time::sleep(Duration::from_millis(2_500)).await;
+    assert_eq!(kit.watermark().await?, Some(1));
     settled(&projector, 2).await?;
     assert!(projector.counters().clears > clears, "{:?}", projector.counters());
     assert_eq!(kit.raw.exists::<i64, _>(key.as_str()).await?, 0);
@@ -781,14 +787,16 @@ async fn measure_reads_and_invalidations() -> Result<()> {
         for lists in [0, 1_000] {
             settled(&cache, 1).await?;
             while cached < target {
-                let some = 500.min(target - cached);
+                let some = 50.min(target - cached);
                 let fills = (0..some).map(|_| {
                     let cache = cache.clone();
                     async move { cache.fill(&Key::product(product()), u64::MAX >> 12, &row(1)).await }
                 });
                 let stored = futures::future::join_all(fills).await.into_iter().filter(|stored| *stored).count();
                 cached += u32::try_from(stored)?;
-                settled(&cache, 1).await?;
+                if stored == 0 {
+                    settled(&cache, 1).await?;
+                }
             }
             let changed: Vec<ProductId> = (0..50).map(|_| product()).collect();
             let (mut times, mut sequence) = (Vec::new(), cache.counters().invalidations + 1);

@@ -84,10 +84,10 @@ pub const ENTRY_TTL: Duration = Duration::from_secs(60);
 /// Largest entry, in bytes; a page of 200 products takes about 70,000.
 pub const MAX_ENTRY_BYTES: usize = 128 * 1024;
 
-/// Commands that may wait for the connection: 32 MiB if all were the largest fills. The next one fails at once.
-pub const MAX_QUEUED_COMMANDS: usize = 256;
+/// Commands that may wait for the connection; the next one fails at once. More than the requests that are served at once.
+pub const MAX_QUEUED_COMMANDS: usize = 1_024;
 
-/// Fills under way at once; beyond, a value is not stored this time.
+/// Fills under way at once, 8 MiB if all were the largest; beyond, a value is not stored this time.
 const MAX_FILLS: usize = 64;
 
 /// How long a reader waits for what another one loads before it loads itself.
@@ -208,7 +208,7 @@ struct Shared {
     config: Option<Config>,
     connection: RwLock<Option<Connection>>,
     health: Health,
-    fills: Arc<Semaphore>,
+    fills: Semaphore,
     flights: Flights,
     /// The projector's side.
     progress: tokio::sync::Mutex<Progress>,
@@ -255,7 +255,7 @@ impl Cache {
             config,
             connection: RwLock::new(connection),
             health: Health::default(),
-            fills: Arc::new(Semaphore::new(MAX_FILLS)),
+            fills: Semaphore::new(MAX_FILLS),
             flights: Flights::default(),
             progress: tokio::sync::Mutex::default(),
         });
@@ -343,8 +343,7 @@ impl Cache {
         count(&health.misses);
         let at = load.await?;
         let entry = encode(at.sequence, &at.value);
-        let permit = self.shared.fills.clone().try_acquire_owned();
-        let (Some(entry), Ok(permit)) = (entry, permit) else {
+        let Some(entry) = entry else {
             count(&health.fills_lost);
             return Ok(at);
         };
@@ -355,7 +354,7 @@ impl Cache {
         tokio::spawn(async move {
             shared.fill(&key, sequence, entry).await;
             // Until here the flight answers those who do not find the entry yet.
-            drop((flight, permit));
+            drop(flight);
         });
         Ok(at)
     }
@@ -396,7 +395,7 @@ impl Shared {
         let (entry, watermark) = match timeout(OPERATION_TIMEOUT, both).await {
             Ok(Ok(both)) => both,
             Ok(Err(problem)) => {
-                self.health.failed("answer to a read", &problem);
+                self.problem("answer to a read", &problem);
                 return Found::Silence;
             }
             Err(late) => {
@@ -412,7 +411,7 @@ impl Shared {
             None => {
                 debug!(key = key.as_str(), "a cached value is not readable; deleting it");
                 if let Ok(Err(problem)) = timeout(OPERATION_TIMEOUT, client.unlink::<i64, _>(key.as_str())).await {
-                    self.health.failed("deletion", &problem);
+                    self.problem("deletion", &problem);
                 }
                 Found::Nothing { watermark }
             }
@@ -426,7 +425,7 @@ impl Shared {
     }
 
     async fn try_fill(&self, key: &Key, sequence: u64, entry: Bytes) -> bool {
-        let Some(client) = self.client() else { return false };
+        let (Some(client), Ok(_permit)) = (self.client(), self.fills.try_acquire()) else { return false };
         let (entry_ttl, mark_ttl) = (milliseconds(ENTRY_TTL), milliseconds(LISTS_MARK_TTL));
         let args = vec![sequence.to_string().into(), Value::Bytes(entry), entry_ttl, mark_ttl];
         let keys = [key.as_str(), WATERMARK, LISTS_MARK];
@@ -437,13 +436,22 @@ impl Shared {
                 stored == 1
             }
             Ok(Err(problem)) => {
-                self.health.failed("fill", &problem);
+                self.problem("fill", &problem);
                 false
             }
             Err(late) => {
                 self.health.failed("fill", &late);
                 false
             }
+        }
+    }
+
+    /// A queue that is full says that we ask too much at once, not that Redis does not answer; the monitor finds out.
+    fn problem(&self, what: &str, problem: &fred::prelude::Error) {
+        if *problem.kind() == fred::prelude::ErrorKind::Backpressure {
+            self.health.crowded();
+        } else {
+            self.health.failed(what, problem);
         }
     }
 

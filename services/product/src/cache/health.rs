@@ -80,6 +80,11 @@ impl Health {
         }
     }
 
+    /// An operation found too many others waiting.
+    pub(super) fn crowded(&self) {
+        count(&self.failures);
+    }
+
     /// The monitor was answered so many times in a row.
     pub(super) fn answered(&self, in_a_row: u32) {
         if in_a_row >= ANSWERS_UNTIL_BACK && self.state.swap(IN_USE, Ordering::Relaxed) != IN_USE {
