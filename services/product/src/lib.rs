@@ -11,4 +11,6 @@ pub mod inventory;
 pub mod orders;
 pub mod projection;
 pub mod rebuild;
+pub mod reconciliation;
 pub mod service;
+pub mod warehouse;
