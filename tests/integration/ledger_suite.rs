@@ -216,6 +216,7 @@ async fn what_was_written_is_read_back(ledger: impl Ledger) -> Result<()> {
         traceparent: Some("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".to_owned()),
         tracestate: Some("shop=7".to_owned()),
         reason: Some("recount".to_owned()),
+        command: Some("3c9d1f58-0f0e-4d0a-8f55-2b8f0c1d7e10 00000000000000ff".to_owned()),
     };
     let mut sent = batch(5);
     for (number, message) in sent.iter_mut().enumerate() {

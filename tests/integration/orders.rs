@@ -490,12 +490,8 @@ async fn trace_and_reason_travel_with_the_events() -> Result<()> {
 
     // An admin's words, to the ledger and to the projection.
     let words = "water damage: 5 pcs, see ticket №7";
-    let command = ProductCommand {
-        command_id: Uuid::new_v4(),
-        product_id: one,
-        by: UpdatedBy::User(Uuid::new_v4()),
-        action: Action::SetQuantity { quantity: 12, expected_quantity: Some(0) },
-    };
+    let action = Action::SetQuantity { quantity: 12, expected_quantity: Some(0) };
+    let command = ProductCommand::new(Uuid::new_v4(), one, UpdatedBy::User(Uuid::new_v4()), action);
     let done = world.products.send(command, Some(words.to_owned())).await?;
     let expected = Outcome::StockChanged { previous_quantity: 0, new_quantity: 12, shortfall: 0 };
     assert_eq!(done.outcome, expected);

@@ -228,7 +228,7 @@ impl World {
     /// # Errors
     /// When it is refused or nobody answers.
     pub async fn act(&self, product_id: ProductId, action: Action) -> anyhow::Result<Done> {
-        let command = ProductCommand { command_id: Uuid::new_v4(), product_id, by: UpdatedBy::System, action };
+        let command = ProductCommand::new(Uuid::new_v4(), product_id, UpdatedBy::System, action);
         Ok(self.products.send(command, None).await?)
     }
 

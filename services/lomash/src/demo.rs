@@ -276,7 +276,7 @@ async fn take_off_sale(client: &ProductClient, rows: &[Row], model: &mut Model) 
     let row = rows.iter().find(|row| row.quantity > 10).context("the catalogue has a product in stock")?;
     let product_id = catalogue::product_id(&row.sku);
     let action = Action::Activate { active: false };
-    let command = ProductCommand { command_id: Uuid::new_v4(), product_id, by: UpdatedBy::System, action };
+    let command = ProductCommand::new(Uuid::new_v4(), product_id, UpdatedBy::System, action);
     client.send(command, Some("discontinued".to_owned())).await?;
     model.stock.entry(product_id).and_modify(|(_, active)| *active = false);
     Ok(product_id)

@@ -135,7 +135,7 @@ async fn put(client: &ProductClient, row: Row) -> anyhow::Result<Result<RowOutco
         low_stock_threshold: row.threshold,
         active: true,
     };
-    let command = |action| ProductCommand { command_id: Uuid::new_v4(), product_id, by: UpdatedBy::System, action };
+    let command = |action| ProductCommand::new(Uuid::new_v4(), product_id, UpdatedBy::System, action);
     let register = Action::Register { details: details.clone(), initial_quantity: row.quantity };
     let mut tried = RowOutcome::Registered;
     let mut answer = client.send(command(register), None).await;

@@ -75,7 +75,7 @@ impl ProductClient {
         let deadline = tokio::time::Instant::now() + GIVE_UP_AFTER;
         loop {
             let problem = match self.ask(&request).await {
-                Ok(Reply::Committed { outcome, sequence }) => return Ok(Done { outcome, sequence }),
+                Ok(Reply::Committed { outcome, sequence, .. }) => return Ok(Done { outcome, sequence }),
                 Ok(Reply::Rejected { rejection, .. }) => return Err(ClientError::Rejected(rejection)),
                 Ok(Reply::BadRequest { detail }) => return Err(ClientError::BadRequest(detail)),
                 Ok(Reply::Pong { .. }) => return Err(ClientError::BadRequest("a pong is no answer".to_owned())),

@@ -1,28 +1,51 @@
-//! Commands about products by NATS request: how the command line, and later the other replicas, reach the writer.
+//! Commands about products by NATS request: how the command line reaches the product service, and how its replicas
+//! reach the one among them that is writing.
 //!
 //! One JSON request, one JSON reply with the outcome. Not part of the contract with other services; permissions keep
-//! the subject to the platform's own tools. A command carries its own id, so that asking again after a lost reply does
-//! not act twice (within the stream's de-duplication window).
+//! the subjects to the platform's own tools. A command carries its own id, so that asking again after a lost reply does
+//! not act twice (within the stream's de-duplication window, and beyond it when it has a fingerprint).
+//!
+//! While orders arrive, one replica writes. A command that another replica commits would conflict with every batch of
+//! the writer's, so each replica hands its commands to the writer ([`Writer`]), which decides them between its orders.
 
+use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
-use async_nats::{Client, Message, SubscribeError};
-use futures::StreamExt;
+use async_nats::{Client, HeaderMap, Message, Request as NatsRequest, SubscribeError, Subscriber};
+use futures::{FutureExt, StreamExt};
+use lomash_contract::{ContentType, Envelope, LedgerEvent, codec, parse_stored};
 use lomash_ledger::{Carried, header};
 use serde::{Deserialize, Serialize};
-use tokio::sync::Semaphore;
+use serde_json::Value;
+use tokio::sync::{Notify, Semaphore};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::debug;
 
-use crate::committer::{CommandError, Committed, Committer};
+use crate::committer::{Answer, CommandError, Committed, Committer};
 use crate::inventory::{Command, Outcome, ProductCommand, Rejection};
 
 /// The subject commands are sent to.
 pub const SUBJECT: &str = "lomash.commands.product";
 
+/// The subject on which the replica that is writing takes the commands of the others.
+pub const WRITER_SUBJECT: &str = "lomash.commands.product.writer";
+
+/// How long after its last order a replica counts as the one that is writing.
+pub const WRITING_FOR: Duration = Duration::from_secs(5);
+
+/// How long a replica waits for the writer's answer before it commits a command itself. Two batches of the largest size
+/// take less; what the writer does after all is recognised by the command's id.
+pub const WRITER_TIMEOUT: Duration = Duration::from_millis(1_500);
+
 /// The queue group of the replicas: one of them answers.
 pub const QUEUE: &str = "product-service";
+
+/// How long the rest of a subscription's messages may take to arrive after its end.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Commands worked on at once; further ones wait in the subscription.
 pub const MAX_IN_FLIGHT: usize = lomash_ledger::MAX_BATCH_MESSAGES;
@@ -65,6 +88,9 @@ pub enum Reply {
         outcome: Outcome,
         /// The sequence that shows it.
         sequence: u64,
+        /// What it stored, if that is known.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        events: Vec<StoredEvent>,
     },
     /// Not acceptable.
     Rejected {
@@ -85,10 +111,33 @@ pub enum Reply {
     },
 }
 
-impl From<Result<Committed, CommandError>> for Reply {
-    fn from(answer: Result<Committed, CommandError>) -> Self {
+/// An event as it is stored.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct StoredEvent {
+    subject: String,
+    envelope: Value,
+}
+
+impl StoredEvent {
+    fn new(envelope: &Envelope<LedgerEvent>) -> Self {
+        let json = codec::encode(ContentType::Json, envelope);
+        let value = serde_json::from_slice(&json).unwrap_or_default();
+        Self { subject: envelope.payload.subject().to_string(), envelope: value }
+    }
+
+    fn parse(&self) -> Option<Envelope<LedgerEvent>> {
+        let message_id = self.envelope.get("eventId")?.as_str()?;
+        parse_stored(&self.subject, Some(message_id), self.envelope.to_string().as_bytes()).ok()
+    }
+}
+
+impl From<Answer> for Reply {
+    fn from(answer: Answer) -> Self {
         match answer {
-            Ok(Committed { outcome, sequence }) => Self::Committed { outcome, sequence },
+            Ok(Committed { outcome, sequence, events }) => {
+                Self::Committed { outcome, sequence, events: events.iter().map(StoredEvent::new).collect() }
+            }
             Err(CommandError::Rejected(rejection)) => {
                 let detail = rejection.to_string();
                 Self::Rejected { rejection, detail }
@@ -99,17 +148,200 @@ impl From<Result<Committed, CommandError>> for Reply {
     }
 }
 
+// ── Who is writing ──────────────────────────────────────────────────────────────────────────────────────────────
+
+/// Whether this replica is the one that orders are delivered to.
+#[derive(Clone, Debug)]
+pub struct Writing(Arc<LastOrder>);
+
+#[derive(Debug)]
+struct LastOrder {
+    epoch: Instant,
+    /// Milliseconds from the epoch to the last order, and one; 0 before the first.
+    at_ms: AtomicU64,
+    begun: Notify,
+}
+
+impl Default for Writing {
+    fn default() -> Self {
+        Self(Arc::new(LastOrder { epoch: Instant::now(), at_ms: AtomicU64::new(0), begun: Notify::new() }))
+    }
+}
+
+impl Writing {
+    /// Notes that an order was delivered.
+    pub fn note_order(&self) {
+        let now = self.now_ms();
+        if is_over(self.0.at_ms.swap(now, Ordering::Relaxed), now) {
+            self.0.begun.notify_one();
+        }
+    }
+
+    /// Whether orders were delivered within [`WRITING_FOR`].
+    #[must_use]
+    pub fn is_on(&self) -> bool {
+        !is_over(self.0.at_ms.load(Ordering::Relaxed), self.now_ms())
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.0.epoch.elapsed().as_millis()).unwrap_or(u64::MAX - 1) + 1
+    }
+
+    async fn begins(&self) {
+        while !self.is_on() {
+            self.0.begun.notified().await;
+        }
+    }
+}
+
+fn is_over(last_order_ms: u64, now_ms: u64) -> bool {
+    last_order_ms == 0 || u128::from(now_ms.saturating_sub(last_order_ms)) > WRITING_FOR.as_millis()
+}
+
+/// Where a replica brings the commands that it takes in.
+#[derive(Clone, Debug)]
+pub struct Writer {
+    client: Client,
+    committer: Committer,
+    writing: Writing,
+}
+
+impl Writer {
+    /// A way to the writer from the replica with this committer.
+    #[must_use]
+    pub const fn new(client: Client, committer: Committer, writing: Writing) -> Self {
+        Self { client, committer, writing }
+    }
+
+    /// This replica's own committer.
+    #[must_use]
+    pub const fn committer(&self) -> &Committer {
+        &self.committer
+    }
+
+    /// Has a command carried out by the replica that is writing, or by this one when that is the one, when there is none,
+    /// and when it does not answer.
+    ///
+    /// # Errors
+    /// [`CommandError`].
+    pub async fn submit(&self, command: ProductCommand, carried: Option<Arc<Carried>>) -> Answer {
+        if !self.writing.is_on()
+            && let Some(answer) = self.ask_the_writer(&command, carried.as_deref()).await
+        {
+            return answer;
+        }
+        self.committer.submit(Command::Product(command), carried).await
+    }
+
+    /// None when there is no answer that settles the command.
+    async fn ask_the_writer(&self, command: &ProductCommand, carried: Option<&Carried>) -> Option<Answer> {
+        let mut headers = HeaderMap::new();
+        let trace = carried.map(|carried| [&carried.traceparent, &carried.tracestate]);
+        for (name, value) in [header::TRACEPARENT, header::TRACESTATE].into_iter().zip(trace.into_iter().flatten()) {
+            if let Some(value) = value {
+                headers.insert(name, value.as_str());
+            }
+        }
+        let reason = carried.and_then(|carried| carried.reason.clone());
+        let body = serde_json::to_vec(&Request::Command { command: command.clone(), reason }).ok()?;
+        let request = NatsRequest::new().payload(body.into()).headers(headers).timeout(Some(WRITER_TIMEOUT));
+        let reply = match self.client.send_request(WRITER_SUBJECT, request).await {
+            Ok(reply) => reply,
+            Err(problem) => {
+                debug!(%problem, "no other replica is writing; this one commits");
+                return None;
+            }
+        };
+        match serde_json::from_slice(&reply.payload).ok()? {
+            Reply::Committed { outcome, sequence, events } => {
+                let events = events.iter().filter_map(StoredEvent::parse).collect();
+                Some(Ok(Committed { outcome, sequence, events }))
+            }
+            Reply::Rejected { rejection, .. } => Some(Err(CommandError::Rejected(rejection))),
+            Reply::Pong { .. } | Reply::BadRequest { .. } | Reply::Unavailable { .. } => None,
+        }
+    }
+}
+
+// ── Serving ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
 /// Answers commands until `stop`, then finishes those at work.
 ///
 /// # Errors
-/// When the subject cannot be subscribed.
-pub async fn serve(client: Client, committer: Committer, stop: CancellationToken) -> Result<(), SubscribeError> {
-    let mut requests = client.queue_subscribe(SUBJECT, QUEUE.to_owned()).await?;
+/// When a subject cannot be subscribed.
+pub async fn serve(client: Client, writer: Writer, stop: CancellationToken) -> Result<(), SubscribeError> {
+    let anybody = async {
+        let requests = client.queue_subscribe(SUBJECT, QUEUE.to_owned()).await?;
+        answer_all(&client, requests, &Decides::Writer(writer.clone()), stop.cancelled()).await;
+        Ok::<(), SubscribeError>(())
+    };
+    let replicas = async {
+        while !stop.is_cancelled() {
+            tokio::select! {
+                () = stop.cancelled() => break,
+                () = writer.writing.begins() => {}
+            }
+            let requests = client.queue_subscribe(WRITER_SUBJECT, QUEUE.to_owned()).await?;
+            let over = async {
+                while writer.writing.is_on() {
+                    tokio::time::sleep(WRITING_FOR / 5).await;
+                }
+            };
+            let ends = async {
+                tokio::select! {
+                    () = stop.cancelled() => {}
+                    () = over => {}
+                }
+            };
+            answer_all(&client, requests, &Decides::Here(writer.committer.clone()), ends).await;
+        }
+        Ok::<(), SubscribeError>(())
+    };
+    tokio::try_join!(anybody, replicas)?;
+    Ok(())
+}
+
+/// Who decides the commands of a subscription.
+#[derive(Clone)]
+enum Decides {
+    /// Whichever replica is writing.
+    Writer(Writer),
+    /// This one: it was asked because it is.
+    Here(Committer),
+}
+
+impl Decides {
+    async fn submit(&self, command: ProductCommand, carried: Option<Arc<Carried>>) -> Answer {
+        match self {
+            Self::Writer(writer) => writer.submit(command, carried).await,
+            Self::Here(committer) => committer.submit(Command::Product(command), carried).await,
+        }
+    }
+
+    fn sequence(&self) -> u64 {
+        match self {
+            Self::Writer(Writer { committer, .. }) | Self::Here(committer) => committer.sequence(),
+        }
+    }
+}
+
+/// Answers what comes in until `ends`, and then what has come in. Ends in bounded time: the committer answers everything
+/// when it is stopped.
+async fn answer_all(client: &Client, mut requests: Subscriber, decides: &Decides, ends: impl Future<Output = ()>) {
     let places = Arc::new(Semaphore::new(MAX_IN_FLIGHT));
     let at_work = TaskTracker::new();
+    let mut ends = std::pin::pin!(ends.fuse());
+    let mut drained = std::pin::pin!(futures::future::Fuse::terminated());
     loop {
         let message = tokio::select! {
-            () = stop.cancelled() => break,
+            () = &mut ends => {
+                if requests.drain().await.is_err() {
+                    break;
+                }
+                drained.set(tokio::time::sleep(DRAIN_TIMEOUT).fuse());
+                continue;
+            }
+            () = &mut drained => break,
             message = requests.next() => match message {
                 Some(message) => message,
                 None => break,
@@ -118,32 +350,30 @@ pub async fn serve(client: Client, committer: Committer, stop: CancellationToken
         let Ok(place) = places.clone().acquire_owned().await else {
             break;
         };
-        let (client, committer) = (client.clone(), committer.clone());
+        let (client, decides) = (client.clone(), decides.clone());
         at_work.spawn(async move {
-            answer(&client, &committer, message).await;
+            answer(&client, &decides, message).await;
             drop(place);
         });
     }
-    // Ends in bounded time: the committer answers everything when it is stopped.
     at_work.close();
     at_work.wait().await;
-    Ok(())
 }
 
-async fn answer(client: &Client, committer: &Committer, message: Message) {
+async fn answer(client: &Client, decides: &Decides, message: Message) {
     let Some(inbox) = message.reply.clone() else {
-        debug!(subject = SUBJECT, "a command without a reply subject was ignored");
+        debug!(subject = %message.subject, "a command without a reply subject was ignored");
         return;
     };
     let reply = match parse(&message) {
         Err(detail) => Reply::BadRequest { detail },
-        Ok(Request::Ping) => Reply::Pong { sequence: committer.sequence() },
+        Ok(Request::Ping) => Reply::Pong { sequence: decides.sequence() },
         Ok(Request::Command { command, reason }) => {
             let text = |name: &str| Some(message.headers.as_ref()?.get(name)?.as_str().to_owned());
-            let carried =
-                Carried { traceparent: text(header::TRACEPARENT), tracestate: text(header::TRACESTATE), reason };
+            let (traceparent, tracestate) = (text(header::TRACEPARENT), text(header::TRACESTATE));
+            let carried = Carried { traceparent, tracestate, reason, command: None };
             let carried = (carried != Carried::default()).then(|| Arc::new(carried));
-            committer.submit(Command::Product(command), carried).await.into()
+            decides.submit(command, carried).await.into()
         }
     };
     let body = serde_json::to_vec(&reply).expect("a reply is always JSON");

@@ -21,7 +21,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
-use crate::inventory::{Command, Decision, Draft, Fact, Outcome, Rejection, State, decide};
+use crate::inventory::{Command, CommandMark, Decision, Draft, Fact, Outcome, Rejection, State, decide};
 
 /// Commands that may wait for the committer; more must wait with their sender, orders in their stream.
 pub const MAX_QUEUED_COMMANDS: usize = 4 * MAX_BATCH_MESSAGES;
@@ -49,6 +49,9 @@ pub struct Committed {
     pub outcome: Outcome,
     /// The sequence of the stream that shows it: of the command's last event, or of the state it was settled on.
     pub sequence: u64,
+    /// What a product command stored. Empty for orders, and for what was found in the stream after its answer was lost:
+    /// `sequence` is then that of its first event, from where it can be read back.
+    pub events: Vec<Envelope<LedgerEvent>>,
 }
 
 /// Why a command was not carried out.
@@ -117,6 +120,12 @@ impl Submission {
         self.tried.is_empty() && matches!(self.command, Command::Product(_))
     }
 
+    /// Whether nobody waits for the answer any more and nothing was tried: then it need not be carried out. An order
+    /// comes back by itself, and who sent another command was told that its outcome is unknown.
+    fn is_abandoned(&self) -> bool {
+        self.tried.is_empty() && self.reply.is_closed()
+    }
+
     fn answer(self, answer: Answer) {
         // A caller that went away has no use for the answer; the ledger has it.
         let _ = self.reply.send(answer);
@@ -165,7 +174,8 @@ pub async fn catch_up<L: Ledger>(
         let admitted = message.parse().and_then(|envelope| state.admits(&envelope.payload).map(|()| envelope));
         match admitted {
             Ok(envelope) => {
-                state.evolve(message.sequence, &envelope.payload);
+                let mark = message.carried.command.as_deref().and_then(CommandMark::parse);
+                state.evolve(message.sequence, &envelope.payload, mark);
                 observe(&message, Some(&envelope));
             }
             Err(foreign) => {
@@ -212,6 +222,7 @@ struct Running<L> {
 
 /// A batch that is decided and not yet stored: which submissions it settles, and how.
 struct Batch {
+    decided_at: Timestamp,
     facts: Vec<Fact>,
     messages: Vec<NewMessage>,
     /// One for each submission taken, in order. `last_message` is the position after its last event in the batch.
@@ -252,7 +263,7 @@ impl<L: Ledger> Running<L> {
                     }
                 }
             }
-            waiting.extend(taken.drain(..));
+            waiting.extend(taken.drain(..).filter(|submission| !submission.is_abandoned()));
             if self.stop.is_cancelled() {
                 break;
             }
@@ -289,7 +300,7 @@ impl<L: Ledger> Running<L> {
                 crash_point!("commit-after-ack");
                 debug!(messages = batch.messages.len(), commands = batch.verdicts.len(), last, "committed");
                 for (offset, fact) in batch.facts.iter().enumerate() {
-                    self.state.evolve(expected + 1 + offset as u64, &fact.event);
+                    self.state.evolve(expected + 1 + offset as u64, &fact.event, fact.mark);
                 }
                 self.known.send_replace(last);
                 self.settle(batch, waiting, expected);
@@ -344,7 +355,7 @@ impl<L: Ledger> Running<L> {
     fn decide(&self, waiting: &VecDeque<Submission>, most: usize) -> Batch {
         let now = (self.clock)();
         let mut draft = Draft::new(&self.state);
-        let mut batch = Batch { facts: Vec::new(), messages: Vec::new(), verdicts: Vec::new() };
+        let mut batch = Batch { decided_at: now, facts: Vec::new(), messages: Vec::new(), verdicts: Vec::new() };
         for submission in waiting.iter().take(most) {
             let verdict = match decide(&draft, &submission.command, now) {
                 Decision::Settled(outcome) => Verdict::Settled(outcome),
@@ -371,15 +382,26 @@ impl<L: Ledger> Running<L> {
 
     /// Answers the commands of a batch that is stored from `expected + 1` on, or needed no storing.
     fn settle(&self, batch: Batch, waiting: &mut VecDeque<Submission>, expected: u64) {
+        let mut settled = 0;
         for verdict in batch.verdicts {
             let submission = waiting.pop_front().expect("there is a submission for each verdict");
-            submission.answer(match verdict {
+            let answer = match verdict {
                 Verdict::Store { outcome, last_message, .. } => {
-                    Ok(Committed { outcome, sequence: expected + last_message as u64 })
+                    let facts = &batch.facts[std::mem::replace(&mut settled, last_message)..last_message];
+                    let events = match submission.command {
+                        Command::Order(_) => Vec::new(),
+                        Command::Product(_) => {
+                            facts.iter().map(|fact| envelope(fact, batch.decided_at).map(Clone::clone)).collect()
+                        }
+                    };
+                    Ok(Committed { outcome, sequence: expected + last_message as u64, events })
                 }
-                Verdict::Settled(outcome) => Ok(Committed { outcome, sequence: self.state.sequence() }),
+                Verdict::Settled(outcome) => {
+                    Ok(Committed { outcome, sequence: self.state.sequence(), events: Vec::new() })
+                }
                 Verdict::Reject(error) => Err(error),
-            });
+            };
+            submission.answer(answer);
         }
     }
 
@@ -421,7 +443,7 @@ impl<L: Ledger> Running<L> {
                     None => waiting.push_back(submission),
                     Some((envelope, sequence)) => {
                         let outcome = submission.outcome_of(&envelope);
-                        submission.answer(Ok(Committed { outcome, sequence }));
+                        submission.answer(Ok(Committed { outcome, sequence, events: Vec::new() }));
                     }
                 }
             }
@@ -433,22 +455,36 @@ impl<L: Ledger> Running<L> {
 impl Verdict {
     /// An order decided before stays decided; every other answer without an event rests on the state being current.
     const fn depends_on_freshness(&self) -> bool {
-        !matches!(self, Self::Settled(Outcome::AlreadyDecided) | Self::Reject(CommandError::TooLarge { .. }))
+        !matches!(
+            self,
+            Self::Settled(Outcome::AlreadyDecided | Outcome::Replayed { .. })
+                | Self::Reject(CommandError::TooLarge { .. } | CommandError::Rejected(Rejection::KeyReused))
+        )
     }
 }
 
-fn message(fact: &Fact, now: Timestamp, carried: Option<Arc<Carried>>) -> NewMessage {
-    let envelope = Envelope {
+fn envelope(fact: &Fact, now: Timestamp) -> Envelope<&LedgerEvent> {
+    Envelope {
         event_id: fact.event_id,
         event_type: fact.event.topic().event_type(),
         timestamp: now,
         version: Version::CURRENT,
         payload: &fact.event,
+    }
+}
+
+fn message(fact: &Fact, now: Timestamp, carried: Option<Arc<Carried>>) -> NewMessage {
+    let carried = match fact.mark {
+        None => carried,
+        Some(mark) => {
+            let beside = carried.as_deref().cloned().unwrap_or_default();
+            Some(Arc::new(Carried { command: Some(mark.to_string()), ..beside }))
+        }
     };
     NewMessage {
         subject: fact.event.subject().to_string(),
         event_id: fact.event_id,
-        payload: Bytes::from(codec::encode(ContentType::Json, &envelope)),
+        payload: Bytes::from(codec::encode(ContentType::Json, &envelope(fact, now))),
         carried,
     }
 }

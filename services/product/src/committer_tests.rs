@@ -21,7 +21,7 @@ fn product_id(n: u128) -> ProductId {
 
 fn command(n: u128, action: Action) -> Command {
     let by = UpdatedBy::System;
-    Command::Product(ProductCommand { command_id: Uuid::new_v4(), product_id: product_id(n), by, action })
+    Command::Product(ProductCommand::new(Uuid::new_v4(), product_id(n), by, action))
 }
 
 fn register(n: u128, quantity: u32) -> Command {
@@ -145,7 +145,7 @@ async fn foreign_messages_are_skipped_and_do_not_stop_the_writer() {
         order_id: None,
         updated_by: UpdatedBy::System,
     });
-    let forged = Fact { event_id: Uuid::new_v4().into(), event };
+    let forged = Fact { event_id: Uuid::new_v4().into(), event, mark: None };
     let last = ledger.last_sequence().await.expect("readable");
     ledger.append(&[message(&forged, clock(), None)], last).await.expect("a foreign message gets in");
     committer.submit(order(1, 1, 5), None).await.expect("the order is decided all the same");

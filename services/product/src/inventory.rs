@@ -4,16 +4,20 @@
 //! `INVENTORY` stream up to a sequence and is never changed but by [`State::evolve`]; [`Draft`] is that state with the
 //! decisions of a batch on top, which become real when the batch is stored or vanish with it.
 
+use std::collections::VecDeque;
+use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
+use hashbrown::hash_map::Entry;
 use hashbrown::{HashMap, HashSet};
 use lomash_contract::event::is_name;
 use lomash_contract::id::EventRole;
 use lomash_contract::limits::{MAX_NAME_CHARS, MAX_STOCK, OUT_OF_STOCK_THRESHOLD};
 use lomash_contract::{
-    ChangedField, EventId, FailedItem, FailureReason, Foreign, InventoryUpdateFailed, InventoryUpdated, LedgerEvent,
-    OrderId, ProductDetails, ProductId, ProductRegistered, ProductRevised, ProductUpdated, Sku, Timestamp, Trigger,
-    UpdatedBy,
+    ChangedField, CountedBy, EventId, FailedItem, FailureReason, Foreign, InventoryCounted, InventoryUpdateFailed,
+    InventoryUpdated, LedgerEvent, OrderId, ProductDetails, ProductId, ProductRegistered, ProductRevised,
+    ProductUpdated, Sku, Timestamp, Trigger, UpdatedBy,
 };
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -58,9 +62,62 @@ pub struct ProductCommand {
     pub product_id: ProductId,
     /// Who wants it.
     pub by: UpdatedBy,
+    /// Versions of the product (see [`Product::version`]) of which one must be the present one; empty asks for none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub if_version: Vec<u64>,
+    /// A fingerprint of the request, for a command that may be sent again at any time: it is then remembered beyond the
+    /// stream's de-duplication window, as one of the newest [`MAX_REMEMBERED_COMMANDS`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fingerprint: Option<u64>,
     /// What to do.
     pub action: Action,
 }
+
+impl ProductCommand {
+    /// A command without conditions that is not remembered.
+    #[must_use]
+    pub const fn new(command_id: Uuid, product_id: ProductId, by: UpdatedBy, action: Action) -> Self {
+        Self { command_id, product_id, by, if_version: Vec::new(), fingerprint: None, action }
+    }
+
+    /// What marks its events, when it is to be remembered.
+    #[must_use]
+    pub fn mark(&self) -> Option<CommandMark> {
+        self.fingerprint.map(|fingerprint| CommandMark { command_id: self.command_id, fingerprint })
+    }
+}
+
+/// What marks the events of a command that may be sent again; it travels in a header beside them, so that every replica
+/// knows the command, also after a restart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CommandMark {
+    /// The command.
+    pub command_id: Uuid,
+    /// Of its request: the same id with another fingerprint is another request under a used key.
+    pub fingerprint: u64,
+}
+
+impl fmt::Display for CommandMark {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {:016x}", self.command_id.hyphenated(), self.fingerprint)
+    }
+}
+
+impl CommandMark {
+    /// Reads what `Display` wrote; `None` for anything else.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let (id, fingerprint) = text.split_once(' ')?;
+        let command_id = Uuid::try_parse(id).ok()?;
+        Some(Self { command_id, fingerprint: u64::from_str_radix(fingerprint, 16).ok()? })
+    }
+}
+
+/// Remembered commands: some weeks of a large back office, in some 20 MB.
+pub const MAX_REMEMBERED_COMMANDS: usize = 250_000;
+
+/// How far the clock of whoever counted may be ahead of ours.
+pub const MAX_COUNT_SKEW: Duration = Duration::from_secs(300);
 
 /// What to do to a product.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -97,14 +154,30 @@ pub enum Action {
         /// How many; negative takes away. Never below zero.
         delta: i64,
     },
-    /// Correct the stock by a count: `counted - stock_at_count` is added to today's stock, so that what was sold since
-    /// the count is not undone. Never below zero; the shortfall is reported.
+    /// Put a count on record; it changes no stock by itself.
+    RecordCount(Count),
+    /// Correct the stock by a count: `quantity - stock_at_count` is added to today's stock, so that what was sold since
+    /// the count is not undone. Never below zero; the shortfall is reported. A count corrects once, however often it is
+    /// tried, and not at all when a newer one is on record.
     CorrectCount {
-        /// What the warehouse counted.
-        counted: u32,
+        /// The count.
+        #[serde(flatten)]
+        count: Count,
         /// What the ledger said at the moment of the count.
         stock_at_count: u32,
     },
+}
+
+/// How many of a product somebody counted, and when.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Count {
+    /// How many were there.
+    pub quantity: u32,
+    /// When they were counted.
+    pub counted_at: Timestamp,
+    /// Who counted.
+    pub counted_by: CountedBy,
 }
 
 /// Details of a product as an admin gives them.
@@ -150,6 +223,8 @@ pub struct Fact {
     pub event_id: EventId,
     /// What happened.
     pub event: LedgerEvent,
+    /// Of the command, when it is to be remembered.
+    pub mark: Option<CommandMark>,
 }
 
 /// What a command came to.
@@ -181,8 +256,15 @@ pub enum Outcome {
         /// By how much a correction would have gone below zero.
         shortfall: u32,
     },
+    /// The count is on record.
+    CountRecorded,
     /// Nothing to change.
     Unchanged,
+    /// The command was carried out before.
+    Replayed {
+        /// Sequence of its first event.
+        first_sequence: u64,
+    },
 }
 
 /// Why a command is not acceptable, as a sentence for the admin.
@@ -229,6 +311,27 @@ pub enum Rejection {
         /// What it is.
         actual: u32,
     },
+    /// The product changed since the admin saw it.
+    #[error("the product is at version {actual}, not at the expected one; read it again")]
+    VersionMismatch {
+        /// Its version.
+        actual: u64,
+    },
+    /// The id of the command was used for another request.
+    #[error("the key was used for another request before; use a new key")]
+    KeyReused,
+    /// A newer count of the product, or another one of the same moment, is on record.
+    #[error("a count of {newest} is on record; this one is not newer")]
+    CountSuperseded {
+        /// When that one was taken.
+        newest: Timestamp,
+    },
+    /// A count of the future.
+    #[error("the count is of {counted_at}, which is still to come; check the clock of whoever counted")]
+    CountInFuture {
+        /// When it claims to be taken.
+        counted_at: Timestamp,
+    },
     /// The same command was stored before.
     #[error("this command was carried out before")]
     Repeated,
@@ -243,8 +346,53 @@ pub struct Product {
     pub details: Arc<ProductDetails>,
     /// Its stock.
     pub quantity: u32,
-    /// Sequence of the last event about it.
+    /// Sequence of the last event that changed its details or its stock.
     pub version: u64,
+    /// Its newest count on record. Few products have one, so it is kept aside.
+    pub count: Option<Box<CountOnRecord>>,
+}
+
+/// The newest count of a product.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CountOnRecord {
+    /// How many.
+    pub quantity: u32,
+    /// When.
+    pub counted_at: Timestamp,
+    /// Whether the stock was corrected by it.
+    pub corrected: bool,
+}
+
+/// The newest commands that may be sent again. What is forgotten is forgotten in the order of the stream, so that every
+/// fold of the same stream remembers the same.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Remembered {
+    commands: HashMap<Uuid, RememberedCommand>,
+    in_order: VecDeque<Uuid>,
+}
+
+/// A command that was carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct RememberedCommand {
+    fingerprint: u64,
+    first_sequence: u64,
+}
+
+impl Remembered {
+    fn note(&mut self, mark: CommandMark, sequence: u64) {
+        let CommandMark { command_id, fingerprint } = mark;
+        let command = RememberedCommand { fingerprint, first_sequence: sequence };
+        // Its further events change nothing.
+        if let Entry::Vacant(place) = self.commands.entry(command_id) {
+            place.insert(command);
+            self.in_order.push_back(command_id);
+            if self.in_order.len() > MAX_REMEMBERED_COMMANDS
+                && let Some(oldest) = self.in_order.pop_front()
+            {
+                self.commands.remove(&oldest);
+            }
+        }
+    }
 }
 
 /// The fold of the ledger up to a sequence. 10 million decided orders cost some 300 MB, a million products as much.
@@ -254,6 +402,7 @@ pub struct State {
     products: HashMap<ProductId, Product>,
     skus: HashMap<Sku, ProductId>,
     decided: HashSet<OrderId>,
+    remembered: Remembered,
     skipped: u64,
 }
 
@@ -262,6 +411,7 @@ trait View {
     fn product(&self, id: &ProductId) -> Option<&Product>;
     fn sku_owner(&self, sku: &Sku) -> Option<ProductId>;
     fn is_decided(&self, order: &OrderId) -> bool;
+    fn remembered(&self, command_id: &Uuid) -> Option<RememberedCommand>;
 }
 
 impl State {
@@ -313,8 +463,11 @@ impl State {
     ///
     /// # Panics
     /// When `sequence` is not the next one: a fold with a gap is worthless.
-    pub fn evolve(&mut self, sequence: u64, event: &LedgerEvent) {
+    pub fn evolve(&mut self, sequence: u64, event: &LedgerEvent, mark: Option<CommandMark>) {
         self.advance(sequence);
+        if let Some(mark) = mark {
+            self.remembered.note(mark, sequence);
+        }
         let id = ProductId(event.key());
         if let Some(sku) = registered_sku(event) {
             let previous = self.products.get(&id).map(|product| &product.details.sku);
@@ -350,17 +503,26 @@ impl State {
 fn evolved(previous: Option<&Product>, sequence: u64, event: &LedgerEvent) -> Option<Product> {
     match event {
         LedgerEvent::ProductRegistered(ProductRegistered(details)) => {
-            Some(Product { details: Arc::new(details.clone()), quantity: 0, version: sequence })
+            Some(Product { details: Arc::new(details.clone()), quantity: 0, version: sequence, count: None })
         }
         LedgerEvent::ProductRevised(ProductRevised(details)) => {
-            Some(Product { details: Arc::new(details.clone()), quantity: previous?.quantity, version: sequence })
+            Some(Product { details: Arc::new(details.clone()), version: sequence, ..previous?.clone() })
         }
         LedgerEvent::InventoryUpdated(updated) => {
-            Some(Product { details: previous?.details.clone(), quantity: updated.new_quantity, version: sequence })
+            let mut product = Product { quantity: updated.new_quantity, version: sequence, ..previous?.clone() };
+            if let (Trigger::ScheduledSync, Some(count)) = (updated.trigger, &mut product.count) {
+                count.corrected = true;
+            }
+            Some(product)
         }
-        LedgerEvent::InventoryUpdateFailed(_) | LedgerEvent::InventoryCounted(_) | LedgerEvent::ProductUpdated(_) => {
-            None
+        LedgerEvent::InventoryCounted(counted) => {
+            let InventoryCounted { quantity, counted_at, .. } = *counted;
+            let newer = |count: &CountOnRecord| count.counted_at < counted_at;
+            let previous = previous.filter(|product| product.count.as_deref().is_none_or(newer))?;
+            let count = CountOnRecord { quantity, counted_at, corrected: false };
+            Some(Product { count: Some(Box::new(count)), ..previous.clone() })
         }
+        LedgerEvent::InventoryUpdateFailed(_) | LedgerEvent::ProductUpdated(_) => None,
     }
 }
 
@@ -392,12 +554,19 @@ impl View for State {
     fn is_decided(&self, order: &OrderId) -> bool {
         self.decided.contains(order)
     }
+
+    fn remembered(&self, command_id: &Uuid) -> Option<RememberedCommand> {
+        self.remembered.commands.get(command_id).copied()
+    }
 }
 
 /// The state with the decisions of a batch that is not stored yet.
 #[derive(Debug)]
 pub struct Draft<'s> {
     state: &'s State,
+    /// The sequence of the last fact taken in, if the batch is stored: it is stored right behind the state or not at all.
+    sequence: u64,
+    remembered: HashMap<Uuid, RememberedCommand>,
     products: HashMap<ProductId, Product>,
     skus: HashMap<Sku, ProductId>,
     decided: HashSet<OrderId>,
@@ -407,12 +576,24 @@ impl<'s> Draft<'s> {
     /// A draft on top of `state`.
     #[must_use]
     pub fn new(state: &'s State) -> Self {
-        Self { state, products: HashMap::new(), skus: HashMap::new(), decided: HashSet::new() }
+        Self {
+            state,
+            sequence: state.sequence,
+            remembered: HashMap::new(),
+            products: HashMap::new(),
+            skus: HashMap::new(),
+            decided: HashSet::new(),
+        }
     }
 
     /// Takes the facts of a decision in, so that the next command is decided after it.
     pub fn apply(&mut self, facts: &[Fact]) {
-        for Fact { event, .. } in facts {
+        for Fact { event, mark, .. } in facts {
+            self.sequence += 1;
+            if let Some(CommandMark { command_id, fingerprint }) = *mark {
+                let first_sequence = self.sequence;
+                self.remembered.entry(command_id).or_insert(RememberedCommand { fingerprint, first_sequence });
+            }
             let id = ProductId(event.key());
             if let Some(sku) = registered_sku(event) {
                 self.skus.insert(sku.clone(), id);
@@ -420,9 +601,7 @@ impl<'s> Draft<'s> {
             if let Some(order) = decided_order(event) {
                 self.decided.insert(order);
             }
-            // Versions are given by the stream when it stores; until then the last one stands.
-            let version = self.product(&id).map_or(0, |product| product.version);
-            if let Some(product) = evolved(self.product(&id), version, event) {
+            if let Some(product) = evolved(self.product(&id), self.sequence, event) {
                 self.products.insert(id, product);
             }
         }
@@ -442,6 +621,10 @@ impl View for Draft<'_> {
 
     fn is_decided(&self, order: &OrderId) -> bool {
         self.decided.contains(order) || self.state.is_decided(order)
+    }
+
+    fn remembered(&self, command_id: &Uuid) -> Option<RememberedCommand> {
+        self.remembered.get(command_id).copied().or_else(|| self.state.remembered(command_id))
     }
 }
 
@@ -486,7 +669,7 @@ fn decide_order(view: &impl View, order: &Order, now: Timestamp) -> Decision {
         if !items.is_empty() {
             let event_id = EventId::derive(&order.order_id.0, EventRole::Refusal, &order.order_id.0);
             let failed = InventoryUpdateFailed { order_id: order.order_id, reason, items };
-            let fact = Fact { event_id, event: LedgerEvent::InventoryUpdateFailed(failed) };
+            let fact = Fact { event_id, event: LedgerEvent::InventoryUpdateFailed(failed), mark: None };
             return Decision::Store(vec![fact], Outcome::Refused { reason });
         }
     }
@@ -499,6 +682,7 @@ fn decide_order(view: &impl View, order: &Order, now: Timestamp) -> Decision {
             trigger: Trigger::OrderConfirmed,
             order_id: Some(order.order_id),
             by: UpdatedBy::System,
+            mark: None,
         };
         change.record(&product.details, product.quantity, now, &mut facts);
     }
@@ -512,6 +696,7 @@ struct StockChange {
     trigger: Trigger,
     order_id: Option<OrderId>,
     by: UpdatedBy,
+    mark: Option<CommandMark>,
 }
 
 impl StockChange {
@@ -529,10 +714,11 @@ impl StockChange {
                 order_id: self.order_id,
                 updated_by: self.by,
             }),
+            mark: self.mark,
         });
         if is_available(previous_quantity) != is_available(self.new_quantity) {
             let changed = vec![ChangedField::StockQuantity, ChangedField::IsAvailable];
-            facts.push(product_updated(&self.cause, product_id, changed, now));
+            facts.push(product_updated(&self.cause, self.mark, product_id, changed, now));
         }
     }
 }
@@ -543,15 +729,37 @@ pub const fn is_available(quantity: u32) -> bool {
     quantity > OUT_OF_STOCK_THRESHOLD
 }
 
-fn product_updated(cause: &Uuid, product_id: ProductId, changed_fields: Vec<ChangedField>, now: Timestamp) -> Fact {
+fn product_updated(
+    cause: &Uuid,
+    mark: Option<CommandMark>,
+    product_id: ProductId,
+    changed_fields: Vec<ChangedField>,
+    now: Timestamp,
+) -> Fact {
     Fact {
+        mark,
         event_id: EventId::derive(cause, EventRole::ChangedFields, &product_id.0),
         event: LedgerEvent::ProductUpdated(ProductUpdated { product_id, changed_fields, updated_at: now }),
     }
 }
 
 fn decide_product(view: &impl View, command: &ProductCommand, now: Timestamp) -> Result<Decision, Rejection> {
+    if let Some(mark) = command.mark()
+        && let Some(known) = view.remembered(&command.command_id)
+    {
+        let RememberedCommand { fingerprint, first_sequence } = known;
+        return if fingerprint == mark.fingerprint {
+            Ok(Decision::Settled(Outcome::Replayed { first_sequence }))
+        } else {
+            Err(Rejection::KeyReused)
+        };
+    }
     let product = view.product(&command.product_id);
+    if let Some(product) =
+        product.filter(|product| !command.if_version.is_empty() && !command.if_version.contains(&product.version))
+    {
+        return Err(Rejection::VersionMismatch { actual: product.version });
+    }
     match &command.action {
         Action::Register { details, initial_quantity } => register(view, command, details, *initial_quantity, now),
         Action::Revise { details } => {
@@ -568,7 +776,7 @@ fn decide_product(view: &impl View, command: &ProductCommand, now: Timestamp) ->
             if let Some(expected) = expected_quantity.filter(|expected| *expected != product.quantity) {
                 return Err(Rejection::UnexpectedQuantity { expected, actual: product.quantity });
             }
-            change_stock(command, product, i64::from(*quantity), Trigger::AdminUpdate, 0, now)
+            change_stock(command, product, i64::from(*quantity), Trigger::AdminUpdate, 0, Vec::new(), now)
         }
         Action::Adjust { delta } => {
             let product = product.ok_or(Rejection::UnknownProduct)?;
@@ -576,34 +784,94 @@ fn decide_product(view: &impl View, command: &ProductCommand, now: Timestamp) ->
             if new < 0 {
                 return Err(Rejection::BelowZero { quantity: product.quantity, taken: delta.unsigned_abs() });
             }
-            change_stock(command, product, new, Trigger::AdminUpdate, 0, now)
+            change_stock(command, product, new, Trigger::AdminUpdate, 0, Vec::new(), now)
         }
-        Action::CorrectCount { counted, stock_at_count } => {
+        Action::RecordCount(count) => {
             let product = product.ok_or(Rejection::UnknownProduct)?;
-            let new = i64::from(product.quantity) + i64::from(*counted) - i64::from(*stock_at_count);
+            match look_at(product, count, now)? {
+                OnRecord::Corrected | OnRecord::Recorded => Ok(Decision::Settled(Outcome::Unchanged)),
+                OnRecord::New => Ok(Decision::Store(vec![counted(command, product, count)], Outcome::CountRecorded)),
+            }
+        }
+        Action::CorrectCount { count, stock_at_count } => {
+            let product = product.ok_or(Rejection::UnknownProduct)?;
+            let mut facts = Vec::with_capacity(3);
+            match look_at(product, count, now)? {
+                OnRecord::Corrected => return Ok(Decision::Settled(Outcome::Unchanged)),
+                OnRecord::Recorded => {}
+                OnRecord::New => facts.push(counted(command, product, count)),
+            }
+            let new = i64::from(product.quantity) + i64::from(count.quantity) - i64::from(*stock_at_count);
             let shortfall = u32::try_from(-new).unwrap_or(0);
-            change_stock(command, product, new.max(0), Trigger::ScheduledSync, shortfall, now)
+            change_stock(command, product, new.max(0), Trigger::ScheduledSync, shortfall, facts, now)
         }
     }
 }
 
+/// What the ledger knows of a count.
+enum OnRecord {
+    New,
+    Recorded,
+    Corrected,
+}
+
+fn look_at(product: &Product, count: &Count, now: Timestamp) -> Result<OnRecord, Rejection> {
+    in_range("quantity", i64::from(count.quantity))?;
+    if count.counted_at.get() > now.get() + MAX_COUNT_SKEW {
+        return Err(Rejection::CountInFuture { counted_at: count.counted_at });
+    }
+    match &product.count {
+        Some(known) if known.counted_at == count.counted_at && known.quantity == count.quantity => {
+            Ok(if known.corrected { OnRecord::Corrected } else { OnRecord::Recorded })
+        }
+        Some(known) if known.counted_at >= count.counted_at => {
+            Err(Rejection::CountSuperseded { newest: known.counted_at })
+        }
+        _ => Ok(OnRecord::New),
+    }
+}
+
+fn counted(command: &ProductCommand, product: &Product, count: &Count) -> Fact {
+    let Count { quantity, counted_at, counted_by } = *count;
+    Fact {
+        event_id: EventId::derive(&command.command_id, EventRole::Count, &command.product_id.0),
+        event: LedgerEvent::InventoryCounted(InventoryCounted {
+            product_id: command.product_id,
+            sku: product.details.sku.clone(),
+            quantity,
+            counted_at,
+            counted_by,
+        }),
+        mark: command.mark(),
+    }
+}
+
+/// Changes the stock, after `facts` that belong to the same decision.
 fn change_stock(
     command: &ProductCommand,
     product: &Product,
     new_quantity: i64,
     trigger: Trigger,
     shortfall: u32,
+    mut facts: Vec<Fact>,
     now: Timestamp,
 ) -> Result<Decision, Rejection> {
     let new_quantity = in_range("quantity", new_quantity)?;
     let previous_quantity = product.quantity;
     let outcome = Outcome::StockChanged { previous_quantity, new_quantity, shortfall };
     if new_quantity == previous_quantity {
-        let settled = if shortfall == 0 { Outcome::Unchanged } else { outcome };
-        return Ok(Decision::Settled(settled));
+        let outcome = if shortfall == 0 { Outcome::Unchanged } else { outcome };
+        let settled = facts.is_empty();
+        return Ok(if settled { Decision::Settled(outcome) } else { Decision::Store(facts, outcome) });
     }
-    let change = StockChange { cause: command.command_id, new_quantity, trigger, order_id: None, by: command.by };
-    let mut facts = Vec::with_capacity(2);
+    let change = StockChange {
+        cause: command.command_id,
+        new_quantity,
+        trigger,
+        order_id: None,
+        by: command.by,
+        mark: command.mark(),
+    };
     change.record(&product.details, previous_quantity, now, &mut facts);
     Ok(Decision::Store(facts, outcome))
 }
@@ -628,6 +896,7 @@ fn register(
     let mut facts = vec![Fact {
         event_id: EventId::derive(&command.command_id, EventRole::Details, &command.product_id.0),
         event: LedgerEvent::ProductRegistered(ProductRegistered(wanted.clone())),
+        mark: command.mark(),
     }];
     if initial_quantity > 0 {
         let change = StockChange {
@@ -636,6 +905,7 @@ fn register(
             trigger: Trigger::AdminUpdate,
             order_id: None,
             by: command.by,
+            mark: command.mark(),
         };
         change.record(&wanted, 0, now, &mut facts);
     }
@@ -671,8 +941,10 @@ fn revise(
     let revised = Fact {
         event_id: EventId::derive(&command.command_id, EventRole::Details, &command.product_id.0),
         event: LedgerEvent::ProductRevised(ProductRevised(wanted)),
+        mark: command.mark(),
     };
-    let facts = vec![revised, product_updated(&command.command_id, command.product_id, changed_fields.clone(), now)];
+    let (cause, mark) = (&command.command_id, command.mark());
+    let facts = vec![revised, product_updated(cause, mark, command.product_id, changed_fields.clone(), now)];
     Ok(Decision::Store(facts, Outcome::Revised { changed_fields }))
 }
 

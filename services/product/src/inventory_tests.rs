@@ -28,7 +28,7 @@ fn details(sku: &str) -> Details {
 
 fn product(n: u128, action: Action) -> Command {
     let command_id = Uuid::new_v5(&Uuid::from_u128(n), format!("{action:?}").as_bytes());
-    Command::Product(ProductCommand { command_id, product_id: id(n), by: UpdatedBy::System, action })
+    Command::Product(ProductCommand::new(command_id, id(n), UpdatedBy::System, action))
 }
 
 fn register(n: u128, quantity: u32) -> Command {
@@ -38,6 +38,24 @@ fn register(n: u128, quantity: u32) -> Command {
 fn order(n: u128, lines: &[(u128, u32)]) -> Command {
     let lines = lines.iter().map(|(product, quantity)| OrderLine { product_id: id(*product), quantity: *quantity });
     Command::Order(Order { order_id: order_id(n), lines: lines.collect() })
+}
+
+/// A count taken `minutes` before now.
+fn counted(minutes: i64, quantity: u32) -> Count {
+    let counted_at = Timestamp::new(now().get() - time::Duration::minutes(minutes));
+    Count { quantity, counted_at, counted_by: CountedBy::Warehouse }
+}
+
+/// The same command under a key, whose request has this fingerprint.
+fn keyed(command: &Command, fingerprint: u64) -> Command {
+    let Command::Product(command) = command else { panic!("orders have no keys") };
+    Command::Product(ProductCommand { fingerprint: Some(fingerprint), ..command.clone() })
+}
+
+/// The same command, if the product is at one of these versions.
+fn if_at(command: &Command, versions: &[u64]) -> Command {
+    let Command::Product(command) = command else { panic!("orders have no versions") };
+    Command::Product(ProductCommand { if_version: versions.to_vec(), ..command.clone() })
 }
 
 /// Decides on the state alone.
@@ -51,7 +69,7 @@ fn given(history: &[Command]) -> State {
         if let Decision::Store(facts, _) = decide_on(&state, command) {
             for fact in facts {
                 state.admits(&fact.event).expect("our own events chain");
-                state.evolve(state.sequence() + 1, &fact.event);
+                state.evolve(state.sequence() + 1, &fact.event, fact.mark);
             }
         }
     }
@@ -85,11 +103,15 @@ fn told(decision: &Decision) -> String {
 #[test]
 fn every_outcome_of_every_command() {
     let set = |quantity, expected_quantity| Action::SetQuantity { quantity, expected_quantity };
-    let count = |counted, stock_at_count| Action::CorrectCount { counted, stock_at_count };
+    let record = |minutes, quantity| Action::RecordCount(counted(minutes, quantity));
+    let correct =
+        |minutes, quantity, stock_at_count| Action::CorrectCount { count: counted(minutes, quantity), stock_at_count };
+    let count = |quantity, stock_at_count| Action::CorrectCount { count: counted(0, quantity), stock_at_count };
     let revise = |sku: &str, name: &str| Action::Revise { details: Details { name: name.into(), ..details(sku) } };
     let stocked = &[register(1, 10), register(2, 5)];
     let off_sale = &[register(1, 10), product(1, Action::Activate { active: false })];
     let once = &[register(1, 10), order(1, &[(1, 4)])];
+    let counted_once = &[register(1, 10), order(1, &[(1, 4)]), product(1, record(1, 12))];
     let refused_once = &[register(1, 1), order(1, &[(1, 4)]), product(1, set(100, None))];
     let table: &[(&str, &[Command], Command, &str)] = &[
         ("an order takes stock", stocked, order(1, &[(1, 4)]), "10→6 ORDER_CONFIRMED => Allocated"),
@@ -220,16 +242,84 @@ fn every_outcome_of_every_command() {
             "a count corrects by its difference, not to its figure",
             once,
             product(1, count(12, 10)),
-            "6→8 SCHEDULED_SYNC => StockChanged { previous_quantity: 6, new_quantity: 8, shortfall: 0 }",
+            "counted, 6→8 SCHEDULED_SYNC => StockChanged { previous_quantity: 6, new_quantity: 8, shortfall: 0 }",
         ),
         (
             "a correction stops at zero and tells the shortfall",
             once,
             product(1, count(1, 10)),
-            "6→0 SCHEDULED_SYNC, [StockQuantity, IsAvailable] => StockChanged { previous_quantity: 6, new_quantity: 0, \
-             shortfall: 3 }",
+            "counted, 6→0 SCHEDULED_SYNC, [StockQuantity, IsAvailable] => StockChanged { previous_quantity: 6, \
+             new_quantity: 0, shortfall: 3 }",
         ),
-        ("a count that agrees", once, product(1, count(10, 10)), "=> Unchanged"),
+        ("a count that agrees is on record", once, product(1, count(10, 10)), "counted => Unchanged"),
+        ("a count by itself", once, product(1, record(1, 3)), "counted => CountRecorded"),
+        ("the same count again", counted_once, product(1, record(1, 12)), "=> Unchanged"),
+        (
+            "an older count than the one on record",
+            counted_once,
+            product(1, record(2, 12)),
+            "=> a count of 2026-01-31T09:29:00.123Z is on record; this one is not newer",
+        ),
+        (
+            "another figure of the same moment",
+            counted_once,
+            product(1, record(1, 13)),
+            "=> a count of 2026-01-31T09:29:00.123Z is on record; this one is not newer",
+        ),
+        (
+            "a count of the future",
+            once,
+            product(1, record(-6, 3)),
+            "=> the count is of 2026-01-31T09:36:00.123Z, which is still to come; check the clock of whoever counted",
+        ),
+        (
+            "a count on record corrects without being recorded again",
+            counted_once,
+            product(1, correct(1, 12, 10)),
+            "6→8 SCHEDULED_SYNC => StockChanged { previous_quantity: 6, new_quantity: 8, shortfall: 0 }",
+        ),
+        (
+            "a count corrects once, whatever was sold since",
+            &[register(1, 10), product(1, correct(1, 12, 10)), order(1, &[(1, 4)])],
+            product(1, correct(1, 12, 10)),
+            "=> Unchanged",
+        ),
+        (
+            "a newer count corrects again",
+            &[register(1, 10), product(1, correct(1, 12, 10))],
+            product(1, correct(0, 9, 12)),
+            "counted, 12→9 SCHEDULED_SYNC => StockChanged { previous_quantity: 12, new_quantity: 9, shortfall: 0 }",
+        ),
+        (
+            "an older count does not correct any more",
+            &[register(1, 10), product(1, correct(1, 12, 10))],
+            product(1, correct(2, 3, 10)),
+            "=> a count of 2026-01-31T09:29:00.123Z is on record; this one is not newer",
+        ),
+        (
+            "the version that was seen",
+            once,
+            if_at(&product(1, set(9, None)), &[1, 4]),
+            "6→9 ADMIN_UPDATE => StockChanged { previous_quantity: 6, new_quantity: 9, shortfall: 0 }",
+        ),
+        (
+            "another version than was seen",
+            once,
+            if_at(&product(1, set(9, None)), &[1, 2]),
+            "=> the product is at version 4, not at the expected one; read it again",
+        ),
+        (
+            "a keyed command again, long after",
+            &[register(1, 10), keyed(&product(1, set(4, None)), 7), product(1, set(8, None))],
+            keyed(&product(1, set(4, None)), 7),
+            "=> Replayed { first_sequence: 4 }",
+        ),
+        (
+            "another request under a used key",
+            &[register(1, 10), keyed(&product(1, set(4, None)), 7)],
+            keyed(&product(1, set(4, None)), 8),
+            "=> the key was used for another request before; use a new key",
+        ),
     ];
     for (what, history, command, expected) in table {
         assert_eq!(told(&decide_on(&given(history), command)), *expected, "{what}");
@@ -254,6 +344,43 @@ fn a_draft_frees_the_unit_that_it_takes_away() {
     assert!(matches!(decide(&draft, &heir, now()), Decision::Store(_, Outcome::Registered)));
     let late = product(3, Action::Register { details: details("NEW"), initial_quantity: 0 });
     assert_eq!(decide(&draft, &late, now()), Decision::Reject(Rejection::SkuTaken { owner: id(1) }));
+}
+
+#[test]
+fn of_two_who_saw_the_same_version_one_wins_also_within_a_batch() {
+    let state = given(&[register(1, 10)]);
+    let mut draft = Draft::new(&state);
+    let version = state.product(&id(1)).expect("it is registered").version;
+    let Decision::Store(facts, _) = decide(&draft, &if_at(&product(1, set_to(4)), &[version]), now()) else {
+        panic!("the first wins")
+    };
+    draft.apply(&facts);
+    let second = decide(&draft, &if_at(&product(1, set_to(5)), &[version]), now());
+    assert_eq!(second, Decision::Reject(Rejection::VersionMismatch { actual: state.sequence() + 1 }));
+}
+
+#[test]
+fn a_keyed_command_twice_in_a_batch_is_carried_out_once() {
+    let state = given(&[register(1, 10)]);
+    let mut draft = Draft::new(&state);
+    let command = keyed(&product(1, Action::Adjust { delta: 1 }), 7);
+    let Decision::Store(facts, _) = decide(&draft, &command, now()) else { panic!("the first is carried out") };
+    draft.apply(&facts);
+    let first_sequence = state.sequence() + 1;
+    assert_eq!(decide(&draft, &command, now()), Decision::Settled(Outcome::Replayed { first_sequence }));
+}
+
+#[test]
+fn a_mark_survives_its_header_and_nothing_else_is_one() {
+    let mark = CommandMark { command_id: Uuid::from_u128(7), fingerprint: 0xfe };
+    assert_eq!(CommandMark::parse(&mark.to_string()), Some(mark));
+    for text in ["", " ", "7 fe", "00000000-0000-0000-0000-000000000007", "00000000-0000-0000-0000-000000000007 x"] {
+        assert_eq!(CommandMark::parse(text), None, "{text}");
+    }
+}
+
+fn set_to(quantity: u32) -> Action {
+    Action::SetQuantity { quantity, expected_quantity: None }
 }
 
 #[test]
@@ -282,20 +409,20 @@ fn any_command() -> impl Strategy<Value = Command> {
     let action = prop_oneof![
         (0_u32..50).prop_map(|quantity| Action::SetQuantity { quantity, expected_quantity: None }),
         (-60_i64..60).prop_map(|delta| Action::Adjust { delta }),
-        (0_u32..50, 0_u32..50).prop_map(|(counted, stock_at_count)| Action::CorrectCount { counted, stock_at_count }),
+        (0_i64..4, 0_u32..50).prop_map(|(minutes, quantity)| Action::RecordCount(counted(minutes, quantity))),
+        (0_i64..4, 0_u32..50, 0_u32..50).prop_map(|(minutes, quantity, stock_at_count)| {
+            let count = counted(minutes, quantity);
+            Action::CorrectCount { count, stock_at_count }
+        }),
         any::<bool>().prop_map(|active| Action::Activate { active }),
         Just(Action::Revise { details: details("SKU-R") }),
     ];
     prop_oneof![
         3 => an_order,
         1 => (1_u128..6, 0_u32..50).prop_map(|(n, quantity)| register(n, quantity)),
-        2 => (1_u128..6, action, any::<u128>()).prop_map(|(n, action, command)| {
-            Command::Product(ProductCommand {
-                command_id: Uuid::from_u128(command),
-                product_id: id(n),
-                by: UpdatedBy::System,
-                action,
-            })
+        2 => (1_u128..6, action, any::<u128>(), any::<Option<u64>>()).prop_map(|(n, action, command, fingerprint)| {
+            let command = ProductCommand::new(Uuid::from_u128(command), id(n), UpdatedBy::System, action);
+            Command::Product(ProductCommand { fingerprint, ..command })
         }),
     ]
 }
@@ -319,7 +446,7 @@ proptest! {
         for command in &commands {
             if let Decision::Store(facts, _) = decide_on(&one_by_one, command) {
                 for fact in facts {
-                    one_by_one.evolve(one_by_one.sequence() + 1, &fact.event);
+                    one_by_one.evolve(one_by_one.sequence() + 1, &fact.event, fact.mark);
                     single.push(fact);
                 }
             }
@@ -329,7 +456,7 @@ proptest! {
         for fact in &batched {
             // The chain holds and nothing is negative: every reader would admit it.
             prop_assert_eq!(folded.admits(&fact.event), Ok(()));
-            folded.evolve(folded.sequence() + 1, &fact.event);
+            folded.evolve(folded.sequence() + 1, &fact.event, fact.mark);
         }
         prop_assert_eq!(folded, one_by_one);
     }
@@ -356,7 +483,7 @@ proptest! {
             return Err(TestCaseError::fail("a new order is always decided"));
         };
         for fact in facts {
-            after.evolve(after.sequence() + 1, &fact.event);
+            after.evolve(after.sequence() + 1, &fact.event, fact.mark);
         }
         for (product, quantity) in wanted {
             let stock = |state: &State| state.product(&id(product)).map(|product| product.quantity);

@@ -11,6 +11,7 @@ use lomash_contract::{ContentType, DecodeError, OrderCreated, OrderItem, codec};
 use lomash_ledger::receive::{Delivery, Receive, Settle};
 use lomash_ledger::{Carried, header, streams};
 
+use crate::commands::Writing;
 use crate::committer::{CommandError, Committer};
 use crate::inventory::{Command, Order, OrderLine};
 
@@ -71,7 +72,8 @@ fn merge(items: &[OrderItem]) -> Vec<OrderLine> {
 }
 
 /// Handles one delivery: parse, have it decided, say how to settle it.
-pub async fn handle(committer: Committer, delivery: Delivery) -> Settle {
+pub async fn handle(committer: Committer, writing: Writing, delivery: Delivery) -> Settle {
+    writing.note_order();
     let order = match parse(delivery.header(header::CONTENT_TYPE), &delivery.payload) {
         Ok(order) => order,
         Err(problem) => return Settle::Dead(problem.to_string()),
@@ -80,7 +82,7 @@ pub async fn handle(committer: Committer, delivery: Delivery) -> Settle {
         Arc::new(Carried {
             traceparent: Some(traceparent.to_owned()),
             tracestate: delivery.header(header::TRACESTATE).map(str::to_owned),
-            reason: None,
+            ..Carried::default()
         })
     });
     match committer.submit(Command::Order(order), carried).await {

@@ -16,6 +16,7 @@ use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use crate::commands::{Writer, Writing};
 use crate::committer::{catch_up, committer};
 use crate::inventory::State;
 use crate::{commands, orders, projection};
@@ -89,19 +90,21 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     // Whoever takes work in stops first, and what was taken is still decided; then the committer.
     let committing = CancellationToken::new();
     let (committer, commit_loop) = committer(ledger.clone(), state, Timestamp::now, committing.clone());
+    let writing = Writing::default();
     let mut commit_task = tokio::spawn(commit_loop);
     let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
     let projecting = projection::run(ledger, pool, config.database_url.clone(), stop.clone());
     tasks.spawn(async { projecting.await.context("the projector cannot go on") });
     tasks.spawn({
-        let (committer, stop) = (committer.clone(), stop.clone());
+        let (committer, writing, stop) = (committer.clone(), writing.clone(), stop.clone());
         async move {
-            let handler = |delivery| orders::handle(committer.clone(), delivery);
+            let handler = |delivery| orders::handle(committer.clone(), writing.clone(), delivery);
             receive::run(context, orders::receive(), stop, handler).await;
             Ok(())
         }
     });
-    let serving = commands::serve(client.clone(), committer, stop.clone());
+    let writer = Writer::new(client.clone(), committer, writing);
+    let serving = commands::serve(client.clone(), writer, stop.clone());
     tasks.spawn(async { serving.await.context("commands cannot be taken") });
     info!("ready");
 

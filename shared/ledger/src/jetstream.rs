@@ -131,6 +131,7 @@ fn headers(message: &NewMessage, batch_id: &str, position: usize, of: usize, exp
             (header::TRACEPARENT, &carried.traceparent),
             (header::TRACESTATE, &carried.tracestate),
             (header::REASON, &carried.reason),
+            (header::COMMAND, &carried.command),
         ];
         for (name, value) in named {
             if let Some(value) = value {
@@ -267,6 +268,7 @@ fn stored(message: jetstream::Message) -> Result<StoredMessage, ReadError> {
         tracestate: text(header::TRACESTATE),
         // A foreign writer may have put in what a text column cannot hold.
         reason: text(header::REASON).map(|reason| header_text(&reason)),
+        command: text(header::COMMAND),
     };
     Ok(StoredMessage {
         sequence,

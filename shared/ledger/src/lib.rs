@@ -38,6 +38,8 @@ const STALE_LEADER_PAUSE: Duration = Duration::from_millis(200);
 pub mod header {
     /// Why an admin changed something, in the admin's words.
     pub const REASON: &str = "Lomash-Reason";
+    /// Which command an event comes of and a fingerprint of its request, for commands that may be sent again.
+    pub const COMMAND: &str = "Lomash-Command";
     /// W3C trace context.
     pub const TRACEPARENT: &str = "traceparent";
     /// W3C trace state.
@@ -55,6 +57,8 @@ pub struct Carried {
     pub tracestate: Option<String>,
     /// Why an admin did it.
     pub reason: Option<String>,
+    /// The command it comes of, when that may be sent again; see `header::COMMAND`.
+    pub command: Option<String>,
 }
 
 /// A message to append.

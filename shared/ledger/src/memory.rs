@@ -197,6 +197,7 @@ fn as_headers(carried: &Carried) -> Carried {
         traceparent: text(&carried.traceparent),
         tracestate: text(&carried.tracestate),
         reason: text(&carried.reason),
+        command: text(&carried.command),
     }
 }
 

@@ -134,12 +134,8 @@ async fn register(client: &ProductClient, workload: &Workload) -> anyhow::Result
                 low_stock_threshold: None,
                 active: true,
             };
-            let command = ProductCommand {
-                command_id: Uuid::new_v4(),
-                product_id: product.id,
-                by: UpdatedBy::System,
-                action: Action::Register { details, initial_quantity: product.stock },
-            };
+            let action = Action::Register { details, initial_quantity: product.stock };
+            let command = ProductCommand::new(Uuid::new_v4(), product.id, UpdatedBy::System, action);
             client.send(command, None).await.with_context(|| format!("{} was not registered", product.sku))
         })
         .buffer_unordered(IN_FLIGHT)
