@@ -8,7 +8,6 @@
 //! [`run`] carries them out, [`reports`] keeps what they came to, `crate::warehouse` brings the figures.
 
 use std::cmp::Ordering;
-use std::time::Duration;
 
 use hashbrown::HashMap;
 use lomash_contract::limits::MAX_STOCK;
@@ -17,6 +16,9 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+use crate::inventory::MAX_COUNT_SKEW;
+
+mod books;
 pub mod reports;
 pub mod run;
 pub mod schedule;
@@ -26,9 +28,6 @@ pub const DEFAULT_APPROVAL_THRESHOLD_PERCENT: u32 = 20;
 
 /// Most figures of one run. All of them are in memory while it is planned, some 300 bytes each.
 pub const MAX_FIGURES: usize = 250_000;
-
-/// How far a count may lie in the future: clocks differ, and a count of tomorrow is a mistake.
-pub const MAX_COUNT_SKEW: Duration = Duration::from_secs(60);
 
 // ── What is asked for ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -172,6 +171,12 @@ impl Catalogue {
     #[must_use]
     pub const fn size(&self) -> u64 {
         self.size
+    }
+
+    /// A product, if it is known.
+    #[must_use]
+    pub fn product(&self, id: ProductId) -> Option<&KnownProduct> {
+        self.products.get(&id)
     }
 
     /// The product that a figure is about.

@@ -98,8 +98,10 @@ fn a_count_that_corrected_already_corrects_nothing_more() {
 #[test]
 fn refusals() {
     use RefusalReason::*;
-    let seconds_ahead =
-        |seconds| Figure { counted_at: Timestamp::new(now().get() + Duration::from_secs(seconds)), ..figure(1, 5, 0) };
+    let seconds_ahead = |seconds| Figure {
+        counted_at: Timestamp::new(now().get() + std::time::Duration::from_secs(seconds)),
+        ..figure(1, 5, 0)
+    };
     let by_sku = |n| Figure { product_id: None, sku: Some(sku(n)), ..figure(n, 5, 500) };
     let same_sku = |n| KnownProduct { sku: sku(1), ..known(n, 5) };
     let late = KnownProduct { registered_at: at(550), ..known(1, 5) };
@@ -124,8 +126,8 @@ fn refusals() {
             Some(Ambiguous),
         ),
         ("sku of two", by_sku(1), vec![same_sku(1), same_sku(2)], 5, Some(Ambiguous)),
-        ("just within the skew", seconds_ahead(60), vec![known(1, 5)], 5, None),
-        ("in the future", seconds_ahead(61), vec![known(1, 5)], 5, Some(CountedInFuture)),
+        ("just within the skew", seconds_ahead(MAX_COUNT_SKEW.as_secs()), vec![known(1, 5)], 5, None),
+        ("in the future", seconds_ahead(MAX_COUNT_SKEW.as_secs() + 1), vec![known(1, 5)], 5, Some(CountedInFuture)),
         ("before registration", figure(1, 5, 500), vec![late], 5, Some(CountedBeforeRegistration)),
         ("newer on record", figure(1, 5, 500), vec![counted(1, 6, 501)], 5, Some(Superseded)),
         ("older on record", figure(1, 5, 500), vec![counted(1, 6, 499)], 5, None),
