@@ -19,6 +19,7 @@ use lomash_contract::{
 };
 use lomash_ledger::{AppendError, JetStreamLedger, Ledger, Messages, NewMessage, ReadError};
 use lomash_tests::{Dice, Fate, PATIENCE, World, count, eventually, nowhere, order, start_until_ready};
+use product_service::projected::Projected;
 use product_service::projection;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -247,7 +248,8 @@ async fn a_projector_that_was_believed_dead_writes_nothing() -> Result<()> {
     let ledger = Gated { ledger: world.ledger(), open, begun };
     let stop = CancellationToken::new();
     let pool = lomash_platform::postgres::pool(&world.database_url())?;
-    let projector = tokio::spawn(projection::run(ledger, pool, world.database_url(), stop.clone()));
+    let projected = Projected::new(pool.clone());
+    let projector = tokio::spawn(projection::run(ledger, pool, world.database_url(), projected, (), stop.clone()));
     sell(1).await?;
     world.quiet().await?;
     assert_eq!(*begins.borrow_and_update(), 1);
@@ -267,13 +269,13 @@ async fn a_projector_that_was_believed_dead_writes_nothing() -> Result<()> {
     assert_eq!(checkpoint(&database).await?, last, "the checkpoint is the other's");
     let written = format!("SELECT count(*) FROM inventory.movements WHERE sequence > {reached}");
     assert_eq!(count(&database, &written).await?, 0, "the zombie wrote no row");
-    assert_eq!(count(&database, "SELECT sum(quantity) FROM inventory.products").await?, 99);
+    assert_eq!(count(&database, "SELECT sum(quantity) FROM inventory.stock").await?, 99);
 
     // The other was restored from a backup: what is missing is projected, from where the checkpoint is.
     database.execute("UPDATE inventory.checkpoint SET sequence = $1", &[&reached]).await?;
     sell(30).await?;
     world.quiet_within(HEAL_BOUND).await?;
-    assert_eq!(count(&database, "SELECT sum(quantity) FROM inventory.products").await?, 39);
+    assert_eq!(count(&database, "SELECT sum(quantity) FROM inventory.stock").await?, 39);
     world.verified().await?;
     stop.cancel();
     projector.await??;
@@ -338,7 +340,7 @@ async fn foreign_messages_are_skipped_by_every_reader_and_named() -> Result<()> 
 
     let database = world.database().await?;
     assert_eq!(count(&database, "SELECT skipped FROM inventory.checkpoint").await?, 4);
-    let stock = format!("SELECT quantity::bigint FROM inventory.products WHERE product_id = '{product}'");
+    let stock = format!("SELECT quantity::bigint FROM inventory.stock WHERE product_id = '{product}'");
     assert_eq!(count(&database, &stock).await?, 0);
 
     let report = world.report().await?;

@@ -226,7 +226,7 @@ async fn damaged_rows_are_named_and_healed() -> Result<()> {
 
     let damaged = products[3];
     let damage = format!(
-        "UPDATE inventory.products SET quantity = quantity + 7 WHERE product_id = '{damaged}';
+        "UPDATE inventory.stock SET quantity = quantity + 7 WHERE product_id = '{damaged}';
          DELETE FROM inventory.movements WHERE sequence = (SELECT max(sequence) FROM inventory.movements);
          INSERT INTO inventory.order_decisions VALUES (gen_random_uuid(), 'allocated', NULL, NULL, 1, now())"
     );

@@ -21,9 +21,9 @@ use std::fmt;
 use hashbrown::{HashMap, HashSet};
 use lomash_contract::limits::OUT_OF_STOCK_THRESHOLD;
 use lomash_contract::{
-    ChangedField, FailedItem, FailureReason, Foreign, InventoryUpdateFailed, InventoryUpdated, LedgerEvent,
-    OrderCreated, OrderId, ProductDetails, ProductId, ProductRegistered, ProductRevised, ProductUpdated, Sku,
-    Timestamp, Trigger, UpdatedBy,
+    ChangedField, CountedBy, FailedItem, FailureReason, Foreign, InventoryCounted, InventoryUpdateFailed,
+    InventoryUpdated, LedgerEvent, OrderCreated, OrderId, ProductDetails, ProductId, ProductRegistered, ProductRevised,
+    ProductUpdated, Sku, Timestamp, Trigger, UpdatedBy,
 };
 use lomash_ledger::StoredMessage;
 use serde::Serialize;
@@ -260,7 +260,7 @@ pub trait Row: Serialize + PartialEq {
     fn sequence(&self) -> u64;
 }
 
-/// A row of `inventory.products`.
+/// A row of `inventory.products` and its row of `inventory.stock`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ProductRow {
@@ -282,6 +282,8 @@ pub struct ProductRow {
     pub is_available: bool,
     /// The event that changed it last.
     pub sequence: u64,
+    /// The event that registered it.
+    pub registered_sequence: u64,
     /// When it joined, in microseconds.
     pub registered_at: i64,
     /// When it changed last, in microseconds.
@@ -312,6 +314,26 @@ pub struct MovementRow {
     pub event_id: Uuid,
     /// The writer's clock, in microseconds.
     pub occurred_at: i64,
+    /// The server's clock, in microseconds.
+    pub stored_at: i64,
+}
+
+/// A row of `inventory.counts`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CountRow {
+    /// The event.
+    pub sequence: u64,
+    /// What was counted.
+    pub product_id: Uuid,
+    /// How many there were.
+    pub quantity: i64,
+    /// The moment that the count describes, in microseconds.
+    pub counted_at: i64,
+    /// By whom; none is the warehouse.
+    pub counted_by: Option<Uuid>,
+    /// The event's id.
+    pub event_id: Uuid,
     /// The server's clock, in microseconds.
     pub stored_at: i64,
 }
@@ -360,6 +382,19 @@ impl Row for MovementRow {
     }
 }
 
+impl Row for CountRow {
+    const TABLE: &'static str = "counts";
+    type Key = u64;
+
+    fn key(&self) -> u64 {
+        self.sequence
+    }
+
+    fn sequence(&self) -> u64 {
+        self.sequence
+    }
+}
+
 impl Row for DecisionRow {
     const TABLE: &'static str = "order_decisions";
     type Key = (u64, Uuid);
@@ -391,6 +426,8 @@ pub fn canonical_items(items: serde_json::Value) -> serde_json::Value {
 pub struct Projected {
     /// A change of stock.
     pub movement: Option<MovementRow>,
+    /// A count.
+    pub count: Option<CountRow>,
     /// The decision of an order: at its first event.
     pub decision: Option<DecisionRow>,
 }
@@ -644,6 +681,7 @@ struct Registered {
     details: ProductDetails,
     quantity: u32,
     sequence: u64,
+    registered_sequence: u64,
     registered_at: OffsetDateTime,
     updated_at: OffsetDateTime,
     /// Which batch registered it: its first change in the same one is its initial stock.
@@ -981,6 +1019,7 @@ impl Audit {
                     details: details.clone(),
                     quantity: 0,
                     sequence,
+                    registered_sequence: sequence,
                     registered_at: message.stored_at,
                     updated_at: message.stored_at,
                     registered_in: self.totals.batches,
@@ -997,7 +1036,10 @@ impl Audit {
                 product.sequence = sequence;
                 product.updated_at = message.stored_at;
             }
-            LedgerEvent::InventoryCounted(counted) => self.check_sku(sequence, place, &counted.sku),
+            LedgerEvent::InventoryCounted(counted) => {
+                self.check_sku(sequence, place, &counted.sku);
+                projected.count = Some(count_row(message, envelope.event_id.0, counted));
+            }
             LedgerEvent::ProductUpdated(updated) => self.changed_fields(sequence, place, updated),
             LedgerEvent::InventoryUpdateFailed(failed) => {
                 projected.decision = self.refusal(message, failed);
@@ -1318,6 +1360,7 @@ impl Audit {
                 quantity: i64::from(product.quantity),
                 is_available: is_available(product.quantity),
                 sequence: product.sequence,
+                registered_sequence: product.registered_sequence,
                 registered_at: micros(product.registered_at),
                 updated_at: micros(product.updated_at),
             }
@@ -1563,6 +1606,21 @@ fn movement_row(message: &StoredMessage, event_id: Uuid, at: Timestamp, updated:
         reason: message.carried.reason.clone(),
         event_id,
         occurred_at: micros(at.get()),
+        stored_at: micros(message.stored_at),
+    }
+}
+
+fn count_row(message: &StoredMessage, event_id: Uuid, counted: &InventoryCounted) -> CountRow {
+    CountRow {
+        sequence: message.sequence,
+        product_id: counted.product_id.0,
+        quantity: i64::from(counted.quantity),
+        counted_at: micros(counted.counted_at.get()),
+        counted_by: match counted.counted_by {
+            CountedBy::Warehouse => None,
+            CountedBy::User(user) => Some(user),
+        },
+        event_id,
         stored_at: micros(message.stored_at),
     }
 }

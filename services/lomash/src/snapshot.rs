@@ -15,7 +15,7 @@ use tokio_postgres::{Client, IsolationLevel, Portal, Row as PostgresRow, Transac
 use uuid::Uuid;
 
 use crate::audit::{
-    Audit, DecisionRow, MovementRow, ProductRow, Projected, Projection, Row, TableComparison, TableReport,
+    Audit, CountRow, DecisionRow, MovementRow, ProductRow, Projected, Projection, Row, TableComparison, TableReport,
     canonical_items, micros,
 };
 
@@ -40,6 +40,7 @@ pub(crate) struct Snapshot<'c> {
     pub(crate) skipped: u64,
     products: Table<ProductRow>,
     movements: Table<MovementRow>,
+    counts: Table<CountRow>,
     decisions: Table<DecisionRow>,
     /// The first failure of Postgres; after it nothing is compared.
     failure: Option<tokio_postgres::Error>,
@@ -73,15 +74,22 @@ impl<'c> Snapshot<'c> {
             .context("the checkpoint of the projection cannot be read; start the product service to build it")?
             .context("the projection has no checkpoint; start the product service to build it")?;
         let cannot = "the projection's tables cannot be read; start the product service to build them";
+        // A product of which one half is missing is read with values that no product has, so that it is named.
         let products = format!(
-            "SELECT product_id, sku, name, category, low_stock_threshold, active, quantity, is_available, sequence,
-                    registered_at, updated_at
-             FROM {schema}.products ORDER BY product_id"
+            "SELECT product_id, COALESCE(sku, ''), COALESCE(name, ''), category, low_stock_threshold,
+                    COALESCE(active, false), COALESCE(quantity, -1), COALESCE(is_available, false),
+                    COALESCE(sequence, 0), COALESCE(registered_sequence, 0), COALESCE(registered_at, 'epoch'),
+                    COALESCE(updated_at, 'epoch')
+             FROM {schema}.products FULL JOIN {schema}.stock USING (product_id) ORDER BY product_id"
         );
         let movements = format!(
             "SELECT sequence, product_id, previous_quantity, new_quantity, trigger, order_id, updated_by, reason,
                     event_id, occurred_at, stored_at
              FROM {schema}.movements ORDER BY sequence"
+        );
+        let counts = format!(
+            "SELECT sequence, product_id, quantity, counted_at, counted_by, event_id, stored_at
+             FROM {schema}.counts ORDER BY sequence"
         );
         let decisions = format!(
             "SELECT sequence, order_id, outcome, reason, items, decided_at
@@ -92,6 +100,7 @@ impl<'c> Snapshot<'c> {
             skipped: unsigned(row.get(1)),
             products: Table::open(&transaction, &products, product_row).await.context(cannot)?,
             movements: Table::open(&transaction, &movements, movement_row).await.context(cannot)?,
+            counts: Table::open(&transaction, &counts, count_row).await.context(cannot)?,
             decisions: Table::open(&transaction, &decisions, decision_row).await.context(cannot)?,
             transaction,
             failure: None,
@@ -103,10 +112,13 @@ impl<'c> Snapshot<'c> {
         if self.failure.is_some() {
             return;
         }
-        let Projected { movement, decision } = projected;
+        let Projected { movement, count, decision } = projected;
         let compared = async {
             if let Some(row) = movement {
                 self.movements.compare(&self.transaction, row).await?;
+            }
+            if let Some(row) = count {
+                self.counts.compare(&self.transaction, row).await?;
             }
             if let Some(row) = decision {
                 self.decisions.compare(&self.transaction, row).await?;
@@ -127,6 +139,7 @@ impl<'c> Snapshot<'c> {
             }
             self.products.drain(&self.transaction).await?;
             self.movements.drain(&self.transaction).await?;
+            self.counts.drain(&self.transaction).await?;
             self.decisions.drain(&self.transaction).await
         };
         if let Err(problem) = compared.await {
@@ -140,6 +153,7 @@ impl<'c> Snapshot<'c> {
             tables: vec![
                 self.products.comparison.report(),
                 self.movements.comparison.report(),
+                self.counts.comparison.report(),
                 self.decisions.comparison.report(),
             ],
         }
@@ -157,10 +171,12 @@ impl Snapshot<'_> {
         let (transaction, other) = (&self.transaction, &fold.transaction);
         self.products.compare_all(transaction, &fold.products, other, compared).await?;
         self.movements.compare_all(transaction, &fold.movements, other, compared).await?;
+        self.counts.compare_all(transaction, &fold.counts, other, compared).await?;
         self.decisions.compare_all(transaction, &fold.decisions, other, compared).await?;
         Ok(vec![
             self.products.comparison.report(),
             self.movements.comparison.report(),
+            self.counts.comparison.report(),
             self.decisions.comparison.report(),
         ])
     }
@@ -249,8 +265,9 @@ fn product_row(row: &PostgresRow) -> ProductRow {
         quantity: i64::from(row.get::<_, i32>(6)),
         is_available: row.get(7),
         sequence: unsigned(row.get(8)),
-        registered_at: instant(row, 9),
-        updated_at: instant(row, 10),
+        registered_sequence: unsigned(row.get(9)),
+        registered_at: instant(row, 10),
+        updated_at: instant(row, 11),
     }
 }
 
@@ -267,6 +284,18 @@ fn movement_row(row: &PostgresRow) -> MovementRow {
         event_id: row.get(8),
         occurred_at: instant(row, 9),
         stored_at: instant(row, 10),
+    }
+}
+
+fn count_row(row: &PostgresRow) -> CountRow {
+    CountRow {
+        sequence: unsigned(row.get(0)),
+        product_id: row.get(1),
+        quantity: row.get(2),
+        counted_at: instant(row, 3),
+        counted_by: row.get(4),
+        event_id: row.get(5),
+        stored_at: instant(row, 6),
     }
 }
 

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use lomash::audit::{
-    Audit, DecisionRow, Evidence, MovementRow, ProductRow, Projection, Report, Row, Status, TableComparison,
+    Audit, CountRow, DecisionRow, Evidence, MovementRow, ProductRow, Projection, Report, Row, Status, TableComparison,
     TableReport, canonical_items, micros,
 };
 use lomash::dice::Dice;
@@ -709,6 +709,7 @@ fn violations_beyond_the_first_are_counted_and_not_named() {
 struct Rows {
     products: Vec<ProductRow>,
     movements: Vec<MovementRow>,
+    counts: Vec<CountRow>,
     decisions: Vec<DecisionRow>,
 }
 
@@ -718,6 +719,7 @@ fn rows(history: &History, checkpoint: u64) -> (Rows, Audit) {
     for message in history.messages.iter().filter(|message| message.sequence <= checkpoint) {
         let projected = audit.observe(message);
         rows.movements.extend(projected.movement);
+        rows.counts.extend(projected.count);
         rows.decisions.extend(projected.decision);
     }
     rows.products = audit.product_rows().collect();
@@ -758,6 +760,7 @@ fn projection_report(corrupt: fn(&mut Rows), skipped: u64) -> Report {
         tables: vec![
             compare(&fold.products, &stored.products),
             compare(&fold.movements, &stored.movements),
+            compare(&fold.counts, &stored.counts),
             compare(&fold.decisions, &stored.decisions),
         ],
     };
@@ -770,13 +773,13 @@ fn an_equal_projection_is_clean() {
     assert!(report.is_clean(), "{}", show(&report));
     let seven = report.invariant(7).unwrap();
     let counts: Vec<u64> = seven.checked.iter().map(|count| count.count).collect();
-    assert_eq!((seven.status, counts), (Status::Holds, vec![4, 8, 5]));
+    assert_eq!((seven.status, counts), (Status::Holds, vec![4, 8, 1, 5]));
 }
 
 #[test]
 fn every_difference_of_the_projection_is_named() {
     type Case = (&'static str, fn(&mut Rows), &'static str, u64, &'static str);
-    let cases: [Case; 8] = [
+    let cases: [Case; 11] = [
         ("a stock is off", |rows| rows.products[0].quantity += 1, "products", 13, "the fold has"),
         ("isAvailable is off", |rows| rows.products[0].is_available = true, "products", 13, "the fold has"),
         ("a product is missing", |rows| drop(rows.products.remove(2)), "products", 7, "the projection lacks"),
@@ -793,6 +796,15 @@ fn every_difference_of_the_projection_is_named() {
             "does not tell",
         ),
         ("an instant is off", |rows| rows.movements[3].stored_at += 1, "movements", 11, "the fold has"),
+        ("a count is off", |rows| rows.counts[0].quantity += 1, "counts", 22, "the fold has"),
+        (
+            "who counted is off",
+            |rows| rows.counts[0].counted_by = Some(Uuid::from_u128(7)),
+            "counts",
+            22,
+            "the fold has",
+        ),
+        ("a count is missing", |rows| rows.counts.clear(), "counts", 22, "the projection lacks"),
         (
             "an order is decided otherwise",
             |rows| rows.decisions[2].outcome = "allocated".into(),

@@ -2,14 +2,17 @@
 //! Postgres.
 //!
 //! The way of an order: [`orders`] parses it, [`inventory`] decides it, [`committer`] stores the decision, and only then
-//! is the order acknowledged. [`projection`] follows behind, on its own; [`rebuild`] makes its tables anew.
+//! is the order acknowledged. [`projection`] follows behind, on its own; [`rebuild`] makes its tables
+//! anew, [`reads`] answers from them, and [`projected`] waits for them.
 
 pub mod client;
 pub mod commands;
 pub mod committer;
 pub mod inventory;
 pub mod orders;
+pub mod projected;
 pub mod projection;
+pub mod reads;
 pub mod rebuild;
 pub mod reconciliation;
 pub mod service;

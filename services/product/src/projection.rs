@@ -5,14 +5,15 @@
 //! the write path waits for it: with Postgres down, orders are still decided, and it catches up later.
 
 use std::collections::BTreeMap;
+use std::future::Future;
 use std::time::Duration;
 
 use deadpool_postgres::{Client, Pool};
 use futures::{FutureExt, StreamExt};
 use hashbrown::HashMap;
 use lomash_contract::{
-    InventoryUpdateFailed, InventoryUpdated, LedgerEvent, OrderId, ProductDetails, ProductId, ProductRegistered,
-    ProductRevised, UpdatedBy, chains,
+    CountedBy, InventoryCounted, InventoryUpdateFailed, InventoryUpdated, LedgerEvent, OrderId, ProductDetails,
+    ProductId, ProductRegistered, ProductRevised, UpdatedBy, chains,
 };
 use lomash_ledger::{Ledger, Messages, ReadError, StoredMessage, crash_point};
 use lomash_platform::Secret;
@@ -26,6 +27,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 use uuid::Uuid;
 
+use crate::projected::Projected;
+
 /// Messages after which a transaction is cut at the next end of a batch.
 pub const BATCH_MESSAGES: usize = 2_000;
 
@@ -37,13 +40,16 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(2);
 
 /// How often an idle projector looks whether its checkpoint is still there.
-const IDLE_CHECK: Duration = Duration::from_secs(2);
+pub const IDLE_CHECK: Duration = Duration::from_secs(2);
 
 /// How often a standby asks whether the place of the active projector is free.
 const STANDBY_PAUSE: Duration = Duration::from_secs(1);
 
 /// Longest that one transaction may take; a slow database must not hold the checkpoint's lock for ever.
 const STATEMENT_TIMEOUT_MS: u32 = 30_000;
+
+/// Longest that [`AfterCommit`] may hold up the projection, each time.
+pub const AFTER_COMMIT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Key of the advisory lock that the active projector holds; the checkpoint protects the rows even without it.
 const PROJECTOR_LOCK: i64 = 0x6c6f_6d61_7368_0002;
@@ -81,21 +87,49 @@ impl From<tokio_postgres::Error> for ProjectionError {
     }
 }
 
+/// What wants to hear of the active projector's progress, for instance a cache of its rows.
+///
+/// Each call is awaited before the projection goes on, but for [`AFTER_COMMIT_TIMEOUT`] at most: then its future is
+/// dropped, and it must know by itself that it did not finish. A failure is its own affair; the rows are committed.
+pub trait AfterCommit: Send + Sync + 'static {
+    /// The projector of this process is the active one now and its rows are those at `checkpoint`. Said again when another
+    /// schema took the place of the live one (`lomash rebuild`), so anything may have changed.
+    fn became_active(&self, checkpoint: u64) -> impl Future<Output = ()> + Send;
+
+    /// The rows are at `reached` now; of the products, these changed.
+    fn committed(&self, reached: u64, changed: &[ProductId]) -> impl Future<Output = ()> + Send;
+
+    /// Nothing happened for [`IDLE_CHECK`]; the rows are still those at `checkpoint`.
+    fn idle(&self, checkpoint: u64) -> impl Future<Output = ()> + Send;
+}
+
+/// Nobody wants to hear.
+impl AfterCommit for () {
+    async fn became_active(&self, _: u64) {}
+
+    async fn committed(&self, _: u64, _: &[ProductId]) {}
+
+    async fn idle(&self, _: u64) {}
+}
+
 /// Projects until `stop`; only a stream that went backwards or has a gap ends it otherwise.
 ///
 /// # Errors
 /// [`ProjectionError::Read`] for what trying again cannot mend.
-pub async fn run<L: Ledger>(
+pub async fn run<L: Ledger, A: AfterCommit>(
     ledger: L,
     pool: Pool,
     url: Secret,
+    projected: Projected,
+    after_commit: A,
     stop: CancellationToken,
 ) -> Result<(), ProjectionError> {
     let mut pause = FIRST_PAUSE;
+    let hears = Hears { projected, after_commit };
     while !stop.is_cancelled() {
         let outcome = tokio::select! {
             () = stop.cancelled() => break,
-            outcome = project(&ledger, &pool, &url, &mut pause) => outcome,
+            outcome = project(&ledger, &pool, &url, &hears, &mut pause) => outcome,
         };
         match outcome {
             Ok(never) => match never {},
@@ -116,11 +150,25 @@ pub async fn run<L: Ledger>(
     Ok(())
 }
 
+/// Who hears of progress.
+struct Hears<A> {
+    projected: Projected,
+    after_commit: A,
+}
+
+/// Waits for what hears of progress, but not for long.
+async fn told(what: &str, hearing: impl Future<Output = ()>) {
+    if tokio::time::timeout(AFTER_COMMIT_TIMEOUT, hearing).await.is_err() {
+        warn!(bound_ms = AFTER_COMMIT_TIMEOUT.as_millis(), "the projection goes on without waiting for {what}");
+    }
+}
+
 /// Becomes the active projector and projects until something fails.
-async fn project<L: Ledger>(
+async fn project<L: Ledger, A: AfterCommit>(
     ledger: &L,
     pool: &Pool,
     url: &Secret,
+    Hears { projected, after_commit }: &Hears<A>,
     pause: &mut Duration,
 ) -> Result<std::convert::Infallible, ProjectionError> {
     // Every time: a schema that was dropped while we ran is made again and filled from the stream.
@@ -133,32 +181,55 @@ async fn project<L: Ledger>(
     while !client.query_one(lock, &[&PROJECTOR_LOCK]).await?.get::<_, bool>(0) {
         tokio::time::sleep(STANDBY_PAUSE).await;
     }
-    let mut checkpoint = read_checkpoint(&client, Schema::Live).await?;
+    let Checkpoint { sequence: mut checkpoint, mut table } = read_checkpoint(&client, Schema::Live).await?;
     let last = ledger.reaches(checkpoint).await?;
     info!(checkpoint, last, "projecting");
+    let announcer = projected.announce(checkpoint);
+    told("what begins with it", after_commit.became_active(checkpoint)).await;
     let mut messages = ledger.follow(checkpoint).await?;
     loop {
         let batch = next_batch(&mut messages, checkpoint).await?;
         let Some(reached) = batch.last().map(|message| message.sequence) else {
             // An idle projector would not notice that its rows are gone or that it was replaced.
-            if read_checkpoint(&client, Schema::Live).await? != checkpoint {
+            let found = read_checkpoint(&client, Schema::Live).await?;
+            if found.sequence != checkpoint {
                 return Err(ProjectionError::Fenced { expected: checkpoint });
             }
+            if std::mem::replace(&mut table, found.table) != found.table {
+                told("what begins with another schema", after_commit.became_active(checkpoint)).await;
+            }
+            told("what is renewed while it is idle", after_commit.idle(checkpoint)).await;
             continue;
         };
-        apply(&mut client, Schema::Live, &batch, checkpoint, reached).await?;
+        let applied = apply(&mut client, Schema::Live, &batch, checkpoint, reached).await?;
         crash_point!("project-after-commit");
         debug!(from = checkpoint + 1, to = reached, "projected");
         checkpoint = reached;
         *pause = FIRST_PAUSE;
+        announcer.reached(checkpoint);
+        if std::mem::replace(&mut table, applied.table) != applied.table {
+            told("what begins with another schema", after_commit.became_active(checkpoint)).await;
+        }
+        told("what follows a commit", after_commit.committed(checkpoint, &applied.changed)).await;
     }
 }
 
-/// Where the rows of `schema` stand.
-async fn read_checkpoint(client: &tokio_postgres::Client, schema: Schema) -> Result<u64, ProjectionError> {
-    let query = format!("SELECT sequence FROM {schema}.checkpoint WHERE projection = $1");
-    let row = client.query_one(&query, &[&PROJECTION]).await?;
-    Ok(u64::try_from(row.get::<_, i64>(0)).unwrap_or(0))
+/// Where the rows of a schema stand.
+struct Checkpoint {
+    sequence: u64,
+    /// The identity of its table: another one when `lomash rebuild` put another schema in its place.
+    table: u32,
+}
+
+impl Checkpoint {
+    fn of(row: &tokio_postgres::Row) -> Self {
+        Self { sequence: row.get::<_, i64>(0).unsigned_abs(), table: row.get(1) }
+    }
+}
+
+async fn read_checkpoint(client: &tokio_postgres::Client, schema: Schema) -> Result<Checkpoint, ProjectionError> {
+    let query = format!("SELECT sequence, tableoid FROM {schema}.checkpoint WHERE projection = $1");
+    Ok(Checkpoint::of(&client.query_one(&query, &[&PROJECTION]).await?))
 }
 
 /// The messages that are there, up to where an atomic batch ends; none when none came for [`IDLE_CHECK`].
@@ -197,10 +268,13 @@ pub(crate) struct ProductRow {
     details: ProductDetails,
     quantity: u32,
     sequence: u64,
+    registered_sequence: u64,
     registered_at: OffsetDateTime,
     updated_at: OffsetDateTime,
-    /// Whether the table does not have it so yet.
+    /// Whether the tables do not have it so yet.
     pub(crate) changed: bool,
+    /// Whether that is so of its details, too. They change rarely, and their indexes are dear.
+    pub(crate) details_changed: bool,
 }
 
 /// One change of stock, and with which message it came.
@@ -209,6 +283,13 @@ pub(crate) struct Movement<'m> {
     event_id: Uuid,
     occurred_at: OffsetDateTime,
     updated: InventoryUpdated,
+}
+
+/// A count, and with which message it came.
+pub(crate) struct Count<'m> {
+    message: &'m StoredMessage,
+    event_id: Uuid,
+    counted: InventoryCounted,
 }
 
 pub(crate) enum OrderDecision {
@@ -224,6 +305,7 @@ pub(crate) type Decisions = BTreeMap<u64, (OrderId, OffsetDateTime, OrderDecisio
 pub(crate) struct Changes<'m> {
     pub(crate) products: HashMap<ProductId, ProductRow>,
     pub(crate) movements: Vec<Movement<'m>>,
+    pub(crate) counts: Vec<Count<'m>>,
     pub(crate) decisions: Decisions,
     decided: HashMap<OrderId, u64>,
     pub(crate) skipped: u64,
@@ -255,9 +337,11 @@ impl<'m> Changes<'m> {
                 let row = ProductRow {
                     quantity: 0,
                     sequence,
+                    registered_sequence: sequence,
                     registered_at: stored_at,
                     updated_at: stored_at,
                     changed: true,
+                    details_changed: true,
                     details,
                 };
                 self.products.insert(row.details.product_id, row);
@@ -265,6 +349,7 @@ impl<'m> Changes<'m> {
             LedgerEvent::ProductRevised(ProductRevised(details)) => {
                 if let Some(row) = self.touch(details.product_id, message) {
                     row.details = details;
+                    row.details_changed = true;
                 }
             }
             LedgerEvent::InventoryUpdated(updated) => {
@@ -280,7 +365,10 @@ impl<'m> Changes<'m> {
             LedgerEvent::InventoryUpdateFailed(failed) => {
                 self.decide(failed.order_id, message, OrderDecision::Refused(failed));
             }
-            LedgerEvent::InventoryCounted(_) | LedgerEvent::ProductUpdated(_) => {}
+            LedgerEvent::InventoryCounted(counted) => {
+                self.counts.push(Count { message, event_id: envelope.event_id.0, counted });
+            }
+            LedgerEvent::ProductUpdated(_) => {}
         }
     }
 
@@ -304,6 +392,14 @@ impl<'m> Changes<'m> {
 /// A message by the stateless half of the rule that every reader applies.
 pub(crate) type Parsed = Result<lomash_contract::Envelope<LedgerEvent>, lomash_contract::Foreign>;
 
+/// What applying a batch did.
+struct Applied {
+    /// The products whose rows changed.
+    changed: Vec<ProductId>,
+    /// See [`Checkpoint::table`].
+    table: u32,
+}
+
 /// Applies a batch and moves the checkpoint from `expected` to `reached`, in one transaction.
 async fn apply(
     client: &mut tokio_postgres::Client,
@@ -311,14 +407,14 @@ async fn apply(
     batch: &[StoredMessage],
     expected: u64,
     reached: u64,
-) -> Result<(), ProjectionError> {
+) -> Result<Applied, ProjectionError> {
     let parsed: Vec<Parsed> = batch.iter().map(StoredMessage::parse).collect();
     let transaction = client.transaction().await?;
     // First of all, and with a lock on the table too: who swaps schemas waits for this transaction, and this one finds
     // either the tables from before the swap or those from after it, never some of each.
-    let lock = format!("SELECT sequence FROM {schema}.checkpoint WHERE projection = $1 FOR UPDATE");
-    let found: i64 = transaction.query_one(&lock, &[&PROJECTION]).await?.get(0);
-    if found != bigint(expected) {
+    let lock = format!("SELECT sequence, tableoid FROM {schema}.checkpoint WHERE projection = $1 FOR UPDATE");
+    let found = Checkpoint::of(&transaction.query_one(&lock, &[&PROJECTION]).await?);
+    if found.sequence != expected {
         return Err(ProjectionError::Fenced { expected });
     }
     let keys: Vec<Uuid> = parsed.iter().flatten().map(|envelope| envelope.payload.key()).collect();
@@ -328,10 +424,12 @@ async fn apply(
     }
     write_products(&transaction, schema, changes.products.values()).await?;
     write_movements(&transaction, schema, &changes.movements).await?;
+    write_counts(&transaction, schema, &changes.counts).await?;
     write_decisions(&transaction, schema, &changes.decisions).await?;
     move_checkpoint(&transaction, schema, expected, reached, changes.skipped).await?;
     transaction.commit().await?;
-    Ok(())
+    let changed = changes.products.values().filter(|row| row.changed).map(|row| row.details.product_id).collect();
+    Ok(Applied { changed, table: found.table })
 }
 
 /// Moves the checkpoint from `expected` to `reached`; `skipped` more messages were not ours.
@@ -366,8 +464,9 @@ async fn load_products(
     keys: &[Uuid],
 ) -> Result<HashMap<ProductId, ProductRow>, ProjectionError> {
     let query = format!(
-        "SELECT product_id, sku, name, category, low_stock_threshold, active, quantity, sequence, registered_at, updated_at
-         FROM {schema}.products WHERE product_id = ANY($1)"
+        "SELECT product_id, sku, name, category, low_stock_threshold, active, quantity, sequence, registered_sequence,
+                registered_at, updated_at
+         FROM {schema}.products JOIN {schema}.stock USING (product_id) WHERE product_id = ANY($1)"
     );
     let rows = transaction.query(&query, &[&keys]).await?;
     rows.into_iter()
@@ -388,9 +487,11 @@ async fn load_products(
                 details,
                 quantity: row.get::<_, i32>(6).unsigned_abs(),
                 sequence: row.get::<_, i64>(7).unsigned_abs(),
-                registered_at: row.get(8),
-                updated_at: row.get(9),
+                registered_sequence: row.get::<_, i64>(8).unsigned_abs(),
+                registered_at: row.get(9),
+                updated_at: row.get(10),
                 changed: false,
+                details_changed: false,
             };
             Ok((product_id, row))
         })
@@ -405,8 +506,33 @@ pub(crate) async fn write_products(
 ) -> Result<(), ProjectionError> {
     let changed: Vec<&ProductRow> = rows.filter(|row| row.changed).collect();
     for rows in changed.chunks(PRODUCTS_A_STATEMENT) {
+        upsert_stock(transaction, schema, rows).await?;
+    }
+    let changed: Vec<&ProductRow> = changed.into_iter().filter(|row| row.details_changed).collect();
+    for rows in changed.chunks(PRODUCTS_A_STATEMENT) {
         upsert_products(transaction, schema, rows).await?;
     }
+    Ok(())
+}
+
+async fn upsert_stock(
+    transaction: &Transaction<'_>,
+    schema: Schema,
+    rows: &[&ProductRow],
+) -> Result<(), ProjectionError> {
+    let ids: Vec<Uuid> = rows.iter().map(|row| row.details.product_id.0).collect();
+    let quantities: Vec<i32> = rows.iter().map(|row| integer(row.quantity)).collect();
+    let thresholds: Vec<Option<i32>> = rows.iter().map(|row| row.details.low_stock_threshold.map(integer)).collect();
+    let sequences: Vec<i64> = rows.iter().map(|row| bigint(row.sequence)).collect();
+    let updated: Vec<OffsetDateTime> = rows.iter().map(|row| row.updated_at).collect();
+    let upsert = format!(
+        "INSERT INTO {schema}.stock (product_id, quantity, low_stock_threshold, sequence, updated_at)
+             SELECT * FROM UNNEST($1::uuid[], $2::int[], $3::int[], $4::bigint[], $5::timestamptz[])
+             ON CONFLICT (product_id) DO UPDATE SET
+                 quantity = excluded.quantity, low_stock_threshold = excluded.low_stock_threshold,
+                 sequence = excluded.sequence, updated_at = excluded.updated_at"
+    );
+    transaction.execute(&upsert, &[&ids, &quantities, &thresholds, &sequences, &updated]).await?;
     Ok(())
 }
 
@@ -419,30 +545,47 @@ async fn upsert_products(
     let skus: Vec<&str> = rows.iter().map(|row| row.details.sku.as_str()).collect();
     let names: Vec<&str> = rows.iter().map(|row| &*row.details.name).collect();
     let categories: Vec<Option<&str>> = rows.iter().map(|row| row.details.category.as_deref()).collect();
-    let thresholds: Vec<Option<i32>> = rows.iter().map(|row| row.details.low_stock_threshold.map(integer)).collect();
     let actives: Vec<bool> = rows.iter().map(|row| row.details.active).collect();
-    let quantities: Vec<i32> = rows.iter().map(|row| integer(row.quantity)).collect();
-    let sequences: Vec<i64> = rows.iter().map(|row| bigint(row.sequence)).collect();
+    // An array of arrays would have to be rectangular, so the words travel as one text; they hold no space.
+    let words: Vec<String> = rows.iter().map(|row| searchable_words(&row.details).join(" ")).collect();
+    let registered_sequences: Vec<i64> = rows.iter().map(|row| bigint(row.registered_sequence)).collect();
     let registered: Vec<OffsetDateTime> = rows.iter().map(|row| row.registered_at).collect();
-    let updated: Vec<OffsetDateTime> = rows.iter().map(|row| row.updated_at).collect();
     let upsert = format!(
         "INSERT INTO {schema}.products
-                 (product_id, sku, name, category, low_stock_threshold, active, quantity, sequence, registered_at,
-                  updated_at)
-             SELECT * FROM UNNEST($1::uuid[], $2::text[], $3::text[], $4::text[], $5::int[], $6::bool[], $7::int[],
-                                  $8::bigint[], $9::timestamptz[], $10::timestamptz[])
+                 (product_id, sku, name, category, active, words, registered_sequence, registered_at)
+             SELECT product_id, sku, name, category, active, string_to_array(words, ' '), sequence, registered_at
+             FROM UNNEST($1::uuid[], $2::text[], $3::text[], $4::text[], $5::bool[], $6::text[], $7::bigint[],
+                         $8::timestamptz[])
+                  AS new (product_id, sku, name, category, active, words, sequence, registered_at)
              ON CONFLICT (product_id) DO UPDATE SET
-                 sku = excluded.sku, name = excluded.name, category = excluded.category,
-                 low_stock_threshold = excluded.low_stock_threshold, active = excluded.active,
-                 quantity = excluded.quantity, sequence = excluded.sequence, updated_at = excluded.updated_at"
+                 sku = excluded.sku, name = excluded.name, category = excluded.category, active = excluded.active,
+                 words = excluded.words"
     );
     transaction
-        .execute(
-            &upsert,
-            &[&ids, &skus, &names, &categories, &thresholds, &actives, &quantities, &sequences, &registered, &updated],
-        )
+        .execute(&upsert, &[&ids, &skus, &names, &categories, &actives, &words, &registered_sequences, &registered])
         .await?;
     Ok(())
+}
+
+/// The words of its sku and its name, by which a product is found.
+fn searchable_words(details: &ProductDetails) -> Vec<String> {
+    let mut words: Vec<String> = split_words(details.sku.as_str()).chain(split_words(&details.name)).collect();
+    words.sort_unstable();
+    words.dedup();
+    words
+}
+
+/// The words of a text: what stands between characters that are neither letters nor digits, in lower case. Both what is
+/// found and what is looked for are split by this.
+pub fn split_words(text: &str) -> impl Iterator<Item = String> {
+    // Lower case first: a letter may become several characters of which not all are letters.
+    let lower = text.to_lowercase();
+    let words: Vec<String> = lower
+        .split(|letter: char| !letter.is_alphanumeric())
+        .filter(|word| !word.is_empty())
+        .map(str::to_owned)
+        .collect();
+    words.into_iter()
 }
 
 /// Adds movements by binary `COPY`.
@@ -493,6 +636,45 @@ pub(crate) async fn write_movements(
                 &message.carried.reason,
                 event_id,
                 occurred_at,
+                &message.stored_at,
+            ])
+            .await?;
+    }
+    writer.finish().await?;
+    Ok(())
+}
+
+/// Adds counts by binary `COPY`.
+pub(crate) async fn write_counts(
+    transaction: &Transaction<'_>,
+    schema: Schema,
+    counts: &[Count<'_>],
+) -> Result<(), ProjectionError> {
+    if counts.is_empty() {
+        return Ok(());
+    }
+    let copy = format!(
+        "COPY {schema}.counts (sequence, product_id, quantity, counted_at, counted_by, event_id, stored_at)
+         FROM STDIN BINARY"
+    );
+    let sink = transaction.copy_in(&copy).await?;
+    let types = [Type::INT8, Type::UUID, Type::INT8, Type::TIMESTAMPTZ, Type::UUID, Type::UUID, Type::TIMESTAMPTZ];
+    let writer = BinaryCopyInWriter::new(sink, &types);
+    let mut writer = std::pin::pin!(writer);
+    for Count { message, event_id, counted } in counts {
+        let by = match counted.counted_by {
+            CountedBy::Warehouse => None,
+            CountedBy::User(id) => Some(id),
+        };
+        writer
+            .as_mut()
+            .write(&[
+                &bigint(message.sequence),
+                &counted.product_id.0,
+                &i64::from(counted.quantity),
+                &counted.counted_at.get(),
+                &by,
+                event_id,
                 &message.stored_at,
             ])
             .await?;

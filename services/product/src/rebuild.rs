@@ -27,8 +27,8 @@ use tokio_postgres::{Client, Transaction};
 use tracing::warn;
 
 use crate::projection::{
-    Changes, PROJECTION, Parsed, ProductRow, ProjectionError, copy_decisions, move_checkpoint, write_decisions,
-    write_movements, write_products,
+    Changes, PROJECTION, Parsed, ProductRow, ProjectionError, copy_decisions, move_checkpoint, write_counts,
+    write_decisions, write_movements, write_products,
 };
 
 /// Messages after which a transaction of the load is cut at the next end of a batch.
@@ -55,7 +55,7 @@ const INDEX_MEMORY: &str = "256MB";
 const REBUILD_LOCK: i64 = 0x6c6f_6d61_7368_0003;
 
 /// The tables that are loaded without indexes.
-const BULK_TABLES: [&str; 2] = ["movements", "order_decisions"];
+const BULK_TABLES: [&str; 3] = ["movements", "order_decisions", "counts"];
 
 /// A shadow projection that is being built.
 pub struct Rebuild<L> {
@@ -161,6 +161,7 @@ impl<L: Ledger> Rebuild<L> {
         let written = async {
             let transaction = self.client.transaction().await?;
             write_movements(&transaction, Schema::Shadow, &changes.movements).await?;
+            write_counts(&transaction, Schema::Shadow, &changes.counts).await?;
             if has_keys {
                 write_decisions(&transaction, Schema::Shadow, &changes.decisions).await?;
             } else {
@@ -213,7 +214,7 @@ impl<L: Ledger> Rebuild<L> {
         };
         written.await.context("the products of the shadow cannot be written")?;
         for row in self.products.values_mut() {
-            row.changed = false;
+            (row.changed, row.details_changed) = (false, false);
         }
         (self.settled, self.skipped) = (self.checkpoint, 0);
         Ok(())
@@ -225,7 +226,8 @@ impl<L: Ledger> Rebuild<L> {
     /// When Postgres fails.
     pub async fn analyze(&self) -> anyhow::Result<()> {
         let schema = Schema::Shadow;
-        let statement = format!("ANALYZE {schema}.products, {schema}.movements, {schema}.order_decisions");
+        let tables = ["products", "stock", "movements", "order_decisions", "counts"];
+        let statement = format!("ANALYZE {}", tables.map(|table| format!("{schema}.{table}")).join(", "));
         self.client.batch_execute(&statement).await.context("the shadow cannot be analysed")
     }
 
@@ -284,6 +286,14 @@ pub async fn roll_back<L: Ledger>(ledger: &L, url: &Secret) -> anyhow::Result<Sw
     refuse_backwards(ledger, &place, Schema::Previous).await?;
     // It may be of an older version than the programs that will read it.
     postgres::migrate_into(url, Schema::Previous).await?;
+    let still = checkpoint(&place, Schema::Previous).await?.context(nothing)?;
+    if still < previous {
+        drop_schema(&place, Schema::Previous).await?;
+        bail!(
+            "the previous projection is of an older version, of which this one cannot make use: it is dropped, and the \
+             live one is as it was; `lomash rebuild` makes it anew"
+        );
+    }
     let mut client = connect(url).await?;
     let transaction = begin_renaming(&mut client).await?;
     let replaced = fence(&transaction).await?;

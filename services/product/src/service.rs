@@ -19,6 +19,7 @@ use tracing::{info, warn};
 use crate::commands::{Writer, Writing};
 use crate::committer::{catch_up, committer};
 use crate::inventory::State;
+use crate::projected::Projected;
 use crate::{commands, orders, projection};
 
 /// How long a stopping service tries to bring what it took in to a decision; what is not decided comes back.
@@ -93,7 +94,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let writing = Writing::default();
     let mut commit_task = tokio::spawn(commit_loop);
     let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
-    let projecting = projection::run(ledger, pool, config.database_url.clone(), stop.clone());
+    let projected = Projected::new(pool.clone());
+    let projecting = projection::run(ledger, pool, config.database_url.clone(), projected, (), stop.clone());
     tasks.spawn(async { projecting.await.context("the projector cannot go on") });
     tasks.spawn({
         let (committer, writing, stop) = (committer.clone(), writing.clone(), stop.clone());

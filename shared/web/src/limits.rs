@@ -1,0 +1,141 @@
+//! Limits on what one caller, one request and one connection may cost.
+//!
+//! Owns the rates of callers and the time limit of routes, and the constants of a connection; `server.rs` applies
+//! those. Limits that an operator may want to change are in `config.rs`.
+
+use std::num::NonZeroU32;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::http::Method;
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use governor::clock::{Clock, DefaultClock};
+use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
+use uuid::Uuid;
+
+use crate::config::RateConfig;
+use crate::problem::Problem;
+
+/// Bytes of a request's line and headers: a token and a few more. hyper answers 431 beyond it.
+pub const MAX_HEADER_BYTES: usize = 16 * 1024;
+/// Headers of a request: three times what browsers and proxies send. hyper answers 431 beyond it.
+pub const MAX_HEADERS: usize = 64;
+/// Bytes that are buffered for one connection in each direction.
+pub const MAX_BUFFER_BYTES: usize = 64 * 1024;
+
+const _: () = assert!(crate::auth::MAX_TOKEN_BYTES < MAX_HEADER_BYTES, "a token must fit into the headers");
+const _: () = assert!(MAX_HEADER_BYTES < MAX_BUFFER_BYTES, "the headers must fit into the buffer");
+
+/// How many requests are counted until callers that have been idle are forgotten.
+const FORGET_EVERY: u32 = 4096;
+
+/// How many requests each caller may send; reads and writes are counted apart.
+#[derive(Debug)]
+pub struct RateLimits {
+    reads: Option<Rate>,
+    writes: Option<Rate>,
+}
+
+#[derive(Debug)]
+struct Rate {
+    callers: DefaultKeyedRateLimiter<Uuid>,
+    clock: DefaultClock,
+    counted: AtomicU32,
+}
+
+impl RateLimits {
+    /// Limits without history.
+    #[must_use]
+    pub fn new(config: &RateConfig) -> Self {
+        Self { reads: Rate::new(config.http_reads_per_second), writes: Rate::new(config.http_writes_per_second) }
+    }
+
+    /// Counts a request of a caller.
+    ///
+    /// # Errors
+    /// 429 with `Retry-After` when the caller has used its share up.
+    pub fn check(&self, subject: Uuid, read: bool) -> Result<(), Problem> {
+        match if read { &self.reads } else { &self.writes } {
+            Some(rate) => rate.check(subject),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Rate {
+    fn new(per_second: u32) -> Option<Self> {
+        let per_second = NonZeroU32::new(per_second)?;
+        let quota =
+            Quota::per_second(per_second).allow_burst(per_second.saturating_mul(NonZeroU32::MIN.saturating_add(1)));
+        Some(Self { callers: RateLimiter::dashmap(quota), clock: DefaultClock::default(), counted: AtomicU32::new(0) })
+    }
+
+    fn check(&self, subject: Uuid) -> Result<(), Problem> {
+        // Whoever has a whole share again is as good as new: between two sweeps at most FORGET_EVERY callers are added.
+        if self.counted.fetch_add(1, Ordering::Relaxed) % FORGET_EVERY == FORGET_EVERY - 1 {
+            self.callers.retain_recent();
+            self.callers.shrink_to_fit();
+        }
+        self.callers.check_key(&subject).map_err(|until| {
+            let wait = until.wait_time_from(self.clock.now());
+            let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+            Problem::too_many_requests("This caller has sent more requests than its share.", seconds.max(1))
+        })
+    }
+}
+
+/// Whether a request of this method only reads.
+#[must_use]
+pub fn is_read(method: &Method) -> bool {
+    matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS)
+}
+
+/// Gives every route of `router` a limit until its answer begins; beyond it the request is dropped and answered 504.
+/// Routers with other limits are merged beside it.
+///
+/// # Panics
+/// When the router has no routes.
+#[must_use]
+pub fn time_limited<S: Clone + Send + Sync + 'static>(router: Router<S>, limit: Duration) -> Router<S> {
+    router.route_layer(middleware::from_fn_with_state(limit, within))
+}
+
+async fn within(State(limit): State<Duration>, request: Request, next: Next) -> Response {
+    match tokio::time::timeout(limit, next.run(request)).await {
+        Ok(response) => response,
+        Err(_) => Problem::timeout().into_response(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits(reads: u32, writes: u32) -> RateLimits {
+        RateLimits::new(&RateConfig { http_reads_per_second: reads, http_writes_per_second: writes })
+    }
+
+    #[test]
+    fn a_caller_that_sends_too_much_waits_and_others_do_not() {
+        let limits = limits(0, 1);
+        let (greedy, modest) = (Uuid::from_u128(1), Uuid::from_u128(2));
+        assert!(limits.check(greedy, false).is_ok() && limits.check(greedy, false).is_ok());
+        let problem = limits.check(greedy, false).expect_err("the third at once");
+        assert_eq!(problem.document().members["retryAfterSeconds"], 1);
+        assert!(limits.check(modest, false).is_ok());
+        assert!((0..1000).all(|_| limits.check(greedy, true).is_ok()), "0 is no limit");
+    }
+
+    #[test]
+    fn idle_callers_are_forgotten() {
+        let limits = limits(1_000_000, 0);
+        for caller in 0..u128::from(FORGET_EVERY) * 20 {
+            assert!(limits.check(Uuid::from_u128(caller), true).is_ok());
+        }
+        let known = limits.reads.as_ref().map(|rate| rate.callers.len());
+        assert!(known.is_some_and(|known| known <= FORGET_EVERY as usize * 2), "{known:?}");
+    }
+}

@@ -1,0 +1,297 @@
+//! The server loop, and what every request passes through.
+//!
+//! One HTTP/1.1 listener without TLS: a proxy in front has that. Nothing that a client does or leaves undone keeps a
+//! connection, a request or memory for longer than the limits say. Requests get an id, which is in the log, in the
+//! header `X-Request-Id` and in problems; the path is logged, the query and the headers are not.
+//!
+//! What hyper refuses before there is a request (431 for headers that are too many or too large, 400 for what is not
+//! HTTP) is answered without a body.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, Request};
+use axum::http::header::X_CONTENT_TYPE_OPTIONS;
+use axum::http::{HeaderName, HeaderValue};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::time::Sleep;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::timeout::RequestBodyTimeoutLayer;
+use tracing::{Instrument as _, debug, debug_span, info, warn};
+use uuid::Uuid;
+
+use crate::config::HttpConfig;
+use crate::health::Health;
+use crate::limits::{MAX_BUFFER_BYTES, MAX_HEADER_BYTES, MAX_HEADERS};
+use crate::problem::{Problem, no_such_method, no_such_route};
+
+/// Pause after a connection could not be accepted: mostly there are no file descriptors left.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+static REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
+
+tokio::task_local! {
+    static REQUEST_ID: Uuid;
+}
+
+/// The id of the request that this task is about; None outside of one.
+#[must_use]
+pub fn request_id() -> Option<Uuid> {
+    REQUEST_ID.try_with(|id| *id).ok()
+}
+
+/// Puts around the routes of a service what every request passes through: its id and log line, panics as 500, body
+/// limits, and problems for what is not there. To be called last, with all routes.
+pub fn application(routes: Router, config: &HttpConfig) -> Router {
+    routes
+        .fallback(no_such_route)
+        .method_not_allowed_fallback(no_such_method)
+        .layer(DefaultBodyLimit::max(config.max_body_bytes()))
+        .layer(RequestBodyTimeoutLayer::new(config.stall_timeout()))
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(middleware::from_fn(in_context))
+}
+
+fn panicked(panic: Box<dyn std::any::Any + Send>) -> Response {
+    let message = panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("no message");
+    Problem::internal(format!("a handler panicked: {message}")).into_response()
+}
+
+async fn in_context(request: Request, next: Next) -> Response {
+    let id = Uuid::new_v4();
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let span = debug_span!("request", request.id = %id);
+    let started = Instant::now();
+    let mut response = REQUEST_ID.scope(id, next.run(request)).instrument(span).await;
+    debug!(request.id = %id, %method, path, status = response.status().as_u16(),
+        duration_ms = started.elapsed().as_millis(), "answered");
+    let headers = response.headers_mut();
+    if let Ok(id) = HeaderValue::from_str(&id.to_string()) {
+        headers.insert(REQUEST_ID_HEADER.clone(), id);
+    }
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    response
+}
+
+/// A listener that is bound and not serving yet.
+#[derive(Debug)]
+pub struct Server {
+    listener: TcpListener,
+    address: SocketAddr,
+    options: Options,
+}
+
+#[derive(Debug, Clone)]
+struct Options {
+    max_connections: usize,
+    header_timeout: Duration,
+    stall_timeout: Duration,
+    stop_delay: Duration,
+    drain_timeout: Duration,
+}
+
+impl Server {
+    /// Binds `HTTP_LISTEN`.
+    ///
+    /// # Errors
+    /// When the address cannot be had.
+    pub async fn bind(config: &HttpConfig) -> anyhow::Result<Self> {
+        let listener = TcpListener::bind(config.http_listen).await.with_context(|| {
+            format!("could not listen on {}; set HTTP_LISTEN to a free address", config.http_listen)
+        })?;
+        let address = listener.local_addr().context("a listener without an address")?;
+        let options = Options {
+            max_connections: usize::try_from(config.http_max_connections).unwrap_or(Semaphore::MAX_PERMITS),
+            header_timeout: config.header_timeout(),
+            stall_timeout: config.stall_timeout(),
+            stop_delay: config.stop_delay(),
+            drain_timeout: config.drain_timeout(),
+        };
+        Ok(Self { listener, address, options })
+    }
+
+    /// Where it listens; with the port that port 0 became.
+    #[must_use]
+    pub fn local_addr(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Serves until `stop` is cancelled, and then until what is in flight is answered or the drain timeout is over.
+    ///
+    /// `health` says not ready at once; connections are taken for the stop delay longer. Answers without an end, such as
+    /// event streams, should end themselves when `stop` is cancelled, or they are cut off at the drain timeout.
+    pub async fn serve(self, app: Router, health: Health, stop: CancellationToken) {
+        let Self { listener, address, options } = self;
+        info!(%address, "serving HTTP");
+        let permits = Arc::new(Semaphore::new(options.max_connections));
+        let connections = TaskTracker::new();
+        // If this future is dropped, no connection outlives it.
+        let closing = CancellationToken::new();
+        let _close = closing.clone().drop_guard();
+        let finishing = closing.child_token();
+        let ending = async {
+            stop.cancelled().await;
+            health.stopping();
+            tokio::time::sleep(options.stop_delay).await;
+        };
+        tokio::pin!(ending);
+        loop {
+            let accepted = tokio::select! {
+                biased;
+                () = &mut ending => break,
+                accepted = accept(&listener, &permits) => accepted,
+            };
+            match accepted {
+                Ok((stream, permit)) => {
+                    let (app, options) = (app.clone(), options.clone());
+                    let (finishing, closing) = (finishing.clone(), closing.clone());
+                    connections.spawn(async move {
+                        serve_connection(stream, app, &options, finishing, closing).await;
+                        drop(permit);
+                    });
+                }
+                Err(error) => {
+                    warn!("could not accept a connection: {error}");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+        drop(listener);
+        finishing.cancel();
+        connections.close();
+        if tokio::time::timeout(options.drain_timeout, connections.wait()).await.is_err() {
+            warn!(connections = connections.len(), "requests in flight took too long to finish and are cut off");
+            closing.cancel();
+            connections.wait().await;
+        }
+        debug!("HTTP has ended");
+    }
+}
+
+/// The next connection, once there is room for it; those beyond wait in the kernel's queue.
+async fn accept(
+    listener: &TcpListener,
+    permits: &Arc<Semaphore>,
+) -> io::Result<(TcpStream, tokio::sync::OwnedSemaphorePermit)> {
+    let permit = permits.clone().acquire_owned().await.map_err(io::Error::other)?;
+    let (stream, _) = listener.accept().await?;
+    Ok((stream, permit))
+}
+
+async fn serve_connection(
+    stream: TcpStream,
+    app: Router,
+    options: &Options,
+    finishing: CancellationToken,
+    closing: CancellationToken,
+) {
+    // An answer is written in one piece: there is nothing to wait for.
+    let _ = stream.set_nodelay(true);
+    let stream = Unstalled::new(stream, options.stall_timeout);
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(options.header_timeout)
+        .max_headers(MAX_HEADERS)
+        .max_header_size(MAX_HEADER_BYTES)
+        .max_buf_size(MAX_BUFFER_BYTES)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(app));
+    tokio::pin!(connection);
+    let mut ended = tokio::select! {
+        ended = connection.as_mut() => Some(ended),
+        () = finishing.cancelled() => None,
+    };
+    if ended.is_none() {
+        connection.as_mut().graceful_shutdown();
+        ended = tokio::select! {
+            ended = connection.as_mut() => Some(ended),
+            () = closing.cancelled() => None,
+        };
+    }
+    if let Some(Err(error)) = ended {
+        // Clients go away and are slow all the time.
+        debug!("a connection ended: {error}");
+    }
+}
+
+/// A connection that fails when its client does not take what is written to it.
+///
+/// hyper bounds the wait for headers, and the body layer that for a body; this is the other direction.
+struct Unstalled {
+    stream: TcpStream,
+    limit: Duration,
+    waiting: Option<Pin<Box<Sleep>>>,
+}
+
+impl Unstalled {
+    fn new(stream: TcpStream, limit: Duration) -> Self {
+        Self { stream, limit, waiting: None }
+    }
+
+    /// Any progress begins the wait anew.
+    fn bounded<T>(&mut self, cx: &mut Context<'_>, outcome: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if outcome.is_ready() {
+            self.waiting = None;
+            return outcome;
+        }
+        let limit = self.limit;
+        let waiting = self.waiting.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
+        match waiting.as_mut().poll(cx) {
+            Poll::Ready(()) => Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client takes nothing"))),
+            Poll::Pending => Poll::Pending,
+        }
+    }
+}
+
+impl AsyncRead for Unstalled {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Unstalled {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let outcome = Pin::new(&mut self.stream).poll_write(cx, buf);
+        self.bounded(cx, outcome)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let outcome = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        self.bounded(cx, outcome)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let outcome = Pin::new(&mut self.stream).poll_shutdown(cx);
+        self.bounded(cx, outcome)
+    }
+}
