@@ -25,6 +25,7 @@ use lomash_platform::Secret;
 use lomash_platform::telemetry::LogFormat;
 use product_service::client::{Done, ProductClient};
 use product_service::inventory::{Action, Details, ProductCommand};
+use product_service::reconciliation::schedule::Schedule;
 use product_service::service::{Config, run};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -190,6 +191,9 @@ impl World {
             database_url: self.database_url(),
             stream_replicas: 1,
             ledger_allow_weaker: Vec::new(),
+            warehouse_url: None,
+            warehouse_token: None,
+            reconciliation_schedule: Schedule::Off,
             log_format: LogFormat::Pretty,
         }
     }

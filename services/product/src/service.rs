@@ -20,6 +20,10 @@ use crate::commands::{Writer, Writing};
 use crate::committer::{catch_up, committer};
 use crate::inventory::State;
 use crate::projected::Projected;
+use crate::reconciliation::reports::Reports;
+use crate::reconciliation::run::{Parts, Runner};
+use crate::reconciliation::schedule::{self, Schedule};
+use crate::warehouse::Warehouse;
 use crate::{commands, orders, projection};
 
 /// How long a stopping service tries to bring what it took in to a decision; what is not decided comes back.
@@ -63,6 +67,19 @@ pub struct Config {
     #[arg(long, env = "LEDGER_ALLOW_WEAKER", value_delimiter = ',')]
     pub ledger_allow_weaker: Vec<String>,
 
+    /// Where the warehouse tells its figures (JSON or NDJSON), if it does.
+    #[arg(long, env = "WAREHOUSE_URL", hide_env_values = true)]
+    pub warehouse_url: Option<Secret>,
+
+    /// Bearer token for the warehouse.
+    #[arg(long, env = "WAREHOUSE_TOKEN", hide_env_values = true)]
+    pub warehouse_token: Option<Secret>,
+
+    /// When the stock is reconciled with the counts: six cron fields with seconds first, in UTC; a word of the server's
+    /// such as `@daily`; or `off`.
+    #[arg(long, env = "RECONCILIATION_SCHEDULE", default_value_t)]
+    pub reconciliation_schedule: Schedule,
+
     /// How log lines look.
     #[arg(long, env = "LOG_FORMAT", value_enum, default_value_t = LogFormat::Pretty)]
     pub log_format: LogFormat,
@@ -74,6 +91,8 @@ pub struct Config {
 /// When it cannot start, or finds something that trying again cannot mend.
 pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
     let pool = postgres::pool(&config.database_url)?;
+    let warehouse = config.warehouse_url.as_ref().map(|url| Warehouse::new(url, config.warehouse_token.clone()));
+    let warehouse = warehouse.transpose()?;
     let client = nats::connect(config.nats_url.expose(), "product-service").await?;
     let context = async_nats::jetstream::new(client.clone());
     streams::wait_until_ready(&context).await?;
@@ -82,6 +101,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     }
     let differences = streams::compare(&context, streams::INVENTORY, config.stream_replicas).await?;
     refuse_a_weaker_ledger(differences, &config.ledger_allow_weaker)?;
+
+    schedule::set_up(&context, &config.reconciliation_schedule).await?;
 
     let ledger = JetStreamLedger::new(context.clone(), streams::INVENTORY);
     let Some(state) = initial_state(&ledger, &stop).await? else {
@@ -95,8 +116,23 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let mut commit_task = tokio::spawn(commit_loop);
     let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
     let projected = Projected::new(pool.clone());
+    let runner = Runner::new(Parts {
+        reports: Reports::new(pool.clone(), config.database_url.clone()),
+        ledger: ledger.clone(),
+        pool: pool.clone(),
+        writer: Writer::new(client.clone(), committer.clone(), writing.clone()),
+        warehouse,
+        stop: stop.clone(),
+    });
     let projecting = projection::run(ledger, pool, config.database_url.clone(), projected, (), stop.clone());
     tasks.spawn(async { projecting.await.context("the projector cannot go on") });
+    tasks.spawn({
+        let (context, stop) = (context.clone(), stop.clone());
+        async move {
+            receive::run(context, schedule::receive(), stop, |delivery| runner.clone().handle(delivery)).await;
+            Ok(())
+        }
+    });
     tasks.spawn({
         let (committer, writing, stop) = (committer.clone(), writing.clone(), stop.clone());
         async move {

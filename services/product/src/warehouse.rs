@@ -14,6 +14,7 @@ use lomash_contract::{CountedBy, ProductId, Sku, Timestamp};
 use lomash_platform::Secret;
 use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, LINK, RETRY_AFTER};
 use reqwest::{Client, Response, StatusCode, Url, redirect};
+use serde::Deserialize;
 use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 use time::OffsetDateTime;
@@ -422,6 +423,12 @@ fn split_at_comma(text: &str) -> (&str, &str) {
 
 // ── Reading a page ──────────────────────────────────────────────────────────────────────────────────────────────
 
+/// Of the first line of a page, what tells a row from an object with rows.
+#[derive(Deserialize)]
+struct FirstLine {
+    items: Option<IgnoredAny>,
+}
+
 /// Takes rows in until there are too many.
 struct Reader<'r> {
     rows: &'r mut Vec<Given>,
@@ -442,23 +449,20 @@ impl Reader<'_> {
             }
             Some(b'{') => {
                 let mut json = serde_json::Deserializer::from_slice(&answer.body);
-                let (problem, has_items) = match Object(self).deserialize(&mut json) {
+                let problem = match Object(self).deserialize(&mut json) {
                     Ok((true, next)) => match json.end() {
                         Ok(()) => return Ok(next),
-                        Err(problem) => (problem.to_string(), true),
+                        Err(problem) => problem.to_string(),
                     },
-                    Ok((false, _)) => (String::new(), false),
-                    Err(problem) => (problem.to_string(), true),
+                    Ok((false, _)) => "an object without `items`".to_owned(),
+                    Err(problem) => problem.to_string(),
                 };
-                // No such object; but one row a line would begin in the same way.
+                // One row a line begins in the same way.
                 self.rows.truncate(before);
                 let line = answer.body.split(|byte| *byte == b'\n').find(|line| !line.trim_ascii().is_empty());
-                let is_ndjson = line.is_some_and(|line| serde_json::from_slice::<IgnoredAny>(line).is_ok());
-                if self.is_over || (has_items && !is_ndjson) {
+                let is_row = |line| matches!(serde_json::from_slice(line), Ok(FirstLine { items: None }));
+                if self.is_over || !line.is_some_and(is_row) {
                     return Err(problem);
-                }
-                if !is_ndjson {
-                    return Err("an object without `items`".to_owned());
                 }
                 Ok(self.lines(&answer.body))
             }

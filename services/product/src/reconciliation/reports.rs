@@ -354,8 +354,8 @@ impl Reports {
         settled.first().map(report).transpose()
     }
 
-    /// Approves or rejects a run that waits. Approved again, it stays approved: the message that continues it may have
-    /// been lost.
+    /// Approves or rejects a run that waits. Decided again in the same way, it stays as it is: the message that continues
+    /// it may have been lost.
     ///
     /// # Errors
     /// [`DecideError`].
@@ -372,7 +372,9 @@ impl Reports {
         }
         match self.get(id).await? {
             None => Err(DecideError::Unknown(id)),
-            Some(report) if report.status == status && report.decided_at.is_some() => Ok(report),
+            Some(report) if report.decided_at.is_some() && is_approved == (report.status != Status::Rejected) => {
+                Ok(report)
+            }
             Some(report) => Err(DecideError::NotWaiting(report.status)),
         }
     }

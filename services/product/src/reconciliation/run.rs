@@ -70,32 +70,28 @@ pub enum ReconciliationError {
     Jobs(#[from] JobsError),
 }
 
-/// Reconciliation in this replica. Clones are the same.
+/// Where runs are asked for, watched, approved and rejected; on any replica. Clones are the same.
 #[derive(Clone)]
 pub struct Reconciliation {
-    shared: Arc<Shared>,
+    context: Context,
+    reports: Reports,
+    has_warehouse: bool,
 }
 
-struct Shared {
-    context: Context,
-    ledger: JetStreamLedger,
-    pool: Pool,
-    reports: Reports,
-    writer: Writer,
-    warehouse: Option<Warehouse>,
-    stop: CancellationToken,
+/// What carries runs out, one at a time over all replicas. Clones are the same.
+#[derive(Clone)]
+pub struct Runner {
+    parts: Arc<Parts>,
 }
 
 /// What a run works with.
 pub struct Parts {
-    /// Where the jobs are.
-    pub context: Context,
-    /// The ledger, to know where it ends.
-    pub ledger: JetStreamLedger,
-    /// The database of the projection and of the reports.
-    pub pool: Pool,
     /// The reports.
     pub reports: Reports,
+    /// The ledger, to know where it ends.
+    pub ledger: JetStreamLedger,
+    /// The database of the projection.
+    pub pool: Pool,
     /// Where corrections go.
     pub writer: Writer,
     /// The warehouse, if there is one.
@@ -135,14 +131,11 @@ impl From<ReadError> for Interruption {
 }
 
 impl Reconciliation {
-    /// Reconciliation with these parts.
+    /// Runs started by messages in the `JOBS` of `context`, with these reports.
     #[must_use]
-    pub fn new(parts: Parts) -> Self {
-        let Parts { context, ledger, pool, reports, writer, warehouse, stop } = parts;
-        Self { shared: Arc::new(Shared { context, ledger, pool, reports, writer, warehouse, stop }) }
+    pub const fn new(context: Context, reports: Reports, has_warehouse: bool) -> Self {
+        Self { context, reports, has_warehouse }
     }
-
-    // ── What can be asked ───────────────────────────────────────────────────────────────────────────────────────
 
     /// Starts a run, on whichever replica; returns its report as it stands now.
     ///
@@ -153,14 +146,14 @@ impl Reconciliation {
         if threshold > 100 {
             return Err(ReconciliationError::BadThreshold(threshold));
         }
-        if request.figures == Figures::Warehouse && self.shared.warehouse.is_none() {
+        if request.figures == Figures::Warehouse && !self.has_warehouse {
             return Err(ReconciliationError::NoWarehouse);
         }
         let id = Uuid::new_v4();
-        let reports = &self.shared.reports;
+        let reports = &self.reports;
         let requested_at = Timestamp::now();
         reports.insert(&NewRun { id, started_by: StartedBy::Request, requested_by: by, request, requested_at }).await?;
-        if let Err(problem) = (Job { run_id: Some(id) }).publish(&self.shared.context, id.to_string()).await {
+        if let Err(problem) = (Job { run_id: Some(id) }).publish(&self.context, id.to_string()).await {
             // Should it be stored after all, the run is settled and its message does nothing.
             let sentence = format!("the run could not be started: {problem}");
             reports.settle(id, Status::Failed, Some(&sentence)).await?;
@@ -175,7 +168,7 @@ impl Reconciliation {
     /// # Errors
     /// [`ReconciliationError::Reports`].
     pub async fn get(&self, id: Uuid) -> Result<Option<Report>, ReconciliationError> {
-        Ok(self.shared.reports.get(id).await?)
+        Ok(self.reports.get(id).await?)
     }
 
     /// Rows of a report in their order, those with numbers above `after`, at most `limit`.
@@ -183,7 +176,7 @@ impl Reconciliation {
     /// # Errors
     /// [`ReconciliationError::Reports`].
     pub async fn rows(&self, id: Uuid, after: u32, limit: u32) -> Result<Vec<Row>, ReconciliationError> {
-        Ok(self.shared.reports.rows(id, after, limit).await?)
+        Ok(self.reports.rows(id, after, limit).await?)
     }
 
     /// Reports from the newest on, those older than `before` (its `requestedAt` and id), at most `limit`.
@@ -195,7 +188,7 @@ impl Reconciliation {
         before: Option<(Timestamp, Uuid)>,
         limit: u32,
     ) -> Result<Vec<Report>, ReconciliationError> {
-        Ok(self.shared.reports.list(before, limit).await?)
+        Ok(self.reports.list(before, limit).await?)
     }
 
     /// Approves a run that waits: its rows are applied as they were reported. Approving again is harmless.
@@ -203,9 +196,10 @@ impl Reconciliation {
     /// # Errors
     /// [`ReconciliationError`]; when the job could not be stored, approve again.
     pub async fn approve(&self, id: Uuid, by: UpdatedBy) -> Result<Report, ReconciliationError> {
-        let report = self.shared.reports.decide(id, by, true).await?;
-        let decided = report.decided_at.map(|at| at.to_string()).unwrap_or_default();
-        (Job { run_id: Some(id) }).publish(&self.shared.context, format!("{id}/{decided}")).await?;
+        let report = self.reports.decide(id, by, true).await?;
+        if report.status == Status::Applying {
+            (Job { run_id: Some(id) }).publish(&self.context, format!("{id}/approved")).await?;
+        }
         Ok(report)
     }
 
@@ -214,12 +208,18 @@ impl Reconciliation {
     /// # Errors
     /// [`ReconciliationError`].
     pub async fn reject(&self, id: Uuid, by: UpdatedBy) -> Result<Report, ReconciliationError> {
-        let report = self.shared.reports.decide(id, by, false).await?;
+        let report = self.reports.decide(id, by, false).await?;
         tell(&report);
         Ok(report)
     }
+}
 
-    // ── Carrying out ────────────────────────────────────────────────────────────────────────────────────────────
+impl Runner {
+    /// A runner with these parts.
+    #[must_use]
+    pub fn new(parts: Parts) -> Self {
+        Self { parts: Arc::new(parts) }
+    }
 
     /// Handles one message of `JOBS`.
     pub async fn handle(self, delivery: Delivery) -> Settle {
@@ -235,7 +235,7 @@ impl Reconciliation {
     }
 
     async fn carry_out(&self, delivery: &Delivery) -> Result<(), Interruption> {
-        let reports = &self.shared.reports;
+        let reports = &self.parts.reports;
         let job = Job::parse(&delivery.payload).map_err(Interruption::Alien)?;
         let id = match job.run_id {
             Some(id) => id,
@@ -268,7 +268,7 @@ impl Reconciliation {
     }
 
     async fn settle(&self, id: Uuid, status: Status, problem: Option<&str>) -> Result<(), Interruption> {
-        if let Some(report) = self.shared.reports.settle(id, status, problem).await? {
+        if let Some(report) = self.parts.reports.settle(id, status, problem).await? {
             tell(&report);
         }
         Ok(())
@@ -278,7 +278,7 @@ impl Reconciliation {
     async fn plan(&self, report: &Report) -> Result<(), Interruption> {
         let (plan, basis) = tokio::select! {
             // Planning can be given up anywhere; corrections stop by themselves and note how far they came.
-            () = self.shared.stop.cancelled() => return Err(Interruption::Stopping),
+            () = self.parts.stop.cancelled() => return Err(Interruption::Stopping),
             made = self.make_plan(report) => made?,
         };
         let status = if report.request.dry_run {
@@ -288,7 +288,7 @@ impl Reconciliation {
         } else {
             Status::Applying
         };
-        self.shared.reports.store_plan(report.id, &plan, basis, status).await?;
+        self.parts.reports.store_plan(report.id, &plan, basis, status).await?;
         if status == Status::Applying {
             return self.apply(report).await;
         }
@@ -296,7 +296,7 @@ impl Reconciliation {
     }
 
     async fn make_plan(&self, report: &Report) -> Result<(Plan, Basis), Interruption> {
-        let Shared { ledger, pool, warehouse, reports, .. } = &*self.shared;
+        let Parts { ledger, pool, warehouse, reports, .. } = &*self.parts;
         let mut figures = match (report.request.figures, warehouse) {
             (Figures::All | Figures::Warehouse, Some(warehouse)) => {
                 warehouse.figures().await.map_err(|problem| Interruption::Final(problem.to_string()))?
@@ -331,7 +331,7 @@ impl Reconciliation {
 
     /// Applies the rows of the stored plan that have no result yet.
     async fn apply(&self, report: &Report) -> Result<(), Interruption> {
-        let Shared { ledger, pool, reports, stop, .. } = &*self.shared;
+        let Parts { ledger, pool, reports, stop, .. } = &*self.parts;
         let planned = reports.planned(report.id).await?;
         let end = ledger.last_sequence().await?;
         let mut books = Books::open(pool).await?;
@@ -367,7 +367,7 @@ impl Reconciliation {
         let action = Action::CorrectCount { count, stock_at_count };
         let command = ProductCommand::new(correction_id(product_id, &count), product_id, UpdatedBy::System, action);
         let carried = Carried { reason: Some(format!("reconciliation {run}")), ..Carried::default() };
-        let answer = self.shared.writer.submit(command, Some(Arc::new(carried))).await;
+        let answer = self.parts.writer.submit(command, Some(Arc::new(carried))).await;
         crash_point!("reconcile-between-corrections");
         Some(match answer {
             Ok(committed) => match committed.outcome {
@@ -481,8 +481,8 @@ fn tell(report: &Report) {
     };
     info!(
         target: "lomash::reconciliation",
-        run.id = %id,
         status = status.as_str(),
+        run.id = %id,
         started_by = started_by.as_str(),
         requested_by = %requested_by,
         figures = ?request.figures,
