@@ -60,6 +60,11 @@ rebuild *ARGS: _programs
 status *ARGS: _programs
     exec '{{ lomash }}' status {{ ARGS }}
 
+# Print a bearer token for development, for the stack that `just up` runs: `--role ADMIN` for one that may write
+[group('operate')]
+token *ARGS: _programs
+    @exec '{{ lomash }}' token {{ ARGS }}
+
 # Measure this system beside its rivals and the limit of the server, optimised, on servers of its own (some 15 minutes)
 [group('operate')]
 bench *ARGS: _setup

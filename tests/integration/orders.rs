@@ -17,7 +17,7 @@ use lomash_contract::{
 };
 use lomash_ledger::{StoredMessage, dead_letter, header, streams};
 use lomash_tests::{Dice, Fate, PATIENCE, World, details, encoded, eventually, order, order_as};
-use product_service::inventory::{Action, Outcome, ProductCommand};
+use product_service::inventory::{Action, Amendment, Outcome, ProductCommand};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -71,7 +71,7 @@ async fn every_kind_of_order_gets_its_answer() -> Result<()> {
     let door = world.register("DOOR-X", 3).await?;
     let lamp = world.register("LAMP-9", 7).await?;
     let unknown = ProductId(Uuid::new_v4());
-    world.act(lamp, Action::Activate { active: false }).await?;
+    world.act(lamp, Action::Amend(Amendment::activate(false))).await?;
 
     // One line.
     let one = order(&[(oven, 2)]);
@@ -119,7 +119,7 @@ async fn every_kind_of_order_gets_its_answer() -> Result<()> {
     assert_eq!(told, [(FailureReason::ProductInactive, vec![(lamp, 1, 7)])]);
 
     // Back on sale, the next order is served.
-    world.act(lamp, Action::Activate { active: true }).await?;
+    world.act(lamp, Action::Amend(Amendment::activate(true))).await?;
     assert_eq!(decide(&world, &order(&[(lamp, 7)])).await?, Fate::Allocated);
 
     for (product, left) in [(oven, 2), (sink, 2), (door, 0), (lamp, 0)] {

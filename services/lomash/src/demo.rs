@@ -21,7 +21,7 @@ use lomash_contract::{
 use lomash_ledger::{JetStreamLedger, Ledger, StoredMessage, dead_letter, header, streams};
 use lomash_platform::{Secret, nats};
 use product_service::client::ProductClient;
-use product_service::inventory::{Action, ProductCommand};
+use product_service::inventory::{Action, Amendment, ProductCommand};
 use serde::Serialize;
 use tokio::time::{Duration, Instant, timeout};
 use uuid::Uuid;
@@ -275,7 +275,7 @@ async fn show(stack: &Stack, args: &DemoArgs) -> anyhow::Result<Vec<Check>> {
 async fn take_off_sale(client: &ProductClient, rows: &[Row], model: &mut Model) -> anyhow::Result<ProductId> {
     let row = rows.iter().find(|row| row.quantity > 10).context("the catalogue has a product in stock")?;
     let product_id = catalogue::product_id(&row.sku);
-    let action = Action::Activate { active: false };
+    let action = Action::Amend(Amendment::activate(false));
     let command = ProductCommand::new(Uuid::new_v4(), product_id, UpdatedBy::System, action);
     client.send(command, Some("discontinued".to_owned())).await?;
     model.stock.entry(product_id).and_modify(|(_, active)| *active = false);

@@ -4,7 +4,7 @@
 
 pub mod audit;
 pub mod bench;
-pub mod catalogue;
+pub use product_service::catalogue;
 pub mod demo;
 pub mod dice;
 pub mod import;
@@ -15,5 +15,6 @@ pub mod retail;
 mod snapshot;
 pub mod stack;
 pub mod status;
+pub mod token;
 pub mod up;
 pub mod verify;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use lomash::{bench, demo, import, orders, rebuild, status, up, verify};
+use lomash::{bench, demo, import, orders, rebuild, status, token, up, verify};
 use lomash_platform::telemetry::{self, LogFormat};
 
 /// Lomash Inventory: stock that is never oversold, lost or double-counted.
@@ -37,6 +37,8 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Show streams, consumers, lag and checkpoints.
     Status(status::StatusArgs),
+    /// Mint a bearer token for development.
+    Token(token::TokenArgs),
 }
 
 #[tokio::main]
@@ -52,6 +54,7 @@ async fn main() -> ExitCode {
         Command::Rebuild(args) => rebuild::run(args).await,
         Command::Bench(args) => bench::run(args).await,
         Command::Status(args) => status::run(args).await,
+        Command::Token(args) => token::run(&args).map(|()| ExitCode::SUCCESS),
     };
     outcome.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");

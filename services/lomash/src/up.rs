@@ -5,9 +5,9 @@
 //!
 //! Assumes that `./just setup` has run, and that the services' programs lie beside this one.
 
-use std::fs::{self, OpenOptions};
+use std::fs;
 use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::Duration;
@@ -16,12 +16,15 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use futures::FutureExt;
 use lomash_platform::Secret;
+use lomash_web::Role;
+use lomash_web::config::{DEVELOPMENT_AUDIENCE, DEVELOPMENT_ISSUER};
 use product_service::client::ProductClient;
 use serde::Serialize;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use crate::stack::{FolderLock, Kind, Nats, Postgres, Redis, Server, Service, log_tail};
+use crate::stack::{FolderLock, Kind, Nats, Postgres, Redis, Server, Service, free_port, log_tail};
+use crate::token::{stack_secret, stack_token, write_private};
 
 /// How long the product service may take to fold the stream and answer: minutes, for tens of millions of events.
 const PRODUCT_SERVICE_START_TIMEOUT: Duration = Duration::from_secs(600);
@@ -31,7 +34,9 @@ const READY_PAUSE: Duration = Duration::from_millis(100);
 const REPLICAS: u32 = 1;
 /// The name under which we connect.
 const CLIENT_NAME: &str = "lomash up";
-/// The file with the URLs, for a shell or another program to read.
+/// How long the tokens in `stack.env` are valid: longer than a stack on a laptop runs. Each start writes new ones.
+const TOKEN_LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);
+/// The file with the URLs and tokens, for a shell or another program to read.
 const ENV_FILE: &str = "stack.env";
 
 /// Name of the one service there is today, and of its program.
@@ -96,6 +101,7 @@ pub struct Stack {
     /// The source of truth.
     pub nats: Nats,
     data: PathBuf,
+    secret: Secret,
     _lock: FolderLock,
 }
 
@@ -166,33 +172,43 @@ impl Stack {
         let (nats, postgres, redis) =
             tokio::try_join!(Nats::start(&nats_dir), Postgres::start(&postgres_dir), Redis::start(&redis_dir))?;
         tokio::try_join!(apply_streams(&nats), apply_sql(&postgres))?;
-        let env_file = EnvFile::write(&data, &nats, &postgres, &redis)?;
-        Ok(Self { env_file, services: Vec::new(), redis, postgres, nats, data, _lock: lock })
+        let secret = stack_secret(&data)?;
+        let env_file = EnvFile(data.join(ENV_FILE));
+        let stack = Self { env_file, services: Vec::new(), redis, postgres, nats, data, secret, _lock: lock };
+        stack.write_env_file()?;
+        Ok(stack)
     }
 
     async fn start_services(&mut self, product_service: &Path) -> Result<()> {
-        let mut product = self.service_at(PRODUCT_SERVICE, product_service);
+        let mut product = self.service_at(PRODUCT_SERVICE, product_service)?;
         product.start()?;
         // From here on the stack owns it.
         self.services.push(product);
         let product = self.services.last().context("the service was just added")?;
-        product_service_is_ready(&self.nats.url(), product).await
+        product_service_is_ready(&self.nats.url(), product).await?;
+        self.write_env_file()
     }
 
-    /// A service of ours that is told where the servers are; not started.
+    /// A service of ours that is told where the servers are, whose tokens to take, and to listen on a port of its own;
+    /// not started.
     ///
     /// # Errors
-    /// When its program is not built.
+    /// When its program is not built, or no port is free.
     pub fn service(&self, name: &str) -> Result<Service> {
-        Ok(self.service_at(name, &program(name)?))
+        self.service_at(name, &program(name)?)
     }
 
-    fn service_at(&self, name: &str, program: &Path) -> Service {
+    fn service_at(&self, name: &str, program: &Path) -> Result<Service> {
         let log = self.data.join(format!("{name}.log"));
-        Service::new(name, program, &log)
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
+        Ok(Service::new(name, program, &log)
+            .listen(address)
+            .env("JWT_ISSUER", DEVELOPMENT_ISSUER)
+            .env("JWT_AUDIENCE", DEVELOPMENT_AUDIENCE)
+            .env("JWT_HS256_SECRET", self.secret.expose())
             .env("NATS_URL", self.nats.url())
             .env("DATABASE_URL", self.postgres.url())
-            .env("REDIS_URL", self.redis.url())
+            .env("REDIS_URL", self.redis.url()))
     }
 
     /// The running services, to be killed and restarted by tests.
@@ -206,10 +222,39 @@ impl Stack {
         &self.data
     }
 
-    /// The file with the URLs.
+    /// The file with the URLs and tokens.
     #[must_use]
     pub fn env_file(&self) -> &Path {
         &self.env_file.0
+    }
+
+    /// Where the product service takes HTTP requests; None until it is started.
+    #[must_use]
+    pub fn product_url(&self) -> Option<String> {
+        let product = self.services.iter().find(|service| service.name() == PRODUCT_SERVICE)?;
+        product.address().map(|address| format!("http://{address}"))
+    }
+
+    /// A token that the services of this stack take.
+    ///
+    /// # Errors
+    /// When the secret in the data folder cannot be used.
+    pub fn token(&self, role: Role) -> Result<String> {
+        stack_token(&self.secret, role, TOKEN_LIFETIME)
+    }
+
+    /// Writes what is known at this moment: servers first, services once they are ready.
+    fn write_env_file(&self) -> Result<()> {
+        let mut variables = vec![
+            ("NATS_URL", self.nats.url()),
+            ("DATABASE_URL", self.postgres.url()),
+            ("REDIS_URL", self.redis.url()),
+            ("ADMIN_TOKEN", self.token(Role::Admin)?),
+            ("VIEWER_TOKEN", self.token(Role::Viewer)?),
+        ];
+        variables.extend(self.product_url().map(|url| ("PRODUCT_URL", url)));
+        let text: String = variables.iter().map(|(name, value)| format!("{name}={value}\n")).collect();
+        write_private(&self.env_file.0, &text)
     }
 
     /// Everything that was started, in that order.
@@ -219,7 +264,7 @@ impl Stack {
         let services = self.services.iter().map(|service| Part {
             name: service.name().to_owned(),
             state: state(service.pid()),
-            address: None,
+            address: service.address().map(|address| address.to_string()),
             pid: service.pid(),
             log: service.log().to_owned(),
             note: None,
@@ -321,28 +366,9 @@ pub fn program(name: &str) -> Result<PathBuf> {
     Ok(program)
 }
 
-/// `stack.env`: for its owner only, since the URLs hold passwords; removed when dropped.
+/// `stack.env`: for its owner only, since it holds passwords and tokens; removed when dropped.
 #[derive(Debug)]
 struct EnvFile(PathBuf);
-
-impl EnvFile {
-    fn write(data: &Path, nats: &Nats, postgres: &Postgres, redis: &Redis) -> Result<Self> {
-        let path = data.join(ENV_FILE);
-        let unfinished = data.join(format!("{ENV_FILE}.new"));
-        let text = format!("NATS_URL={}\nDATABASE_URL={}\nREDIS_URL={}\n", nats.url(), postgres.url(), redis.url());
-        // A run that was killed leaves files behind: made anew, so that the mode is ours.
-        let _ = fs::remove_file(&unfinished);
-        OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&unfinished)
-            .and_then(|mut file| file.write_all(text.as_bytes()))
-            .and_then(|()| fs::rename(&unfinished, &path))
-            .with_context(|| format!("could not write {}", path.display()))?;
-        Ok(Self(path))
-    }
-}
 
 impl Drop for EnvFile {
     fn drop(&mut self) {
@@ -394,7 +420,11 @@ fn show(stack: &Stack, json: bool) -> Result<()> {
                 lines.push(format!("Note on {}: {note}.", part.name));
             }
         }
-        lines.push(format!("Data and logs are in {}; URLs in {}.", stack.data().display(), stack.env_file().display()));
+        lines.push(format!(
+            "Data and logs are in {}; URLs and tokens in {}.",
+            stack.data().display(),
+            stack.env_file().display()
+        ));
         lines.push("Ready. Ctrl-C stops everything.".to_owned());
         lines.join("\n")
     };

@@ -19,7 +19,7 @@ use lomash_contract::{
     InventoryUpdated, LedgerEvent, OrderId, ProductDetails, ProductId, ProductRegistered, ProductRevised,
     ProductUpdated, Sku, Timestamp, Trigger, UpdatedBy,
 };
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use uuid::Uuid;
 
 // ── Commands ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -136,11 +136,8 @@ pub enum Action {
         /// Its details.
         details: Details,
     },
-    /// Put it on sale or take it off.
-    Activate {
-        /// Whether it is for sale.
-        active: bool,
-    },
+    /// Change some of its details and leave the others as they are.
+    Amend(Amendment),
     /// Set the stock to an absolute figure.
     SetQuantity {
         /// The new stock.
@@ -178,6 +175,47 @@ pub struct Count {
     pub counted_at: Timestamp,
     /// Who counted.
     pub counted_by: CountedBy,
+}
+
+/// The details to change; what is none stays.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Amendment {
+    /// Its name.
+    pub name: Option<Box<str>>,
+    /// Its category; `Some(None)` takes it away.
+    #[serde(deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    pub category: Option<Option<Box<str>>>,
+    /// Its own low-stock threshold; `Some(None)` takes it away.
+    #[serde(deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    pub low_stock_threshold: Option<Option<u32>>,
+    /// Whether it is for sale.
+    pub active: Option<bool>,
+}
+
+impl Amendment {
+    /// Puts it on sale or takes it off.
+    #[must_use]
+    pub fn activate(active: bool) -> Self {
+        Self { active: Some(active), ..Self::default() }
+    }
+
+    fn of(&self, details: &ProductDetails) -> Details {
+        let Self { name, category, low_stock_threshold, active } = self.clone();
+        let present = Details::from(details);
+        Details {
+            name: name.unwrap_or(present.name),
+            category: category.unwrap_or(present.category),
+            low_stock_threshold: low_stock_threshold.unwrap_or(present.low_stock_threshold),
+            active: active.unwrap_or(present.active),
+            sku: present.sku,
+        }
+    }
+}
+
+/// A field that is there, be it null: a field that is not there is `None`.
+pub(crate) fn given<'de, T: Deserialize<'de>, D: Deserializer<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
+    T::deserialize(deserializer).map(Some)
 }
 
 /// Details of a product as an admin gives them.
@@ -766,10 +804,9 @@ fn decide_product(view: &impl View, command: &ProductCommand, now: Timestamp) ->
             let product = product.ok_or(Rejection::UnknownProduct)?;
             revise(view, command, product, details.clone(), now)
         }
-        Action::Activate { active } => {
+        Action::Amend(amendment) => {
             let product = product.ok_or(Rejection::UnknownProduct)?;
-            let details = Details { active: *active, ..Details::from(&*product.details) };
-            revise(view, command, product, details, now)
+            revise(view, command, product, amendment.of(&product.details), now)
         }
         Action::SetQuantity { quantity, expected_quantity } => {
             let product = product.ok_or(Rejection::UnknownProduct)?;

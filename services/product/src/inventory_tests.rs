@@ -109,7 +109,7 @@ fn every_outcome_of_every_command() {
     let count = |quantity, stock_at_count| Action::CorrectCount { count: counted(0, quantity), stock_at_count };
     let revise = |sku: &str, name: &str| Action::Revise { details: Details { name: name.into(), ..details(sku) } };
     let stocked = &[register(1, 10), register(2, 5)];
-    let off_sale = &[register(1, 10), product(1, Action::Activate { active: false })];
+    let off_sale = &[register(1, 10), product(1, Action::Amend(Amendment::activate(false)))];
     let once = &[register(1, 10), order(1, &[(1, 4)])];
     let counted_once = &[register(1, 10), order(1, &[(1, 4)]), product(1, record(1, 12))];
     let refused_once = &[register(1, 1), order(1, &[(1, 4)]), product(1, set(100, None))];
@@ -190,7 +190,7 @@ fn every_outcome_of_every_command() {
         (
             "taking a product off sale",
             stocked,
-            product(1, Action::Activate { active: false }),
+            product(1, Action::Amend(Amendment::activate(false))),
             "revised, [Active] => Revised { changed_fields: [Active] }",
         ),
         (
@@ -414,7 +414,7 @@ fn any_command() -> impl Strategy<Value = Command> {
             let count = counted(minutes, quantity);
             Action::CorrectCount { count, stock_at_count }
         }),
-        any::<bool>().prop_map(|active| Action::Activate { active }),
+        any::<bool>().prop_map(|active| Action::Amend(Amendment::activate(active))),
         Just(Action::Revise { details: details("SKU-R") }),
     ];
     prop_oneof![

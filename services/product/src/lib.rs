@@ -5,9 +5,11 @@
 //! is the order acknowledged. [`projection`] follows behind, on its own; [`rebuild`] makes its tables
 //! anew, [`reads`] answers from them, and [`projected`] waits for them.
 
+pub mod catalogue;
 pub mod client;
 pub mod commands;
 pub mod committer;
+pub mod http;
 pub mod inventory;
 pub mod orders;
 pub mod projected;

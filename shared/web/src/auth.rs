@@ -389,3 +389,7 @@ fn admitted(parts: &Parts, needed: Role) -> Result<Caller, Problem> {
     }
     Ok(*caller)
 }
+
+#[cfg(test)]
+#[path = "auth_tests.rs"]
+mod tests;

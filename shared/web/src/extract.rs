@@ -91,7 +91,7 @@ fn not_json(error: &serde_json::Error) -> Problem {
     Problem::bad_request(format!("The body is not JSON: {error}."))
 }
 
-/// The JSON Pointer of a path; of a missing or unknown field, the pointer to that field.
+/// The JSON Pointer of a path; of a missing, unknown or repeated field, the pointer to that field.
 fn pointer(path: &serde_path_to_error::Path, detail: &str) -> String {
     let mut pointer = String::new();
     let mut push = |segment: &str| {
@@ -110,7 +110,8 @@ fn pointer(path: &serde_path_to_error::Path, detail: &str) -> String {
             Segment::Enum { .. } | Segment::Unknown => {}
         }
     }
-    let about = detail.strip_prefix("missing field `").or_else(|| detail.strip_prefix("unknown field `"));
+    let about = ["missing field `", "unknown field `", "duplicate field `"];
+    let about = about.iter().find_map(|beginning| detail.strip_prefix(beginning));
     let field = about.and_then(|rest| rest.split('`').next());
     if let Some(field) = field.filter(|field| Some(*field) != last) {
         push(field);
@@ -211,5 +212,75 @@ pub fn single_header<'a>(headers: &'a HeaderMap, name: &'static str) -> Result<O
             Ok(Some(text))
         }
         (Some(_), Some(_)) => Err(Problem::invalid([FieldError::header(name, "must not be repeated")])),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::Deserialize;
+
+    use super::*;
+    use crate::problem::{BAD_REQUEST, VALIDATION_FAILED};
+
+    #[derive(Debug, Deserialize)]
+    #[serde(rename_all = "camelCase", deny_unknown_fields)]
+    #[allow(dead_code, reason = "only whether it can be read is looked at")]
+    struct Order {
+        order_id: uuid::Uuid,
+        lines: Vec<Line>,
+    }
+
+    #[derive(Debug, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    #[allow(dead_code, reason = "only whether it can be read is looked at")]
+    struct Line {
+        quantity: u32,
+    }
+
+    const ID: &str = "0b9f5c2e-7a34-4c0e-9a52-2f4f2f6f1a11";
+
+    #[test]
+    fn wrong_fields_are_pointed_at() {
+        for (body, pointer) in [
+            (format!(r#"{{"orderId":"{ID}","lines":[{{"quantity":1}},{{"quantity":-1}}]}}"#), "/lines/1/quantity"),
+            (format!(r#"{{"orderId":"{ID}","lines":[{{"quantity":1e99}}]}}"#), "/lines/0/quantity"),
+            (format!(r#"{{"orderId":"{ID}","lines":[{{}}]}}"#), "/lines/0/quantity"),
+            (format!(r#"{{"orderId":"{ID}","lines":[],"a/b~c":1}}"#), "/a~1b~0c"),
+            (format!(r#"{{"orderId":"{ID}","lines":[{{"quantity":1,"price":2}}]}}"#), "/lines/0/price"),
+            (format!(r#"{{"orderId":"{ID}","orderId":"{ID}","lines":[]}}"#), "/orderId"),
+            (r#"{"orderId":"'; DROP","lines":[]}"#.to_owned(), "/orderId"),
+            (r#"{"lines":[]}"#.to_owned(), "/orderId"),
+            ("[]".to_owned(), ""),
+            ("null".to_owned(), ""),
+        ] {
+            let problem = parse_json::<Order>(body.as_bytes()).expect_err(&body);
+            assert_eq!(problem.kind(), &VALIDATION_FAILED, "{body}: {problem}");
+            assert_eq!(problem.document().errors[0].pointer.as_deref(), Some(pointer), "{body}: {problem}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_json_is_a_bad_request() {
+        let deep = "[".repeat(100_000);
+        for body in ["", "{", "nonsense", "{} {}", "\u{1}", deep.as_str()] {
+            let problem = parse_json::<serde_json::Value>(body.as_bytes()).expect_err("refused");
+            assert_eq!(problem.kind(), &BAD_REQUEST, "{problem}");
+        }
+        assert_eq!(parse_json::<String>(b"\"\xff\"").expect_err("not UTF-8").status(), StatusCode::BAD_REQUEST);
+    }
+
+    #[test]
+    fn media_types_are_read_without_their_parameters() {
+        let json = |value: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(CONTENT_TYPE, value.parse().expect("a header value"));
+            is_json(&headers)
+        };
+        for yes in ["application/json", "Application/JSON; charset=utf-8", "application/merge-patch+json"] {
+            assert!(json(yes), "{yes}");
+        }
+        for no in ["text/json", "application/x-www-form-urlencoded", "application/jsonp", "json", ""] {
+            assert!(!json(no), "{no}");
+        }
     }
 }

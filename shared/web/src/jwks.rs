@@ -438,3 +438,17 @@ fn http_client() -> anyhow::Result<reqwest::Client> {
         .build()
         .map_err(|error| anyhow::anyhow!("could not set up the client that fetches JWT_JWKS: {error}"))
 }
+
+#[cfg(test)]
+impl Keys {
+    /// Completes when so many attempts to read the source have ended, good or bad.
+    pub(crate) async fn attempted(&self, attempts: u64) {
+        let mut state = self.state.clone();
+        state.wait_for(|state| state.attempts >= attempts).await.expect("the refresher runs");
+    }
+
+    /// Attempts that have ended.
+    pub(crate) fn attempts(&self) -> u64 {
+        self.state.borrow().attempts
+    }
+}

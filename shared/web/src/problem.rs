@@ -462,3 +462,59 @@ pub async fn no_such_route() -> Problem {
 pub async fn no_such_method() -> Problem {
     Problem::method_not_allowed()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    async fn sent(problem: Problem) -> (HeaderMap, Value) {
+        let response = problem.into_response();
+        let headers = response.headers().clone();
+        let body = axum::body::to_bytes(response.into_body(), 1 << 20).await.expect("a body");
+        (headers, serde_json::from_slice(&body).expect("JSON"))
+    }
+
+    #[tokio::test]
+    async fn a_problem_is_sent_as_rfc_9457_has_it() {
+        static STALE: ProblemType = ProblemType::new("stale", StatusCode::PRECONDITION_FAILED, "Stale", "Read again.");
+        let problem = Problem::new(&STALE, "It is at 7.")
+            .with("expected", 6)
+            .with("actual", 7)
+            .with_error(FieldError::header("If-Match", "is \"6\""));
+        let (headers, body) = sent(problem).await;
+        assert_eq!(headers[CONTENT_TYPE], MEDIA_TYPE);
+        let expected = serde_json::json!({
+            "type": "https://lomash.example/problems/stale", "title": "Stale", "status": 412, "detail": "It is at 7.",
+            "errors": [{ "header": "If-Match", "detail": "is \"6\"" }], "expected": 6, "actual": 7,
+        });
+        assert_eq!(body, expected);
+    }
+
+    #[tokio::test]
+    async fn waiting_is_told_twice_and_internals_are_not_told() {
+        let (headers, body) = sent(Problem::unavailable("The ledger does not answer.", 3)).await;
+        assert_eq!((&headers[RETRY_AFTER], &body["retryAfterSeconds"]), (&HeaderValue::from_static("3"), &3.into()));
+        let (_, body) = sent(Problem::internal("password=hunter2")).await;
+        assert!(!body.to_string().contains("hunter2"), "{body}");
+        assert!(body["instance"].as_str().is_some_and(|id| id.starts_with("urn:uuid:")), "{body}");
+    }
+
+    #[test]
+    fn types_are_told_apart_by_their_uri_and_errors_are_bounded() {
+        let uris: HashSet<String> = SHARED_TYPES.iter().map(|kind| kind.uri()).collect();
+        assert_eq!(uris.len(), SHARED_TYPES.len());
+        let many = Problem::invalid((0..1000).map(|row| FieldError::at(format!("/{row}"), "is wrong")));
+        assert_eq!(many.document().errors.len(), MAX_FIELD_ERRORS);
+    }
+
+    #[test]
+    fn the_schema_has_what_is_sent() {
+        let schema = <ProblemDocument as utoipa::PartialSchema>::schema();
+        let schema = serde_json::to_value(schema).expect("JSON").to_string();
+        for member in ["type", "title", "status", "detail", "instance", "errors"] {
+            assert!(schema.contains(&format!("\"{member}\"")), "{member}: {schema}");
+        }
+    }
+}

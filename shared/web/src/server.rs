@@ -295,3 +295,7 @@ impl AsyncWrite for Unstalled {
         self.bounded(cx, outcome)
     }
 }
+
+#[cfg(test)]
+#[path = "server_tests.rs"]
+mod tests;

@@ -3,6 +3,7 @@
 use std::{
     ffi::{OsStr, OsString},
     fs::OpenOptions,
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
     time::Duration,
@@ -23,6 +24,7 @@ pub struct Service {
     program: PathBuf,
     arguments: Vec<OsString>,
     variables: Vec<(OsString, OsString)>,
+    address: Option<SocketAddr>,
     log: PathBuf,
     process: Option<Process>,
 }
@@ -35,6 +37,7 @@ impl Service {
             program: program.to_owned(),
             arguments: Vec::new(),
             variables: Vec::new(),
+            address: None,
             log: log.to_owned(),
             process: None,
         }
@@ -52,6 +55,13 @@ impl Service {
     pub fn env(mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
         self.set_env(name, value);
         self
+    }
+
+    /// Has the service listen here, by `HTTP_LISTEN`, over all its starts.
+    #[must_use]
+    pub fn listen(mut self, address: SocketAddr) -> Self {
+        self.address = Some(address);
+        self.env("HTTP_LISTEN", address.to_string())
     }
 
     /// Sets an environment variable for the next start.
@@ -96,6 +106,11 @@ impl Service {
     /// The name given.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Where it listens, if it was told to.
+    pub fn address(&self) -> Option<SocketAddr> {
+        self.address
     }
 
     /// The log of all its starts.

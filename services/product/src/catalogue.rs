@@ -24,7 +24,7 @@ pub const NAMESPACE: Uuid = uuid!("5d7df23a-48ad-5594-9842-98421ec3615d");
 pub const MAX_ROW_BYTES: u64 = 1 << 20;
 
 /// The id of the thing called `name` among things of `kind`; the same for ever.
-pub(crate) fn derived_id(kind: &str, name: &str) -> Uuid {
+pub fn derived_id(kind: &str, name: &str) -> Uuid {
     Uuid::new_v5(&NAMESPACE, format!("{kind}:{name}").as_bytes())
 }
 
@@ -267,7 +267,7 @@ fn stock(what: &str, text: &str) -> Result<u32, String> {
 const EXCERPT_CHARS: usize = 60;
 
 /// The beginning of `text`, fit for one line of a terminal.
-pub(crate) fn excerpt(text: &str) -> String {
+pub fn excerpt(text: &str) -> String {
     let visible = |c: char| if c.is_control() { '\u{fffd}' } else { c };
     let mut chars = text.chars();
     let mut short: String = chars.by_ref().take(EXCERPT_CHARS).map(visible).collect();
@@ -278,12 +278,12 @@ pub(crate) fn excerpt(text: &str) -> String {
 }
 
 /// A CSV reader for files that people made: a byte order mark is skipped, rows may be short, lines are counted.
-pub(crate) fn csv_reader<R: Read>(file: R) -> csv::Reader<Lines<R>> {
+pub fn csv_reader<R: Read>(file: R) -> csv::Reader<Lines<R>> {
     ReaderBuilder::new().flexible(true).from_reader(Lines::new(file))
 }
 
 /// Reads the next record and says on which line it begins; `None` at the end. After an error nothing more can be read.
-pub(crate) fn next_record<R: Read>(
+pub fn next_record<R: Read>(
     csv: &mut csv::Reader<Lines<R>>,
     record: &mut ByteRecord,
 ) -> Result<Option<u64>, (u64, String)> {
@@ -301,7 +301,7 @@ pub(crate) fn next_record<R: Read>(
 /// What a CSV reader reads through: counts lines as an editor does, and ends a row that never does.
 ///
 /// The reader's own line of a record does not count the blank lines in front of it.
-pub(crate) struct Lines<R> {
+pub struct Lines<R> {
     file: R,
     /// Bytes handed out.
     offset: u64,

@@ -1,0 +1,147 @@
+//! The problems of this service: what a rejected command is called over HTTP.
+
+use axum::http::StatusCode;
+use lomash_web::Problem;
+use lomash_web::problem::{ProblemDocument, ProblemType};
+use serde_json::json;
+use utoipa::IntoResponses;
+
+use crate::committer::CommandError;
+use crate::inventory::Rejection;
+
+macro_rules! problem_types {
+    ($($(#[$doc:meta])* $name:ident = ($slug:literal, $status:ident, $title:literal, $meaning:literal);)*) => {
+        $($(#[$doc])* pub static $name: ProblemType = ProblemType::new($slug, StatusCode::$status, $title, $meaning);)*
+
+        /// Every type of this service.
+        pub static TYPES: &[&ProblemType] = &[$(&$name),*];
+    };
+}
+
+problem_types! {
+    /// 404: no such product.
+    PRODUCT_NOT_FOUND = ("product-not-found", NOT_FOUND, "No such product",
+        "No product is registered under the id.");
+    /// 404: no such order, or not yet.
+    ORDER_NOT_DECIDED = ("order-not-decided", NOT_FOUND, "Order not decided",
+        "No decision about the order is on record: it was never published, or it is still on its way.");
+    /// 409: it is there with other details.
+    PRODUCT_ALREADY_REGISTERED = ("product-already-registered", CONFLICT, "Product already registered",
+        "A product is registered under the id, with other details. Change it with PATCH.");
+    /// 409: another product has the sku.
+    SKU_TAKEN = ("sku-taken", CONFLICT, "Sku taken",
+        "The sku belongs to the product in `owner`.");
+    /// 409: more would be taken away than there is.
+    BELOW_ZERO = ("below-zero", CONFLICT, "Not enough stock",
+        "The adjustment would leave less than nothing; `quantity` is the stock.");
+    /// 409: the stock is not what was expected.
+    UNEXPECTED_QUANTITY = ("unexpected-quantity", CONFLICT, "Unexpected quantity",
+        "The stock is `actual` and not the `expectedQuantity` of the request. Look at it again and decide anew.");
+    /// 409: a newer count is on record.
+    COUNT_SUPERSEDED = ("count-superseded", CONFLICT, "Count superseded",
+        "A count of the product that is as new or newer is on record, taken at `newest`.");
+    /// 409: carried out before, under an id that is not remembered any more.
+    ALREADY_CARRIED_OUT = ("already-carried-out", CONFLICT, "Already carried out",
+        "The same command was carried out before.");
+    /// 422: the key was used for another request.
+    IDEMPOTENCY_KEY_REUSED = ("idempotency-key-reused", UNPROCESSABLE_ENTITY, "Idempotency key reused",
+        "The `Idempotency-Key` was used for another request before. Use a new key for a new request.");
+    /// 503: the projection is not there yet.
+    NOT_YET_PROJECTED = ("not-yet-projected", SERVICE_UNAVAILABLE, "Not yet projected",
+        "The read model has not reached the sequence asked for; `reached` is where it is. Try again after `Retry-After`.");
+    /// 503: no decision in time.
+    OUTCOME_UNKNOWN = ("outcome-unknown", SERVICE_UNAVAILABLE, "Outcome unknown",
+        "The write was not decided in time. It may yet be carried out: repeat it under the same `Idempotency-Key`, which tells.");
+}
+
+/// What a command that was not carried out is answered with.
+pub(super) fn refused(error: &CommandError) -> Problem {
+    let detail = sentence(&error.to_string());
+    let rejection = match error {
+        CommandError::Rejected(rejection) => rejection,
+        CommandError::TooLarge { .. } => return Problem::unprocessable(detail),
+        CommandError::Stopping => return Problem::unavailable(detail, 1),
+    };
+    match rejection {
+        Rejection::UnknownProduct => Problem::new(&PRODUCT_NOT_FOUND, detail),
+        Rejection::AlreadyRegistered => Problem::new(&PRODUCT_ALREADY_REGISTERED, detail),
+        Rejection::SkuTaken { owner } => Problem::new(&SKU_TAKEN, detail).with("owner", owner.to_string()),
+        Rejection::BadText { field } | Rejection::OutOfRange { field } => {
+            Problem::invalid_field(pointer(field), detail)
+        }
+        Rejection::BelowZero { quantity, .. } => Problem::new(&BELOW_ZERO, detail).with("quantity", *quantity),
+        Rejection::UnexpectedQuantity { expected, actual } => {
+            Problem::new(&UNEXPECTED_QUANTITY, detail).with("expected", *expected).with("actual", *actual)
+        }
+        Rejection::VersionMismatch { actual } => {
+            Problem::precondition_failed(detail).with("version", json!(format!("\"{actual}\"")))
+        }
+        Rejection::KeyReused => Problem::new(&IDEMPOTENCY_KEY_REUSED, detail),
+        Rejection::CountSuperseded { newest } => {
+            Problem::new(&COUNT_SUPERSEDED, detail).with("newest", newest.to_string())
+        }
+        Rejection::CountInFuture { .. } => Problem::invalid_field("/countedAt", detail),
+        Rejection::Repeated => Problem::new(&ALREADY_CARRIED_OUT, detail),
+    }
+}
+
+/// Fields as the aggregate calls them, where they are in a body.
+fn pointer(field: &str) -> String {
+    match field {
+        "initial quantity" => "/initialQuantity".to_owned(),
+        "low-stock threshold" => "/lowStockThreshold".to_owned(),
+        other => format!("/{other}"),
+    }
+}
+
+/// As people write sentences.
+fn sentence(text: &str) -> String {
+    let mut letters = text.chars();
+    let first = letters.next().map(|first| first.to_uppercase().to_string()).unwrap_or_default();
+    format!("{first}{}.", letters.as_str().trim_end_matches('.'))
+}
+
+macro_rules! problem_responses {
+    ($(#[$doc:meta])* $name:ident { $($variant:ident = $status:literal, $description:literal;)* }) => {
+        $(#[$doc])*
+        #[derive(IntoResponses)]
+        #[allow(dead_code, missing_docs, reason = "read by the document alone")]
+        pub(super) enum $name {
+            $(
+                #[response(status = $status, description = $description, content_type = "application/problem+json")]
+                $variant(ProblemDocument),
+            )*
+        }
+    };
+}
+
+problem_responses! {
+    /// What a read can be refused with.
+    ReadProblems {
+        BadRequest = 400, "Parameters are not as they must be";
+        Unauthorized = 401, "No token, or none that is believed";
+        Forbidden = 403, "The token's role does not reach";
+        NotFound = 404, "There is no such thing";
+        TooManyRequests = 429, "The caller's share is used up";
+        Unavailable = 503, "Not now, or not yet projected";
+        Timeout = 504, "It took too long";
+    }
+}
+
+problem_responses! {
+    /// What a write can be refused with.
+    WriteProblems {
+        BadRequest = 400, "The body or a header is not as it must be";
+        Unauthorized = 401, "No token, or none that is believed";
+        Forbidden = 403, "Needs the role ADMIN";
+        NotFound = 404, "There is no such product";
+        Conflict = 409, "What is there does not admit it";
+        PreconditionFailed = 412, "The product is not at a version of If-Match";
+        TooLarge = 413, "The body is too large";
+        UnsupportedMediaType = 415, "The body is not of a type that is taken";
+        Unprocessable = 422, "The Idempotency-Key was used for another request";
+        TooManyRequests = 429, "The caller's share is used up";
+        Unavailable = 503, "Not now; the outcome may be unknown";
+        Timeout = 504, "It took too long";
+    }
+}

@@ -1,0 +1,353 @@
+//! The server on real sockets: what it refuses, what it bears, and how it ends.
+
+use std::sync::Mutex;
+
+use axum::Json;
+use axum::http::StatusCode;
+use axum::routing::{get, post};
+use clap::Parser;
+use lomash_platform::Secret;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+
+use super::*;
+use crate::auth::{Mint, mint};
+use crate::limits::time_limited;
+use crate::{Admin, Body, Gate, Path, Query, Role, Verifier, Viewer};
+
+const SECRET: &str = "a development secret of 32 bytes or more";
+/// Longer than anything here takes.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+#[derive(Debug, Parser)]
+struct Process {
+    #[command(flatten)]
+    http: HttpConfig,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Change {
+    quantity: u32,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Filter {
+    limit: Option<u8>,
+    available: Option<bool>,
+}
+
+/// A server with a few routes, on a port of its own.
+struct World {
+    address: SocketAddr,
+    stop: CancellationToken,
+    health: Health,
+    /// Told when a request has arrived at `/v1/held`, and lets it go.
+    arrived: Arc<Notify>,
+    release: Arc<Notify>,
+    serving: Mutex<Option<JoinHandle<()>>>,
+    client: reqwest::Client,
+}
+
+impl World {
+    async fn start(arguments: &[&str]) -> Self {
+        let fixed = ["test", "--http-listen", "127.0.0.1:0", "--jwt-hs256-secret", SECRET];
+        let http = Process::parse_from(fixed.iter().chain(arguments)).http;
+        let (health, stop) = (Health::new(), CancellationToken::new());
+        let verifier = Verifier::start(&http.tokens, &health, stop.clone()).await.expect("a verifier");
+        let (arrived, release) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+        let held = {
+            let (arrived, release) = (arrived.clone(), release.clone());
+            async move |Viewer(_): Viewer| {
+                arrived.notify_one();
+                release.notified().await;
+                "let go"
+            }
+        };
+        let routes = Router::new()
+            .route("/v1/read", get(async |Viewer(caller): Viewer| caller.subject.to_string()))
+            .route("/v1/write", post(async |Admin(_): Admin, Body(change): Body<Change>| Json(change)))
+            .route("/v1/items/{id}", get(async |Path(id): Path<Uuid>| id.to_string()))
+            .route(
+                "/v1/list",
+                get(async |Query(filter): Query<Filter>| format!("{:?} {:?}", filter.limit, filter.available)),
+            )
+            .route("/v1/panics", get(async || -> &'static str { panic!("hunter2") }))
+            .route("/v1/held", get(held))
+            .route("/v1/large", get(async || vec![b'x'; 64 << 20]));
+        let stuck = Router::new().route("/v1/stuck", get(async || std::future::pending::<()>().await));
+        let gate = Gate::new(verifier, &http.rates);
+        let guarded = gate.guard(routes.merge(time_limited(stuck, Duration::from_millis(50))));
+        let forgotten = Router::new().route("/forgotten", get(async |Viewer(_): Viewer| "open"));
+        let app = application(guarded.merge(forgotten).merge(health.routes()), &http);
+        let server = Server::bind(&http).await.expect("bound");
+        let address = server.local_addr();
+        let serving = Mutex::new(Some(tokio::spawn(server.serve(app, health.clone(), stop.clone()))));
+        let client = reqwest::Client::builder().no_proxy().timeout(PATIENCE).build().expect("a client");
+        Self { address, stop, health, arrived, release, serving, client }
+    }
+
+    fn request(&self, method: &str, path: &str, role: Option<Role>) -> reqwest::RequestBuilder {
+        let method = method.parse().expect("a method");
+        let request = self.client.request(method, format!("http://{}{path}", self.address));
+        match role {
+            Some(role) => request.bearer_auth(token(role)),
+            None => request,
+        }
+    }
+
+    async fn get(&self, path: &str) -> reqwest::Response {
+        self.request("GET", path, Some(Role::Viewer)).send().await.expect("an answer")
+    }
+
+    fn write(&self, body: impl Into<reqwest::Body>) -> reqwest::RequestBuilder {
+        self.request("POST", "/v1/write", Some(Role::Admin)).header("Content-Type", "application/json").body(body)
+    }
+
+    async fn connect(&self) -> TcpStream {
+        TcpStream::connect(self.address).await.expect("connected")
+    }
+
+    /// Completes when the server has ended.
+    async fn ended(&self) {
+        let serving = self.serving.lock().expect("not poisoned").take().expect("asked once");
+        tokio::time::timeout(PATIENCE, serving).await.expect("in time").expect("without a panic");
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+fn token(role: Role) -> String {
+    let subject = Uuid::from_u128(if role == Role::Admin { 1 } else { 2 });
+    let lifetime = Duration::from_secs(600);
+    let token = Mint { issuer: "lomash", audience: "lomash-inventory", subject, role, lifetime };
+    mint(&Secret::from(SECRET.to_owned()), &token).expect("minted")
+}
+
+/// Asserts that an answer is the problem of this status and type, and gives its document.
+async fn problem(response: reqwest::Response, status: u16, slug: &str) -> Value {
+    assert_eq!(response.status().as_u16(), status, "{response:?}");
+    assert_eq!(response.headers()["content-type"], "application/problem+json");
+    let id = response.headers()["x-request-id"].to_str().expect("ASCII").to_owned();
+    let document: Value = response.json().await.expect("JSON");
+    assert_eq!(document["type"], format!("https://lomash.example/problems/{slug}"), "{document}");
+    assert_eq!(document["status"], status);
+    assert_eq!(document["instance"], format!("urn:uuid:{id}"));
+    document
+}
+
+/// Everything that the server sends until it closes the connection.
+async fn rest(stream: &mut TcpStream) -> String {
+    let mut bytes = Vec::new();
+    // A reset is an end as well.
+    let _ = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut bytes)).await.expect("closed in time");
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[tokio::test]
+async fn every_refusal_is_a_problem() {
+    let world = World::start(&[]).await;
+    let ask = |method: &str, path: &str, role| world.request(method, path, role).send();
+
+    problem(ask("GET", "/v1/read", None).await.expect("an answer"), 401, "unauthorized").await;
+    let bad = world.request("GET", "/v1/read", None).bearer_auth("x.y.z").send().await.expect("an answer");
+    problem(bad, 401, "unauthorized").await;
+    let viewer = world.request("POST", "/v1/write", Some(Role::Viewer)).json(&Change { quantity: 1 });
+    problem(viewer.send().await.expect("an answer"), 403, "forbidden").await;
+    problem(ask("GET", "/nowhere", None).await.expect("an answer"), 404, "not-found").await;
+    problem(ask("GET", "/v1/nowhere", None).await.expect("an answer"), 404, "not-found").await;
+    let method = ask("DELETE", "/v1/write", Some(Role::Admin)).await.expect("an answer");
+    assert_eq!(method.headers()["allow"], "POST");
+    problem(method, 405, "method-not-allowed").await;
+    let forgotten = problem(world.get("/forgotten").await, 500, "internal").await;
+    assert!(!forgotten.to_string().contains("gate"), "{forgotten}");
+    let panicked = problem(world.get("/v1/panics").await, 500, "internal").await;
+    assert!(!panicked.to_string().contains("hunter2"), "{panicked}");
+    problem(world.get("/v1/stuck").await, 504, "timeout").await;
+
+    let item = problem(world.get("/v1/items/'%20OR%201=1").await, 400, "validation-failed").await;
+    assert!(item["errors"][0]["detail"].is_string(), "{item}");
+    for odd in ["/v1/items/%FF", "/v1/items/*", "/v1/items/%0D%0A", "/v1/items/%3E", "/v1/items/."] {
+        let status = world.get(odd).await.status();
+        assert!(status.is_client_error(), "{odd}: {status}");
+    }
+    for (query, parameter) in [
+        ("limit=1000", "limit"),
+        ("limit=", "limit"),
+        ("available=yes", "available"),
+        ("x=1", "x"),
+        ("limit=1&limit=2", "limit"),
+    ] {
+        let document = problem(world.get(&format!("/v1/list?{query}")).await, 400, "validation-failed").await;
+        assert_eq!(document["errors"][0]["parameter"], parameter, "{query}: {document}");
+    }
+
+    let field =
+        problem(world.write(r#"{"quantity":-1}"#).send().await.expect("an answer"), 400, "validation-failed").await;
+    assert_eq!(field["errors"][0]["pointer"], "/quantity", "{field}");
+    let assigned = world.write(r#"{"quantity":1,"role":"ADMIN"}"#).send().await.expect("an answer");
+    assert_eq!(problem(assigned, 400, "validation-failed").await["errors"][0]["pointer"], "/role");
+    problem(world.write("{").send().await.expect("an answer"), 400, "bad-request").await;
+    let form = world.request("POST", "/v1/write", Some(Role::Admin)).body("quantity=1");
+    problem(form.send().await.expect("an answer"), 415, "unsupported-media-type").await;
+    let packed = world.write("x").header("Content-Encoding", "gzip");
+    problem(packed.send().await.expect("an answer"), 415, "unsupported-media-type").await;
+    let large = world.write("x".repeat(10 << 20)).send().await.expect("an answer before the body is read");
+    problem(large, 413, "payload-too-large").await;
+
+    // And all the same it works.
+    let written = world.write(r#"{"quantity":7}"#).send().await.expect("an answer");
+    assert_eq!(written.json::<Value>().await.expect("JSON"), json!({ "quantity": 7 }));
+    assert_eq!(world.get("/v1/read").await.text().await.expect("text"), Uuid::from_u128(2).to_string());
+}
+
+#[tokio::test]
+async fn a_body_of_unknown_length_is_bounded_too() {
+    let world = World::start(&[]).await;
+    let mut stream = world.connect().await;
+    let head = format!(
+        "POST /v1/write HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n",
+        token(Role::Admin)
+    );
+    stream.write_all(head.as_bytes()).await.expect("written");
+    let chunk = format!("1000\r\n{}\r\n", "1".repeat(0x1000));
+    // Just beyond 64 KiB: the rest would be cut off by the answer.
+    for _ in 0..17 {
+        stream.write_all(chunk.as_bytes()).await.expect("written");
+    }
+    stream.shutdown().await.expect("shut down");
+    let answer = rest(&mut stream).await;
+    assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
+}
+
+#[tokio::test]
+async fn too_many_requests_wait() {
+    let world = World::start(&["--http-writes-per-second", "1"]).await;
+    let write = async || world.write(r#"{"quantity":7}"#).send().await.expect("an answer");
+    assert_eq!((write().await.status(), write().await.status()), (StatusCode::OK, StatusCode::OK));
+    let mut refused = write().await;
+    // A second may have passed on a slow machine.
+    for _ in 0..100 {
+        if refused.status() == StatusCode::TOO_MANY_REQUESTS {
+            break;
+        }
+        refused = write().await;
+    }
+    assert_eq!(refused.headers()["retry-after"], "1");
+    assert_eq!(problem(refused, 429, "too-many-requests").await["retryAfterSeconds"], 1);
+    assert_eq!(world.get("/v1/read").await.status(), StatusCode::OK, "reads are counted apart, and other callers too");
+}
+
+#[tokio::test]
+async fn slow_and_swollen_headers_are_cut_off() {
+    let world = World::start(&["--http-header-timeout-seconds", "1", "--http-stall-timeout-seconds", "1"]).await;
+    let started = Instant::now();
+    let mut slow = world.connect().await;
+    slow.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n").await.expect("written");
+    let mut idle = world.connect().await;
+    let mut slow_body = world.connect().await;
+    let head = format!(
+        "POST /v1/write HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{{",
+        token(Role::Admin)
+    );
+    slow_body.write_all(head.as_bytes()).await.expect("written");
+    rest(&mut slow).await;
+    rest(&mut idle).await;
+    let answer = rest(&mut slow_body).await;
+    assert!(answer.starts_with("HTTP/1.1 400 "), "{answer}");
+    assert!(started.elapsed() >= Duration::from_secs(1) && started.elapsed() < PATIENCE);
+
+    let many: String = (0..200).map(|n| format!("X-{n}: 1\r\n")).collect();
+    let large = format!("X-Large: {}\r\n", "x".repeat(MAX_HEADER_BYTES));
+    for swollen in [many, large] {
+        let mut stream = world.connect().await;
+        stream
+            .write_all(format!("GET /healthz HTTP/1.1\r\nHost: x\r\n{swollen}\r\n").as_bytes())
+            .await
+            .expect("written");
+        let answer = rest(&mut stream).await;
+        assert!(answer.starts_with("HTTP/1.1 431 "), "{answer}");
+    }
+    let mut nonsense = world.connect().await;
+    nonsense.write_all(b"\x16\x03\x01 this is not HTTP\r\n\r\n").await.expect("written");
+    let answer = rest(&mut nonsense).await;
+    assert!(answer.starts_with("HTTP/1.1 400 "), "{answer}");
+}
+
+#[tokio::test]
+async fn a_client_that_takes_nothing_is_let_go() {
+    let world = World::start(&["--http-max-connections", "1", "--http-stall-timeout-seconds", "1"]).await;
+    let mut greedy = world.connect().await;
+    let head = format!("GET /v1/large HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\n\r\n", token(Role::Viewer));
+    greedy.write_all(head.as_bytes()).await.expect("written");
+    // There is one connection only: this is answered once the greedy one is gone.
+    assert_eq!(world.get("/v1/read").await.status(), StatusCode::OK);
+}
+
+#[tokio::test]
+async fn connections_beyond_the_limit_wait() {
+    let world = World::start(&["--http-max-connections", "2"]).await;
+    let (mut first, mut second) = (world.connect().await, world.connect().await);
+    let ask = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n";
+    let mut byte = [0; 1];
+    for stream in [&mut first, &mut second] {
+        stream.write_all(ask).await.expect("written");
+        stream.read_exact(&mut byte).await.expect("answered");
+    }
+    let mut third = world.connect().await;
+    third.write_all(ask).await.expect("written");
+    let waited = tokio::time::timeout(Duration::from_millis(200), third.read_exact(&mut byte)).await;
+    assert!(waited.is_err(), "two are open, and the third is not looked at");
+    drop(first);
+    tokio::time::timeout(PATIENCE, third.read_exact(&mut byte)).await.expect("in time").expect("answered");
+}
+
+#[tokio::test]
+async fn stopping_finishes_what_is_in_flight() {
+    let world = World::start(&[]).await;
+    assert_eq!(world.get("/readyz").await.status(), StatusCode::OK);
+    let held = tokio::spawn(world.request("GET", "/v1/held", Some(Role::Viewer)).send());
+    world.arrived.notified().await;
+    world.stop.cancel();
+    // No new connection is taken from now on, and the one in flight goes on.
+    let refused = async {
+        while let Ok(mut stream) = TcpStream::connect(world.address).await {
+            let _ = stream.write_all(b"GET /healthz HTTP/1.1\r\n\r\n").await;
+            rest(&mut stream).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, refused).await.expect("the listener is closed");
+    assert!(!world.health.readiness().ready);
+    world.release.notify_one();
+    let answer = held.await.expect("no panic").expect("an answer");
+    assert_eq!(answer.text().await.expect("text"), "let go");
+    world.ended().await;
+}
+
+#[tokio::test]
+async fn stopping_says_not_ready_first_and_is_bounded() {
+    let world = World::start(&["--http-stop-delay-seconds", "1", "--http-drain-seconds", "1"]).await;
+    let _part = world.health.check("ledger", true);
+    let readiness: Value = world.get("/readyz").await.json().await.expect("JSON");
+    let check = json!({ "name": "ledger", "ready": false, "required": true, "detail": "starting" });
+    assert_eq!(readiness, json!({ "ready": false, "stopping": false, "checks": [check] }));
+    let held = tokio::spawn(world.request("GET", "/v1/held", Some(Role::Viewer)).send());
+    world.arrived.notified().await;
+    world.stop.cancel();
+    // A new connection is still taken.
+    let readiness = world.client.get(format!("http://{}/readyz", world.address)).send().await.expect("an answer");
+    assert_eq!(readiness.status(), StatusCode::SERVICE_UNAVAILABLE);
+    let alive = world.client.get(format!("http://{}/healthz", world.address)).send().await.expect("an answer");
+    assert_eq!(alive.status(), StatusCode::OK);
+    // The held request never ends by itself.
+    world.ended().await;
+    assert!(held.await.expect("no panic").is_err(), "cut off");
+}
