@@ -447,7 +447,6 @@ pub struct Report {
     #[schema(value_type = String)]
     pub requested_by: UpdatedBy,
     /// What it was asked to do.
-    #[serde(flatten)]
     pub request: Request,
     /// When it was asked for.
     #[schema(value_type = String, format = DateTime)]

@@ -9,6 +9,7 @@ mod inventory;
 mod preconditions;
 mod problems;
 mod products;
+mod reconciliations;
 mod writes;
 
 use std::sync::Arc;
@@ -24,6 +25,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::commands::Writer;
+use crate::reconciliation::run::Reconciliation;
 
 /// Longest that a write waits for its decision. Beyond it its outcome is unknown, and the answer says so: within the 5 s
 /// in which a service that is cut off from NATS must answer.
@@ -36,6 +38,8 @@ pub struct Api {
     pub writer: Writer,
     /// Where answers to repeated requests are read back from.
     pub ledger: JetStreamLedger,
+    /// Where reconciliation runs are asked for.
+    pub reconciliation: Reconciliation,
     /// Cancelled when the process stops: what has no end ends then.
     pub stop: CancellationToken,
 }
@@ -71,6 +75,9 @@ fn ordinary_routes() -> OpenApiRouter<Api> {
         .routes(routes!(inventory::set_quantity))
         .routes(routes!(inventory::adjust))
         .routes(routes!(inventory::record_count))
+        .routes(routes!(reconciliations::start, reconciliations::list))
+        .routes(routes!(reconciliations::show))
+        .routes(routes!(reconciliations::decide))
 }
 
 /// The OpenAPI document of all routes.

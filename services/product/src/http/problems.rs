@@ -43,6 +43,15 @@ problem_types! {
     /// 409: carried out before, under an id that is not remembered any more.
     ALREADY_CARRIED_OUT = ("already-carried-out", CONFLICT, "Already carried out",
         "The same command was carried out before.");
+    /// 404: no such run.
+    RECONCILIATION_NOT_FOUND = ("reconciliation-not-found", NOT_FOUND, "No such reconciliation run",
+        "No report of a reconciliation run is kept under the id.");
+    /// 409: the run does not wait for approval.
+    RECONCILIATION_NOT_WAITING = ("reconciliation-not-waiting", CONFLICT, "Reconciliation run not waiting",
+        "The run does not wait for approval; `status` is where it stands.");
+    /// 409: there is no warehouse to ask.
+    NO_WAREHOUSE = ("no-warehouse", CONFLICT, "No warehouse",
+        "Figures of the warehouse were asked for, and the service is not told where it is (`WAREHOUSE_URL`).");
     /// 422: the key was used for another request.
     IDEMPOTENCY_KEY_REUSED = ("idempotency-key-reused", UNPROCESSABLE_ENTITY, "Idempotency key reused",
         "The `Idempotency-Key` was used for another request before. Use a new key for a new request.");
@@ -95,7 +104,7 @@ fn pointer(field: &str) -> String {
 }
 
 /// As people write sentences.
-fn sentence(text: &str) -> String {
+pub(super) fn sentence(text: &str) -> String {
     let mut letters = text.chars();
     let first = letters.next().map(|first| first.to_uppercase().to_string()).unwrap_or_default();
     format!("{first}{}.", letters.as_str().trim_end_matches('.'))
