@@ -55,6 +55,11 @@ verify *ARGS: _programs
 rebuild *ARGS: _programs
     exec '{{ lomash }}' rebuild {{ ARGS }}
 
+# Correct the stock by the warehouse's counts; `--dry-run` only reports, `--approve ID` goes on with a run that waits
+[group('operate')]
+reconcile *ARGS: _programs
+    exec '{{ lomash }}' reconcile {{ ARGS }}
+
 # Show streams, consumers, lag and checkpoints
 [group('operate')]
 status *ARGS: _programs

@@ -11,6 +11,7 @@ pub mod import;
 pub mod orders;
 pub mod output;
 pub mod rebuild;
+pub mod reconcile;
 pub mod retail;
 mod snapshot;
 pub mod stack;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use lomash::{bench, demo, import, orders, rebuild, status, token, up, verify};
+use lomash::{bench, demo, import, orders, rebuild, reconcile, status, token, up, verify};
 use lomash_platform::telemetry::{self, LogFormat};
 
 /// Lomash Inventory: stock that is never oversold, lost or double-counted.
@@ -33,6 +33,8 @@ enum Command {
     Verify(verify::VerifyArgs),
     /// Build the projection anew from the stream, beside the live one, and swap them.
     Rebuild(rebuild::RebuildArgs),
+    /// Correct the stock by the counts of the warehouse.
+    Reconcile(reconcile::ReconcileArgs),
     /// Measure this system beside its rivals and the limit of the server.
     Bench(bench::BenchArgs),
     /// Show streams, consumers, lag and checkpoints.
@@ -52,6 +54,7 @@ async fn main() -> ExitCode {
         Command::Orders(command) => orders::run(command).await.map(|()| ExitCode::SUCCESS),
         Command::Verify(args) => verify::run(args).await,
         Command::Rebuild(args) => rebuild::run(args).await,
+        Command::Reconcile(args) => reconcile::run(args).await,
         Command::Bench(args) => bench::run(args).await,
         Command::Status(args) => status::run(args).await,
         Command::Token(args) => token::run(&args).map(|()| ExitCode::SUCCESS),

@@ -17,4 +17,6 @@ pub mod projected;
 pub mod projection;
 pub mod reads;
 pub mod rebuild;
+pub mod reconciliation;
 pub mod service;
+pub mod warehouse;

@@ -37,6 +37,7 @@ pub const fn receive() -> Receive {
         max_in_flight: MAX_ORDERS_IN_FLIGHT,
         max_in_flight_bytes: MAX_ORDER_BYTES_IN_FLIGHT,
         max_panics: MAX_PANICS,
+        in_progress_every: None,
     }
 }
 

@@ -18,11 +18,17 @@ use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use crate::cache::Cache;
 use crate::commands::{Writer, Writing};
 use crate::committer::{Committer, catch_up, committer};
-use crate::http::{Api, Routes};
+use crate::http::{Api, Routes, Streams};
 use crate::inventory::State;
 use crate::projected::Projected;
+use crate::reads::Reads;
+use crate::reconciliation::reports::Reports;
+use crate::reconciliation::run::{Parts, Reconciliation, Runner};
+use crate::reconciliation::schedule::{self, Schedule};
+use crate::warehouse::Warehouse;
 use crate::{commands, orders, projection};
 
 /// How long a stopping service tries to bring what it took in to a decision; what is not decided comes back.
@@ -61,6 +67,10 @@ pub struct Config {
     )]
     pub database_url: Secret,
 
+    /// Redis for the cache; without it reads come from Postgres.
+    #[arg(long, env = "REDIS_URL", hide_env_values = true)]
+    pub redis_url: Option<Secret>,
+
     /// Copies of each stream that is created: 1 on a laptop, 3 in a cluster.
     #[arg(long, env = "STREAM_REPLICAS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=5))]
     pub stream_replicas: u32,
@@ -74,6 +84,19 @@ pub struct Config {
     #[command(flatten)]
     pub http: HttpConfig,
 
+    /// Where the warehouse tells its figures (JSON or NDJSON), if it does.
+    #[arg(long, env = "WAREHOUSE_URL", hide_env_values = true)]
+    pub warehouse_url: Option<Secret>,
+
+    /// Bearer token for the warehouse.
+    #[arg(long, env = "WAREHOUSE_TOKEN", hide_env_values = true)]
+    pub warehouse_token: Option<Secret>,
+
+    /// When the stock is reconciled with the counts: six cron fields with seconds first, in UTC; a word of the server's
+    /// such as `@daily`; or `off`.
+    #[arg(long, env = "RECONCILIATION_SCHEDULE", default_value_t)]
+    pub reconciliation_schedule: Schedule,
+
     /// How log lines look.
     #[arg(long, env = "LOG_FORMAT", value_enum, default_value_t = LogFormat::Pretty)]
     pub log_format: LogFormat,
@@ -85,9 +108,16 @@ pub struct Config {
 /// When it cannot start, or finds something that trying again cannot mend.
 pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
     let pool = postgres::pool(&config.database_url)?;
+    let cache = Cache::connect(config.redis_url.as_ref())?;
+    let warehouse = config.warehouse_url.as_ref().map(|url| Warehouse::new(url, config.warehouse_token.clone()));
+    let warehouse = warehouse.transpose()?;
     let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
     let health = Health::new();
-    let checks = Checks { ledger: health.check("ledger", true), projection: health.check("projection", false) };
+    let checks = Checks {
+        ledger: health.check("ledger", true),
+        projection: health.check("projection", false),
+        cache: health.check("cache", false),
+    };
     let verifier = Verifier::start(&config.http.tokens, &health, stop.clone()).await?;
     let routes = Routes::default();
     let server = Server::bind(&config.http).await?;
@@ -105,6 +135,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let differences = streams::compare(&context, streams::INVENTORY, config.stream_replicas).await?;
     refuse_a_weaker_ledger(differences, &config.ledger_allow_weaker)?;
 
+    schedule::set_up(&context, &config.reconciliation_schedule).await?;
+
     let ledger = JetStreamLedger::new(context.clone(), streams::INVENTORY);
     let Some(state) = initial_state(&ledger, &stop).await? else {
         return Ok(());
@@ -116,9 +148,32 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let writing = Writing::default();
     let mut commit_task = tokio::spawn(commit_loop);
     let projected = Projected::new(pool.clone());
-    let projecting =
-        projection::run(ledger.clone(), pool.clone(), config.database_url.clone(), projected, (), stop.clone());
+    let reports = Reports::new(pool.clone(), config.database_url.clone());
+    let reconciliation = Reconciliation::new(context.clone(), reports.clone(), warehouse.is_some());
+    let runner = Runner::new(Parts {
+        reports,
+        ledger: ledger.clone(),
+        pool: pool.clone(),
+        writer: Writer::new(client.clone(), committer.clone(), writing.clone()),
+        warehouse,
+        stop: stop.clone(),
+    });
+    let projecting = projection::run(
+        ledger.clone(),
+        pool.clone(),
+        config.database_url.clone(),
+        projected.clone(),
+        cache.clone(),
+        stop.clone(),
+    );
     tasks.spawn(async { projecting.await.context("the projector cannot go on") });
+    tasks.spawn({
+        let (context, stop) = (context.clone(), stop.clone());
+        async move {
+            receive::run(context, schedule::receive(), stop, |delivery| runner.clone().handle(delivery)).await;
+            Ok(())
+        }
+    });
     tasks.spawn({
         let (committer, writing, stop) = (committer.clone(), writing.clone(), stop.clone());
         async move {
@@ -127,9 +182,26 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
             Ok(())
         }
     });
-    tasks.spawn(checks.watch(client.clone(), pool, committer.clone(), stop.clone()));
+    tasks.spawn(checks.watch(
+        client.clone(),
+        pool,
+        committer.clone(),
+        cache.clone(),
+        config.redis_url.is_some(),
+        stop.clone(),
+    ));
     let writer = Writer::new(client.clone(), committer, writing);
-    routes.open(Api { writer: writer.clone(), ledger, stop: stop.clone() }, verifier, &config.http);
+    let api = Api {
+        writer: writer.clone(),
+        ledger,
+        reads: Reads::new(&config.database_url)?,
+        projected,
+        cache,
+        streams: Streams::default(),
+        reconciliation,
+        stop: stop.clone(),
+    };
+    routes.open(api, verifier, &config.http);
     let serving = commands::serve(client.clone(), writer, stop.clone());
     tasks.spawn(async { serving.await.context("commands cannot be taken") });
     info!("ready");
@@ -177,6 +249,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
 struct Checks {
     ledger: Check,
     projection: Check,
+    cache: Check,
 }
 
 impl Checks {
@@ -186,6 +259,8 @@ impl Checks {
         client: async_nats::Client,
         pool: deadpool_postgres::Pool,
         committer: Committer,
+        cache: Cache,
+        has_redis: bool,
         stop: CancellationToken,
     ) -> anyhow::Result<()> {
         loop {
@@ -197,6 +272,11 @@ impl Checks {
                 Ok(Ok(checkpoint)) => self.projection.ready(format!("at {checkpoint}")),
                 Ok(Err(problem)) => self.projection.not_ready(problem.to_string()),
                 Err(_) => self.projection.not_ready("Postgres does not answer"),
+            }
+            match (has_redis, cache.counters().fallback) {
+                (false, _) => self.cache.not_ready("there is no REDIS_URL; reads come from Postgres"),
+                (true, true) => self.cache.not_ready("Redis does not answer in time; reads come from Postgres"),
+                (true, false) => self.cache.ready("Redis answers"),
             }
             tokio::select! {
                 () = stop.cancelled() => return Ok(()),

@@ -4,6 +4,7 @@
 //! Acknowledging comes last, so every handler must bear seeing a message twice. The loop survives a lost connection,
 //! a restarted server and a panicking handler.
 
+use std::convert::Infallible;
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::time::Duration;
@@ -95,6 +96,9 @@ pub struct Receive {
     pub max_in_flight_bytes: usize,
     /// Deliveries after which a message whose handler panics is given up.
     pub max_panics: u64,
+    /// How often the server is told that a handler is still at work, when one may take longer than the consumer's
+    /// `ack_wait`; a third of that is right. `None` for handlers that are always faster.
+    pub in_progress_every: Option<Duration>,
 }
 
 /// Receives until `stop`, then lets the handlers at work finish.
@@ -238,9 +242,13 @@ where
     let handled = std::panic::catch_unwind(AssertUnwindSafe(|| handler(delivery)));
     let span = tracing::debug_span!("settle", consumer = receive.consumer, sequence);
     async move {
-        let outcome = match handled {
-            Ok(future) => AssertUnwindSafe(future).catch_unwind().await,
-            Err(panic) => Err(panic),
+        let outcome = match (handled, receive.in_progress_every) {
+            (Ok(future), None) => AssertUnwindSafe(future).catch_unwind().await,
+            (Ok(future), Some(every)) => tokio::select! {
+                outcome = AssertUnwindSafe(future).catch_unwind() => outcome,
+                never = stay_in_progress(&acker, every) => match never {},
+            },
+            (Err(panic), _) => Err(panic),
         };
         let settle = outcome.unwrap_or_else(|panic| {
             let what = panic_text(&*panic);
@@ -282,6 +290,17 @@ where
         }
     }
     .instrument(span)
+}
+
+/// Tells the server again and again that the message is being handled, so that it is not delivered to another replica
+/// meanwhile. What cannot be told is told the next time.
+async fn stay_in_progress(acker: &jetstream::message::Acker, every: Duration) -> Infallible {
+    loop {
+        tokio::time::sleep(every).await;
+        if let Err(problem) = acker.ack_with(AckKind::Progress).await {
+            debug!(%problem, "could not say that a message is in progress");
+        }
+    }
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {

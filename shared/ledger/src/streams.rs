@@ -17,6 +17,11 @@ pub const PRODUCT_ORDERS: &str = "product-orders";
 /// Its priority group.
 pub const PRODUCT_ORDERS_GROUP: &str = "orders";
 
+/// The work queue: schedules and what they start.
+pub const JOBS: &str = "JOBS";
+/// The durable consumer by which reconciliation runs are received, one at a time.
+pub const RECONCILIATION: &str = "reconciliation";
+
 /// How long to wait for JetStream to answer while it starts or elects a leader.
 pub const READY_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -97,7 +102,11 @@ pub fn definitions() -> Vec<Definition> {
     vec![
         stream("DEAD_LETTERS", include_str!("../../../streams/DEAD_LETTERS.json"), &[]),
         stream(INVENTORY, include_str!("../../../streams/INVENTORY.json"), &[]),
-        stream("JOBS", include_str!("../../../streams/JOBS.json"), &[]),
+        stream(
+            JOBS,
+            include_str!("../../../streams/JOBS.json"),
+            &[(RECONCILIATION, include_str!("../../../streams/consumers/JOBS.reconciliation.json"))],
+        ),
         stream("NOTIFICATIONS", include_str!("../../../streams/NOTIFICATIONS.json"), &[]),
         stream(
             ORDERS,

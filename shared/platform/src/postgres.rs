@@ -15,9 +15,16 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long to wait for a free connection of the pool.
 pub const WAIT_TIMEOUT: Duration = Duration::from_secs(5);
 
-mod embedded {
-    refinery::embed_migrations!("../../sql");
+mod inventory {
+    refinery::embed_migrations!("../../sql/inventory");
 }
+
+mod reconciliation {
+    refinery::embed_migrations!("../../sql/reconciliation");
+}
+
+/// The schema with the reports of reconciliation runs. They are no projection: a rebuild leaves them alone.
+pub const RECONCILIATION: &str = "reconciliation";
 
 fn config(url: &Secret) -> anyhow::Result<tokio_postgres::Config> {
     // The parser's error could repeat the password, so it is not shown.
@@ -77,7 +84,8 @@ pub async fn connect(url: &Secret) -> anyhow::Result<tokio_postgres::Client> {
 /// that opens several tables one after the other and must get all of them from one schema.
 pub const SCHEMAS_LOCK: i64 = 0x6c6f_6d61_7368_0001;
 
-/// A schema with the tables of `sql/`. Its name is never anything else than one of these, so it can stand in a statement.
+/// A schema with the tables of `sql/inventory/`. Its name is never anything else than one of these, so it can stand in a
+/// statement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Schema {
     /// What is read, and what the product service projects into.
@@ -122,6 +130,26 @@ pub async fn migrate(url: &Secret) -> anyhow::Result<()> {
 /// # Errors
 /// As [`migrate`].
 pub async fn migrate_into(url: &Secret, schema: Schema) -> anyhow::Result<()> {
+    let remedy = "`lomash rebuild` makes the projection anew from the stream";
+    migrate_with(url, schema.name(), inventory::migrations::runner(), remedy).await
+}
+
+/// Brings the schema of the reconciliation reports to the newest version, and makes it if it is not there. Several
+/// processes may do so at once.
+///
+/// # Errors
+/// As [`migrate`].
+pub async fn migrate_reconciliation(url: &Secret) -> anyhow::Result<()> {
+    let remedy = "dropping the schema loses the reports and nothing else";
+    migrate_with(url, RECONCILIATION, reconciliation::migrations::runner(), remedy).await
+}
+
+async fn migrate_with(
+    url: &Secret,
+    schema: &'static str,
+    mut runner: refinery::Runner,
+    remedy: &str,
+) -> anyhow::Result<()> {
     let mut client = connect(url).await?;
     client.execute("SELECT pg_advisory_lock($1)", &[&SCHEMAS_LOCK]).await.context("cannot lock the schema")?;
     // The files of sql/ name no schema: the path decides. The history lives in the schema it is about: whoever drops the
@@ -130,10 +158,7 @@ pub async fn migrate_into(url: &Secret, schema: Schema) -> anyhow::Result<()> {
         .batch_execute(&format!("CREATE SCHEMA IF NOT EXISTS {schema}; SET search_path TO {schema}"))
         .await
         .with_context(|| format!("cannot create the schema {schema}"))?;
-    let mut runner = embedded::migrations::runner();
     runner.set_migration_table_name(format!("{schema}.schema_history"));
-    runner.run_async(&mut client).await.with_context(|| {
-        format!("a migration of sql/ failed in {schema}; `lomash rebuild` makes the projection anew from the stream")
-    })?;
+    runner.run_async(&mut client).await.with_context(|| format!("a migration of sql/ failed in {schema}; {remedy}"))?;
     Ok(())
 }

@@ -14,7 +14,8 @@ pub enum LogFormat {
 }
 
 /// What a service logs when `RUST_LOG` does not say: our own crates' progress and everybody's warnings.
-pub const SERVICE_FILTER: &str = "warn,product_service=info,lomash_ledger=info,lomash_platform=info";
+pub const SERVICE_FILTER: &str =
+    "warn,product_service=info,lomash_ledger=info,lomash_platform=info,lomash::reconciliation=info";
 
 /// What a command logs when `RUST_LOG` does not say: its output tells the rest.
 pub const COMMAND_FILTER: &str = "warn";

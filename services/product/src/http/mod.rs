@@ -9,6 +9,9 @@ mod inventory;
 mod preconditions;
 mod problems;
 mod products;
+mod queries;
+mod reconciliations;
+mod stream;
 mod writes;
 
 use std::sync::{Arc, OnceLock};
@@ -28,7 +31,12 @@ use utoipa::{Modify, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+pub use self::stream::{MAX_STREAMS, STREAM_LIFETIME, Streams};
+use crate::cache::Cache;
 use crate::commands::Writer;
+use crate::projected::Projected;
+use crate::reads::Reads;
+use crate::reconciliation::run::Reconciliation;
 
 /// Longest that a write waits for its decision. Beyond it its outcome is unknown, and the answer says so: within the 5 s
 /// in which a service that is cut off from NATS must answer.
@@ -41,6 +49,16 @@ pub struct Api {
     pub writer: Writer,
     /// Where answers to repeated requests are read back from.
     pub ledger: JetStreamLedger,
+    /// The read model.
+    pub reads: Reads,
+    /// How far it is.
+    pub projected: Projected,
+    /// What was asked of it before.
+    pub cache: Cache,
+    /// Places of event streams.
+    pub streams: Streams,
+    /// Where reconciliation runs are asked for.
+    pub reconciliation: Reconciliation,
     /// Cancelled when the process stops: what has no end ends then.
     pub stop: CancellationToken,
 }
@@ -81,11 +99,17 @@ async fn later(State(routes): State<Routes>, request: Request) -> Response {
 /// Routes that answer within the ordinary time.
 fn ordinary_routes() -> OpenApiRouter<Api> {
     OpenApiRouter::with_openapi(Document::openapi())
-        .routes(routes!(products::register))
-        .routes(routes!(products::amend))
-        .routes(routes!(inventory::set_quantity))
+        .routes(routes!(queries::products, products::register))
+        .routes(routes!(queries::product, products::amend))
+        .routes(routes!(queries::inventory, inventory::set_quantity))
+        .routes(routes!(queries::history))
+        .routes(routes!(queries::decision))
+        .routes(routes!(stream::stream))
         .routes(routes!(inventory::adjust))
         .routes(routes!(inventory::record_count))
+        .routes(routes!(reconciliations::start, reconciliations::list))
+        .routes(routes!(reconciliations::show))
+        .routes(routes!(reconciliations::decide))
 }
 
 /// The OpenAPI document of all routes.

@@ -25,6 +25,9 @@ problem_types! {
     /// 404: no such order, or not yet.
     ORDER_NOT_DECIDED = ("order-not-decided", NOT_FOUND, "Order not decided",
         "No decision about the order is on record: it was never published, or it is still on its way.");
+    /// 404: not at that moment.
+    NOT_YET_REGISTERED = ("not-yet-registered", NOT_FOUND, "Not yet registered",
+        "The product was registered later than the moment asked for.");
     /// 409: it is there with other details.
     PRODUCT_ALREADY_REGISTERED = ("product-already-registered", CONFLICT, "Product already registered",
         "A product is registered under the id, with other details. Change it with PATCH.");
@@ -43,6 +46,15 @@ problem_types! {
     /// 409: carried out before, under an id that is not remembered any more.
     ALREADY_CARRIED_OUT = ("already-carried-out", CONFLICT, "Already carried out",
         "The same command was carried out before.");
+    /// 404: no such run.
+    RECONCILIATION_NOT_FOUND = ("reconciliation-not-found", NOT_FOUND, "No such reconciliation run",
+        "No report of a reconciliation run is kept under the id.");
+    /// 409: the run does not wait for approval.
+    RECONCILIATION_NOT_WAITING = ("reconciliation-not-waiting", CONFLICT, "Reconciliation run not waiting",
+        "The run does not wait for approval; `status` is where it stands.");
+    /// 409: there is no warehouse to ask.
+    NO_WAREHOUSE = ("no-warehouse", CONFLICT, "No warehouse",
+        "Figures of the warehouse were asked for, and the service is not told where it is (`WAREHOUSE_URL`).");
     /// 422: the key was used for another request.
     IDEMPOTENCY_KEY_REUSED = ("idempotency-key-reused", UNPROCESSABLE_ENTITY, "Idempotency key reused",
         "The `Idempotency-Key` was used for another request before. Use a new key for a new request.");
@@ -95,7 +107,7 @@ fn pointer(field: &str) -> String {
 }
 
 /// As people write sentences.
-fn sentence(text: &str) -> String {
+pub(super) fn sentence(text: &str) -> String {
     let mut letters = text.chars();
     let first = letters.next().map(|first| first.to_uppercase().to_string()).unwrap_or_default();
     format!("{first}{}.", letters.as_str().trim_end_matches('.'))
