@@ -7,14 +7,16 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use async_nats::jetstream::Context;
 use async_nats::{Client, HeaderMap};
+use clap::Parser;
 use futures::StreamExt;
 use lomash::audit::Report;
-use lomash::stack::{Nats, Postgres, Service, log_tail, scratch};
+use lomash::stack::{Nats, Postgres, Service, free_port, log_tail, scratch};
 use lomash::verify::{self, Show};
 use lomash_contract::{
     ContentType, Envelope, EventId, FailureReason, LedgerEvent, LineQuantity, OrderCreated, OrderId, OrderItem,
@@ -22,10 +24,11 @@ use lomash_contract::{
 };
 use lomash_ledger::{JetStreamLedger, Ledger, StoredMessage, header, streams};
 use lomash_platform::Secret;
-use lomash_platform::telemetry::LogFormat;
+use lomash_web::Role;
+use lomash_web::auth::{Mint, mint};
+use lomash_web::config::{DEVELOPMENT_AUDIENCE, DEVELOPMENT_ISSUER};
 use product_service::client::{Done, ProductClient};
 use product_service::inventory::{Action, Details, ProductCommand};
-use product_service::reconciliation::schedule::Schedule;
 use product_service::service::{Config, run};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -74,6 +77,19 @@ pub async fn eventually<T>(
     }
 }
 
+/// What the services of a world check HS256 tokens with.
+pub const JWT_SECRET: &str = "a secret of tests, known to everybody";
+
+/// A token of this world's services.
+///
+/// # Errors
+/// Never, in practice.
+pub fn token(role: Role, subject: Uuid) -> anyhow::Result<String> {
+    let secret = Secret::from(JWT_SECRET.to_owned());
+    let (issuer, audience, lifetime) = (DEVELOPMENT_ISSUER, DEVELOPMENT_AUDIENCE, Duration::from_secs(600));
+    mint(&secret, &Mint { issuer, audience, subject, role, lifetime })
+}
+
 /// Servers of one test. End a test with [`World::close`]; a world that is dropped before tells what its services
 /// logged.
 // Fields are dropped from the first to the last: servers before the folder they live in.
@@ -89,6 +105,8 @@ pub struct World {
     pub postgres: Option<Postgres>,
     /// The server of the streams.
     pub nats: Nats,
+    /// Where the services of this world answer HTTP, by name.
+    addresses: Mutex<HashMap<String, String>>,
     dir: tempfile::TempDir,
     closed: bool,
 }
@@ -125,7 +143,16 @@ impl World {
         streams::wait_until_ready(&context).await?;
         let differences = streams::apply(&context, 1).await?;
         ensure!(differences.is_empty(), "a fresh server differs: {differences:?}");
-        Ok(Self { products: ProductClient::new(client.clone()), context, client, postgres, nats, dir, closed: false })
+        Ok(Self {
+            products: ProductClient::new(client.clone()),
+            context,
+            client,
+            postgres,
+            nats,
+            addresses: Mutex::default(),
+            dir,
+            closed: false,
+        })
     }
 
     /// The folder of this world; services log there, one `.log` file each.
@@ -168,9 +195,24 @@ impl World {
     pub fn service(&self, name: &str) -> anyhow::Result<Service> {
         let program = lomash::up::program(PROGRAM)?;
         let log = self.dir().join(format!("{name}.log"));
-        Ok(Service::new(name, &program, &log)
+        let address = format!("127.0.0.1:{}", free_port()?);
+        let service = Service::new(name, &program, &log)
             .env("NATS_URL", self.nats.url())
-            .env("DATABASE_URL", self.database_url().expose()))
+            .env("DATABASE_URL", self.database_url().expose())
+            .env("HTTP_LISTEN", &address)
+            .env("JWT_HS256_SECRET", JWT_SECRET);
+        self.addresses.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(name.to_owned(), address);
+        Ok(service)
+    }
+
+    /// Where the service `name` answers HTTP.
+    ///
+    /// # Panics
+    /// When this world has no such service.
+    #[must_use]
+    pub fn url(&self, name: &str) -> String {
+        let addresses = self.addresses.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        format!("http://{}", addresses.get(name).expect("a service of this world"))
     }
 
     /// A product service as a child process, ready.
@@ -186,16 +228,20 @@ impl World {
     /// How a product service of this world is configured when it runs inside the test's process.
     #[must_use]
     pub fn config(&self) -> Config {
-        Config {
-            nats_url: Secret::from(self.nats.url()),
-            database_url: self.database_url(),
-            stream_replicas: 1,
-            ledger_allow_weaker: Vec::new(),
-            warehouse_url: None,
-            warehouse_token: None,
-            reconciliation_schedule: Schedule::Off,
-            log_format: LogFormat::Pretty,
-        }
+        let (nats_url, database_url) = (self.nats.url(), self.database_url());
+        Config::parse_from([
+            "product-service",
+            "--nats-url",
+            &nats_url,
+            "--database-url",
+            database_url.expose(),
+            "--http-listen",
+            "127.0.0.1:0",
+            "--jwt-hs256-secret",
+            JWT_SECRET,
+            "--reconciliation-schedule",
+            "off",
+        ])
     }
 
     /// Runs a product service inside the test's process and waits until it answers. Faster to start than a child, but

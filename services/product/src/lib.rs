@@ -5,6 +5,7 @@
 //! is the order acknowledged. [`projection`] follows behind, on its own; [`rebuild`] makes its tables
 //! anew, [`reads`] answers from them, and [`projected`] waits for them.
 
+pub mod cache;
 pub mod catalogue;
 pub mod client;
 pub mod commands;

@@ -227,6 +227,15 @@ impl Checkpoint {
     }
 }
 
+/// Where the live rows stand.
+///
+/// # Errors
+/// When Postgres cannot be asked.
+pub async fn look(pool: &Pool) -> Result<u64, ProjectionError> {
+    let client = pool.get().await.map_err(|error| ProjectionError::Postgres(error.to_string()))?;
+    Ok(read_checkpoint(&client, Schema::Live).await?.sequence)
+}
+
 async fn read_checkpoint(client: &tokio_postgres::Client, schema: Schema) -> Result<Checkpoint, ProjectionError> {
     let query = format!("SELECT sequence, tableoid FROM {schema}.checkpoint WHERE projection = $1");
     Ok(Checkpoint::of(&client.query_one(&query, &[&PROJECTION]).await?))

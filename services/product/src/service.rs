@@ -12,16 +12,19 @@ use lomash_ledger::streams::{self, Difference};
 use lomash_ledger::{JetStreamLedger, Ledger, receive};
 use lomash_platform::telemetry::LogFormat;
 use lomash_platform::{Secret, nats, postgres};
+use lomash_web::health::Check;
+use lomash_web::{Health, HttpConfig, Server, Verifier};
 use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::commands::{Writer, Writing};
-use crate::committer::{catch_up, committer};
+use crate::committer::{Committer, catch_up, committer};
+use crate::http::{Api, Routes};
 use crate::inventory::State;
 use crate::projected::Projected;
 use crate::reconciliation::reports::Reports;
-use crate::reconciliation::run::{Parts, Runner};
+use crate::reconciliation::run::{Parts, Reconciliation, Runner};
 use crate::reconciliation::schedule::{self, Schedule};
 use crate::warehouse::Warehouse;
 use crate::{commands, orders, projection};
@@ -37,6 +40,10 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How often start-up says how far it is.
 const PROGRESS_EVERY: Duration = Duration::from_secs(2);
+
+/// How often the parts are looked at for /readyz, and how long one may take to answer.
+const CHECK_EVERY: Duration = Duration::from_secs(1);
+const CHECK_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Pauses between tries to read the stream at start.
 const START_PAUSE: Duration = Duration::from_millis(500);
@@ -80,6 +87,10 @@ pub struct Config {
     #[arg(long, env = "RECONCILIATION_SCHEDULE", default_value_t)]
     pub reconciliation_schedule: Schedule,
 
+    /// The HTTP adapter.
+    #[command(flatten)]
+    pub http: HttpConfig,
+
     /// How log lines look.
     #[arg(long, env = "LOG_FORMAT", value_enum, default_value_t = LogFormat::Pretty)]
     pub log_format: LogFormat,
@@ -93,6 +104,17 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let pool = postgres::pool(&config.database_url)?;
     let warehouse = config.warehouse_url.as_ref().map(|url| Warehouse::new(url, config.warehouse_token.clone()));
     let warehouse = warehouse.transpose()?;
+    let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
+    let health = Health::new();
+    let checks = Checks { ledger: health.check("ledger", true), projection: health.check("projection", false) };
+    let verifier = Verifier::start(&config.http.tokens, &health, stop.clone()).await?;
+    let routes = Routes::default();
+    let server = Server::bind(&config.http).await?;
+    let serving = server.serve(routes.application(&config.http, &health), health.clone(), stop.clone());
+    tasks.spawn(async {
+        serving.await;
+        Ok(())
+    });
     let client = nats::connect(config.nats_url.expose(), "product-service").await?;
     let context = async_nats::jetstream::new(client.clone());
     streams::wait_until_ready(&context).await?;
@@ -114,17 +136,19 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let (committer, commit_loop) = committer(ledger.clone(), state, Timestamp::now, committing.clone());
     let writing = Writing::default();
     let mut commit_task = tokio::spawn(commit_loop);
-    let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
     let projected = Projected::new(pool.clone());
+    let reports = Reports::new(pool.clone(), config.database_url.clone());
+    let reconciliation = Reconciliation::new(context.clone(), reports.clone(), warehouse.is_some());
     let runner = Runner::new(Parts {
-        reports: Reports::new(pool.clone(), config.database_url.clone()),
+        reports,
         ledger: ledger.clone(),
         pool: pool.clone(),
         writer: Writer::new(client.clone(), committer.clone(), writing.clone()),
         warehouse,
         stop: stop.clone(),
     });
-    let projecting = projection::run(ledger, pool, config.database_url.clone(), projected, (), stop.clone());
+    let projecting =
+        projection::run(ledger.clone(), pool.clone(), config.database_url.clone(), projected, (), stop.clone());
     tasks.spawn(async { projecting.await.context("the projector cannot go on") });
     tasks.spawn({
         let (context, stop) = (context.clone(), stop.clone());
@@ -141,7 +165,9 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
             Ok(())
         }
     });
+    tasks.spawn(checks.watch(client.clone(), pool, committer.clone(), stop.clone()));
     let writer = Writer::new(client.clone(), committer, writing);
+    routes.open(Api { writer: writer.clone(), ledger, reconciliation, stop: stop.clone() }, verifier, &config.http);
     let serving = commands::serve(client.clone(), writer, stop.clone());
     tasks.spawn(async { serving.await.context("commands cannot be taken") });
     info!("ready");
@@ -183,6 +209,39 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         info!("stopped");
     }
     outcome
+}
+
+/// What /readyz tells.
+struct Checks {
+    ledger: Check,
+    projection: Check,
+}
+
+impl Checks {
+    /// Looks at the parts again and again until `stop`.
+    async fn watch(
+        self,
+        client: async_nats::Client,
+        pool: deadpool_postgres::Pool,
+        committer: Committer,
+        stop: CancellationToken,
+    ) -> anyhow::Result<()> {
+        loop {
+            match client.connection_state() {
+                async_nats::connection::State::Connected => self.ledger.ready(format!("at {}", committer.sequence())),
+                state => self.ledger.not_ready(format!("no connection to NATS ({state})")),
+            }
+            match tokio::time::timeout(CHECK_TIMEOUT, projection::look(&pool)).await {
+                Ok(Ok(checkpoint)) => self.projection.ready(format!("at {checkpoint}")),
+                Ok(Err(problem)) => self.projection.not_ready(problem.to_string()),
+                Err(_) => self.projection.not_ready("Postgres does not answer"),
+            }
+            tokio::select! {
+                () = stop.cancelled() => return Ok(()),
+                () = tokio::time::sleep(CHECK_EVERY) => {}
+            }
+        }
+    }
 }
 
 /// What to say of a task that ended: only when the process is stopping is that as it should be.

@@ -40,7 +40,25 @@ fn config(url: &Secret) -> anyhow::Result<tokio_postgres::Config> {
 /// # Errors
 /// When `url` is not a Postgres URL.
 pub fn pool(url: &Secret) -> anyhow::Result<Pool> {
-    let manager = Manager::from_config(config(url)?, NoTls, ManagerConfig { recycling_method: RecyclingMethod::Fast });
+    pool_of(config(url)?)
+}
+
+/// A pool for reads only, whose statements the server ends after `statement_timeout`.
+///
+/// # Errors
+/// When `url` is not a Postgres URL.
+pub fn pool_for_reads(url: &Secret, statement_timeout: Duration) -> anyhow::Result<Pool> {
+    let mut config = config(url)?;
+    // Besides what the URL may set itself.
+    let options = config.get_options().unwrap_or_default();
+    let options =
+        format!("{options} -c statement_timeout={} -c default_transaction_read_only=on", statement_timeout.as_millis());
+    config.options(options);
+    pool_of(config)
+}
+
+fn pool_of(config: tokio_postgres::Config) -> anyhow::Result<Pool> {
+    let manager = Manager::from_config(config, NoTls, ManagerConfig { recycling_method: RecyclingMethod::Fast });
     Pool::builder(manager)
         .max_size(MAX_CONNECTIONS)
         .runtime(Runtime::Tokio1)

@@ -28,7 +28,7 @@ use std::{
 
 pub use lock::FolderLock;
 pub use nats::NatsServer;
-pub(crate) use port::free_port;
+pub use port::free_port;
 pub use postgres::PostgresServer;
 pub use process::Process;
 pub use redis::RedisServer;

@@ -15,7 +15,10 @@ const LOWEST: u16 = 15_000;
 const TRIES: usize = 64;
 
 /// A port on which nobody listens at this moment.
-pub(crate) fn free_port() -> Result<u16> {
+///
+/// # Errors
+/// When there is none.
+pub fn free_port() -> Result<u16> {
     if let Some(above) = first_ephemeral_port().filter(|above| *above > LOWEST) {
         let free = (0..TRIES)
             .map(|_| LOWEST + (uuid::Uuid::new_v4().as_u128() % u128::from(above - LOWEST)) as u16)

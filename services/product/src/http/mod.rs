@@ -12,13 +12,18 @@ mod products;
 mod reconciliations;
 mod writes;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use axum::extract::{Request, State};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{any, get};
 use axum::{Json, Router};
 use lomash_ledger::JetStreamLedger;
-use lomash_web::{Gate, Health, HttpConfig, Verifier, limits, server};
+use lomash_web::problem::{no_such_method, no_such_route};
+use lomash_web::{Gate, Health, HttpConfig, Problem, Verifier, limits, server};
 use tokio_util::sync::CancellationToken;
+use tower::ServiceExt;
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
 use utoipa::{Modify, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
@@ -44,27 +49,37 @@ pub struct Api {
     pub stop: CancellationToken,
 }
 
-/// All routes with what stands before them.
-///
-/// # Errors
-/// When the configuration of tokens is bad.
-pub async fn application(
-    api: Api,
-    config: &HttpConfig,
-    health: &Health,
-    stop: CancellationToken,
-) -> anyhow::Result<Router> {
-    let verifier = Verifier::start(&config.tokens, health, stop).await?;
-    Ok(assemble(api, config, health, verifier))
+/// The routes of a service that is still starting: health is told at once, all else when it is [opened](Self::open).
+#[derive(Clone, Default)]
+pub struct Routes(Arc<OnceLock<Router>>);
+
+impl Routes {
+    /// What the server serves from the first moment on.
+    pub fn application(&self, config: &HttpConfig, health: &Health) -> Router {
+        let later = any(later).with_state(self.clone());
+        server::application(Router::new().route("/{*path}", later).merge(health.routes()), config)
+    }
+
+    /// From now on every route is there.
+    pub fn open(&self, api: Api, verifier: Arc<Verifier>, config: &HttpConfig) {
+        let (ordinary, document) = ordinary_routes().split_for_parts();
+        let ordinary = limits::time_limited(ordinary, config.request_timeout());
+        let gate = Gate::new(verifier, &config.rates);
+        let open = Router::new().route("/openapi.json", get(move || std::future::ready(Json(document.clone()))));
+        let routes = gate.guard(ordinary).with_state(api).merge(open);
+        // A second opening would change nothing; there is none.
+        let _ = self.0.set(routes.fallback(no_such_route).method_not_allowed_fallback(no_such_method));
+    }
 }
 
-fn assemble(api: Api, config: &HttpConfig, health: &Health, verifier: Arc<Verifier>) -> Router {
-    let (ordinary, document) = ordinary_routes().split_for_parts();
-    let ordinary = limits::time_limited(ordinary, config.request_timeout());
-    let gate = Gate::new(verifier, &config.rates);
-    let open =
-        Router::new().route("/openapi.json", axum::routing::get(move || std::future::ready(Json(document.clone()))));
-    server::application(gate.guard(ordinary).with_state(api).merge(open).merge(health.routes()), config)
+async fn later(State(routes): State<Routes>, request: Request) -> Response {
+    match routes.0.get() {
+        Some(router) => match router.clone().oneshot(request).await {
+            Ok(response) => response,
+            Err(never) => match never {},
+        },
+        None => Problem::unavailable("The service is starting; /readyz says how far it is.", 1).into_response(),
+    }
 }
 
 /// Routes that answer within the ordinary time.
