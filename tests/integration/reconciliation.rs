@@ -18,10 +18,10 @@ use lomash_ledger::receive::{self, Settle};
 use lomash_platform::{Secret, postgres};
 use lomash_tests::{PATIENCE, World, eventually, order};
 use product_service::inventory::{Action, Count};
-use product_service::reconciliation::reports::Reports;
+use product_service::reconciliation::reports::{KEPT_REPORTS, NewRun, Reports};
 use product_service::reconciliation::run::Reconciliation;
 use product_service::reconciliation::schedule::{self, Schedule};
-use product_service::reconciliation::{Figures, RefusalReason, Report, Request, Row, RowResult, Status};
+use product_service::reconciliation::{Figures, RefusalReason, Report, Request, Row, RowResult, StartedBy, Status};
 use product_service::service::Config;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
@@ -106,7 +106,7 @@ async fn settled(desk: &Reconciliation, id: Uuid) -> Result<Report> {
 
 /// Has a run carried out; its report and rows.
 async fn run(desk: &Reconciliation, request: Request) -> Result<(Report, Vec<Row>)> {
-    let id = desk.start(request, UpdatedBy::System).await?.id;
+    let id = desk.start(Uuid::new_v4(), request, UpdatedBy::System).await?.report.id;
     let report = settled(desk, id).await?;
     Ok((report, desk.rows(id, 0, ALL_ROWS).await?))
 }
@@ -249,6 +249,10 @@ async fn a_dry_run_writes_nothing_and_a_large_run_waits_for_approval() -> Result
     let no = desk.approve(report.id, UpdatedBy::System).await.unwrap_err();
     assert!(no.to_string().contains("dryRun"), "{no}");
 
+    let again = desk.start(report.id, report.request.clone(), UpdatedBy::System).await?;
+    assert_eq!((again.is_new, again.report.status), (false, Status::DryRun), "the same run");
+    assert!(desk.start(report.id, Request::default(), UpdatedBy::System).await.is_err(), "asked to do something else");
+
     // Three of ten are more than 20 %.
     let (waiting, _) = run(&desk, Request::default()).await?;
     assert_eq!(waiting.status, Status::AwaitingApproval);
@@ -353,7 +357,7 @@ async fn a_run_that_is_killed_goes_on_without_correcting_twice() -> Result<()> {
     let products = world.register_many(PRODUCTS, 10).await?;
     let then = between_two_events().await;
     warehouse.tells(products.iter().map(|product| counted(*product, 7, then)));
-    let id = desk.start(unasked(), UpdatedBy::System).await?.id;
+    let id = desk.start(Uuid::new_v4(), unasked(), UpdatedBy::System).await?.report.id;
     let died = tokio::time::timeout(PATIENCE, service.ended()).await.context("it came through alive")?;
     assert!(!died.success(), "it aborts, not ends: {died}");
     let stored = corrections(&world).await?.len();
@@ -427,6 +431,120 @@ async fn each_tick_of_the_schedule_reaches_one_of_two_receivers() -> Result<()> 
     let refused = schedule::set_up(&world.context, &Schedule::At("61 * * * * *".to_owned())).await.unwrap_err();
     assert!(refused.to_string().contains("RECONCILIATION_SCHEDULE"), "{refused}");
     stop.cancel();
+    world.close();
+    Ok(())
+}
+
+#[tokio::test]
+async fn ticks_that_nobody_heard_are_made_up_for_by_one_run_and_what_is_no_job_is_a_dead_letter() -> Result<()> {
+    let (world, warehouse) = tokio::try_join!(World::start(), Warehouse::start())?;
+    for payload in ["{}", "{}", "reconcile!", "{}"] {
+        world.context.publish(schedule::SUBJECT, payload.into()).await?.await?;
+    }
+    let unknown = json!({ "runId": Uuid::new_v4() }).to_string();
+    world.context.publish(schedule::SUBJECT, unknown.into()).await?.await?;
+    let service = world.run_service_as(config(&world, &warehouse)).await?;
+    eventually("an empty queue", PATIENCE, async || {
+        let info = world.context.get_stream("JOBS").await?.get_info().await?;
+        Ok((info.state.messages == 0).then_some(()))
+    })
+    .await?;
+    let reports = desk(&world)?.list(None, 100).await?;
+    assert_eq!(reports.len(), 1, "{reports:?}");
+    assert_eq!((reports[0].status, warehouse.asked.load(Ordering::SeqCst)), (Status::Completed, 1));
+    let letters = world.context.get_stream("DEAD_LETTERS").await?.get_info().await?.state.messages;
+    assert_eq!(letters, 2, "the one that is no job, and the one of a run that nobody asked for");
+    service.stop().await?;
+    world.close();
+    Ok(())
+}
+
+/// A consumer with a short `ack_wait` in the place of the one of runs.
+async fn impatient_consumer(world: &World) -> Result<()> {
+    let stream = world.context.get_stream("JOBS").await?;
+    stream.delete_consumer("reconciliation").await?;
+    let config = async_nats::jetstream::consumer::pull::Config {
+        durable_name: Some("reconciliation".to_owned()),
+        filter_subject: schedule::SUBJECT.to_owned(),
+        ack_wait: Duration::from_secs(1),
+        ..Default::default()
+    };
+    stream.create_consumer(config).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_run_that_takes_long_stays_with_its_replica() -> Result<()> {
+    let world = World::without_postgres().await?;
+    impatient_consumer(&world).await?;
+    let mut deliveries = Vec::new();
+    for in_progress_every in [Some(Duration::from_millis(250)), None] {
+        let (stop, seen) = (CancellationToken::new(), Arc::new(AtomicU64::new(0)));
+        let receive = receive::Receive { in_progress_every, ..schedule::receive() };
+        let (noting, until) = (seen.clone(), stop.clone());
+        // Two replicas; the handler takes three times the consumer's patience, the first time.
+        let tasks: Vec<_> = (0..2)
+            .map(|_| {
+                let (context, receive, until, seen) =
+                    (world.context.clone(), receive.clone(), until.clone(), noting.clone());
+                tokio::spawn(receive::run(context, receive, until, move |delivery| {
+                    seen.fetch_max(delivery.deliveries, Ordering::SeqCst);
+                    async move {
+                        if delivery.deliveries == 1 {
+                            tokio::time::sleep(Duration::from_secs(3)).await;
+                        }
+                        Settle::Done
+                    }
+                }))
+            })
+            .collect();
+        world.context.publish(schedule::SUBJECT, "{}".into()).await?.await?;
+        eventually("an empty queue", PATIENCE, async || {
+            let info = world.context.get_stream("JOBS").await?.get_info().await?;
+            Ok((info.state.messages == 0).then_some(()))
+        })
+        .await?;
+        stop.cancel();
+        for task in tasks {
+            task.await?;
+        }
+        deliveries.push(seen.load(Ordering::SeqCst));
+    }
+    assert_eq!(deliveries, [1, 2], "once when it says that it is at work, and again when it does not");
+    world.close();
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_oldest_reports_go_and_a_dropped_schema_is_made_again() -> Result<()> {
+    let world = World::start().await?;
+    let url = world.database_url();
+    let reports = Reports::new(postgres::pool(&url)?, url);
+    let new = |minute: i64| NewRun {
+        id: Uuid::new_v4(),
+        started_by: StartedBy::Request,
+        requested_by: UpdatedBy::System,
+        request: Request::default(),
+        requested_at: Timestamp::new(time::OffsetDateTime::UNIX_EPOCH + time::Duration::minutes(minute)),
+    };
+    let oldest = new(0);
+    reports.insert(&oldest).await?;
+    let unfinished = new(1);
+    reports.insert(&unfinished).await?;
+    reports.settle(oldest.id, Status::Failed, Some("no warehouse")).await?;
+    for minute in 2..=KEPT_REPORTS {
+        reports.insert(&new(minute)).await?;
+    }
+    let last = new(KEPT_REPORTS + 1);
+    reports.insert(&last).await?;
+    assert_eq!(reports.get(oldest.id).await?.unwrap().problem.as_deref(), Some("no warehouse"));
+    reports.settle(last.id, Status::Completed, None).await?;
+    assert_eq!(reports.get(oldest.id).await?, None, "it is one too many");
+    assert!(reports.get(unfinished.id).await?.is_some(), "it is needed yet");
+
+    world.database().await?.batch_execute("DROP SCHEMA reconciliation CASCADE").await?;
+    assert!(reports.get(last.id).await.is_err());
+    assert_eq!(reports.get(last.id).await?, None, "the schema is there again");
     world.close();
     Ok(())
 }

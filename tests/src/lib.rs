@@ -241,6 +241,8 @@ impl World {
             "off",
             "--jwt-hs256-secret",
             JWT_SECRET,
+            "--reconciliation-schedule",
+            "off",
         ])
     }
 

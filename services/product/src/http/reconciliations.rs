@@ -14,8 +14,10 @@ use uuid::Uuid;
 
 use super::Api;
 use super::problems::{
-    NO_WAREHOUSE, RECONCILIATION_NOT_FOUND, RECONCILIATION_NOT_WAITING, ReadProblems, WriteProblems, sentence,
+    IDEMPOTENCY_KEY_REUSED, NO_WAREHOUSE, RECONCILIATION_NOT_FOUND, RECONCILIATION_NOT_WAITING, ReadProblems,
+    WriteProblems, sentence,
 };
+use super::writes::{IDEMPOTENT_REPLAYED, idempotency_key};
 use crate::reconciliation::reports::DecideError;
 use crate::reconciliation::run::ReconciliationError;
 use crate::reconciliation::{Report, Request, Row};
@@ -92,16 +94,26 @@ pub(super) struct Approval {
     summary = "Start a reconciliation run",
     description = "Compares counts with the stock at the moment of each count, and corrects today's stock by the \
                    difference. One run is at work at a time; this one begins when those before it are done.",
+    params(("Idempotency-Key" = Option<String>, Header, description = "Same key and body: the same run")),
     request_body = Request,
     responses((status = 202, description = "Asked for; watch it at Location", body = Report), WriteProblems)
 )]
 pub(super) async fn start(
     Admin(caller): Admin,
     State(api): State<Api>,
+    headers: HeaderMap,
     Body(request): Body<Request>,
 ) -> Result<Response, Problem> {
-    let report = api.reconciliation.start(request, UpdatedBy::User(caller.subject)).await.map_err(problem)?;
-    Ok(accepted(report))
+    let id = match idempotency_key(&headers)? {
+        Some(key) => Uuid::new_v5(&caller.subject, key.as_bytes()),
+        None => Uuid::new_v4(),
+    };
+    let started = api.reconciliation.start(id, request, UpdatedBy::User(caller.subject)).await.map_err(problem)?;
+    let mut response = accepted(started.report);
+    if !started.is_new {
+        response.headers_mut().insert(IDEMPOTENT_REPLAYED.clone(), HeaderValue::from_static("true"));
+    }
+    Ok(response)
 }
 
 #[utoipa::path(
@@ -191,6 +203,7 @@ fn problem(error: ReconciliationError) -> Problem {
     let detail = sentence(&error.to_string());
     match error {
         ReconciliationError::BadThreshold(_) => Problem::invalid_field("/approvalThresholdPercent", detail),
+        ReconciliationError::IdReused(_) => Problem::new(&IDEMPOTENCY_KEY_REUSED, detail),
         ReconciliationError::NoWarehouse => Problem::new(&NO_WAREHOUSE, detail),
         ReconciliationError::Decide(DecideError::Unknown(_)) => Problem::new(&RECONCILIATION_NOT_FOUND, detail),
         ReconciliationError::Decide(DecideError::NotWaiting(status)) => {

@@ -26,7 +26,7 @@ use crate::inventory::{Action, CommandMark, Outcome, ProductCommand};
 
 /// The sequence of the ledger that an answer shows, or that a read must have reached.
 pub(super) static LOMASH_SEQUENCE: HeaderName = HeaderName::from_static("lomash-sequence");
-static IDEMPOTENT_REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
+pub(super) static IDEMPOTENT_REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 const IDEMPOTENCY_KEY: &str = "idempotency-key";
 
 /// Longest `Idempotency-Key`. A UUID has 36 characters.
@@ -171,7 +171,7 @@ fn checked_reason(reason: String) -> Result<String, Problem> {
 }
 
 /// The key, with or without the quotes that the draft asks for.
-fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, Problem> {
+pub(super) fn idempotency_key(headers: &HeaderMap) -> Result<Option<&str>, Problem> {
     let Some(text) = single_header(headers, IDEMPOTENCY_KEY)? else { return Ok(None) };
     let key = text.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')).unwrap_or(text);
     let fits = (1..=MAX_KEY_CHARS).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic());

@@ -135,28 +135,38 @@ impl Reports {
         client.query(sql, parameters).await.map_err(|problem| self.noticed(problem))
     }
 
-    /// Puts a run on record, unless it is.
+    /// Puts a run on record, unless it is; whether it is new.
     ///
     /// # Errors
     /// [`ReportsError`].
-    pub async fn insert(&self, run: &NewRun) -> Result<(), ReportsError> {
+    pub async fn insert(&self, run: &NewRun) -> Result<bool, ReportsError> {
         let threshold = i32::try_from(run.request.approval_threshold_percent).unwrap_or(100);
-        self.query(
-            "INSERT INTO reconciliation.runs
-                 (run_id, status, started_by, requested_by, figures, dry_run, threshold_percent, requested_at)
-             VALUES ($1, 'queued', $2, $3, $4, $5, $6, $7) ON CONFLICT DO NOTHING",
-            &[
-                &run.id,
-                &run.started_by.as_str(),
-                &user(run.requested_by),
-                &run.request.figures.as_str(),
-                &run.request.dry_run,
-                &threshold,
-                &run.requested_at.get(),
-            ],
-        )
-        .await?;
-        Ok(())
+        let inserted = self
+            .query(
+                "INSERT INTO reconciliation.runs
+                     (run_id, status, started_by, requested_by, figures, dry_run, threshold_percent, requested_at)
+                 VALUES ($1, 'queued', $2, $3, $4, $5, $6, $7) ON CONFLICT DO NOTHING RETURNING run_id",
+                &[
+                    &run.id,
+                    &run.started_by.as_str(),
+                    &user(run.requested_by),
+                    &run.request.figures.as_str(),
+                    &run.request.dry_run,
+                    &threshold,
+                    &run.requested_at.get(),
+                ],
+            )
+            .await?;
+        Ok(!inserted.is_empty())
+    }
+
+    /// Takes a run off the record that no replica has begun; whether there was one.
+    ///
+    /// # Errors
+    /// [`ReportsError`].
+    pub async fn forget(&self, id: Uuid) -> Result<bool, ReportsError> {
+        let sql = "DELETE FROM reconciliation.runs WHERE run_id = $1 AND status = 'queued' RETURNING run_id";
+        Ok(!self.query(sql, &[&id]).await?.is_empty())
     }
 
     /// The report of a run.

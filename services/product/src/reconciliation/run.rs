@@ -56,6 +56,9 @@ pub enum ReconciliationError {
     /// The threshold is no percentage.
     #[error("the approval threshold is {0} %; it must be from 0 to 100")]
     BadThreshold(u32),
+    /// The id was used for another request.
+    #[error("the run {0} was asked to do something else; use a new key")]
+    IdReused(Uuid),
     /// Figures of the warehouse are asked for, and there is none.
     #[error("no warehouse is configured; set WAREHOUSE_URL, or reconcile the confirmed counts")]
     NoWarehouse,
@@ -68,6 +71,15 @@ pub enum ReconciliationError {
     /// The message that starts or continues the run could not be stored.
     #[error(transparent)]
     Jobs(#[from] JobsError),
+}
+
+/// A run that was asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Started {
+    /// Its report as it stands.
+    pub report: Report,
+    /// Whether it was asked for just now, and not before.
+    pub is_new: bool,
 }
 
 /// Where runs are asked for, watched, approved and rejected; on any replica. Clones are the same.
@@ -137,11 +149,11 @@ impl Reconciliation {
         Self { context, reports, has_warehouse }
     }
 
-    /// Starts a run, on whichever replica; returns its report as it stands now.
+    /// Starts a run under an id of the caller's, on whichever replica. The same id and request again are the same run.
     ///
     /// # Errors
     /// [`ReconciliationError`].
-    pub async fn start(&self, request: Request, by: UpdatedBy) -> Result<Report, ReconciliationError> {
+    pub async fn start(&self, id: Uuid, request: Request, by: UpdatedBy) -> Result<Started, ReconciliationError> {
         let threshold = request.approval_threshold_percent;
         if threshold > 100 {
             return Err(ReconciliationError::BadThreshold(threshold));
@@ -149,18 +161,23 @@ impl Reconciliation {
         if request.figures == Figures::Warehouse && !self.has_warehouse {
             return Err(ReconciliationError::NoWarehouse);
         }
-        let id = Uuid::new_v4();
-        let reports = &self.reports;
-        let requested_at = Timestamp::now();
-        reports.insert(&NewRun { id, started_by: StartedBy::Request, requested_by: by, request, requested_at }).await?;
-        if let Err(problem) = (Job { run_id: Some(id) }).publish(&self.context, id.to_string()).await {
-            // Should it be stored after all, the run is settled and its message does nothing.
-            let sentence = format!("the run could not be started: {problem}");
-            reports.settle(id, Status::Failed, Some(&sentence)).await?;
-            return Err(problem.into());
+        let (started_by, requested_at) = (StartedBy::Request, Timestamp::now());
+        let run = NewRun { id, started_by, requested_by: by, request, requested_at };
+        let is_new = self.reports.insert(&run).await?;
+        let vanished = || ReportsError::Unreadable(format!("the run {id} vanished"));
+        let report = self.reports.get(id).await?.ok_or_else(vanished)?;
+        if report.request != run.request {
+            return Err(ReconciliationError::IdReused(id));
         }
-        let report = reports.get(id).await?;
-        report.ok_or_else(|| ReportsError::Unreadable(format!("the run {id} vanished")).into())
+        if report.status == Status::Queued
+            && let Err(problem) = (Job { run_id: Some(id) }).publish(&self.context, id.to_string()).await
+        {
+            // Unless it was stored after all, and a replica has begun.
+            if self.reports.forget(id).await? {
+                return Err(problem.into());
+            }
+        }
+        Ok(Started { report, is_new })
     }
 
     /// The report of a run.
