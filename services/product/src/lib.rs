@@ -3,7 +3,7 @@
 //!
 //! The way of an order: [`orders`] parses it, [`inventory`] decides it, [`committer`] stores the decision, and only then
 //! is the order acknowledged. [`projection`] follows behind, on its own; [`rebuild`] makes its tables
-//! anew, [`reads`] answers from them, and [`projected`] waits for them.
+//! anew, [`reads`] answers from them, [`cache`] keeps the answers for a while, and [`projected`] waits for them.
 
 pub mod cache;
 pub mod catalogue;

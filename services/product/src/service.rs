@@ -18,11 +18,13 @@ use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use crate::cache::Cache;
 use crate::commands::{Writer, Writing};
 use crate::committer::{Committer, catch_up, committer};
-use crate::http::{Api, Routes};
+use crate::http::{Api, Routes, Streams};
 use crate::inventory::State;
 use crate::projected::Projected;
+use crate::reads::Reads;
 use crate::reconciliation::reports::Reports;
 use crate::reconciliation::run::{Parts, Reconciliation, Runner};
 use crate::reconciliation::schedule::{self, Schedule};
@@ -65,6 +67,10 @@ pub struct Config {
     )]
     pub database_url: Secret,
 
+    /// Redis for the cache; without it reads come from Postgres.
+    #[arg(long, env = "REDIS_URL", hide_env_values = true)]
+    pub redis_url: Option<Secret>,
+
     /// Copies of each stream that is created: 1 on a laptop, 3 in a cluster.
     #[arg(long, env = "STREAM_REPLICAS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=5))]
     pub stream_replicas: u32,
@@ -73,6 +79,10 @@ pub struct Config {
     /// start on a weaker ledger otherwise.
     #[arg(long, env = "LEDGER_ALLOW_WEAKER", value_delimiter = ',')]
     pub ledger_allow_weaker: Vec<String>,
+
+    /// The HTTP adapter.
+    #[command(flatten)]
+    pub http: HttpConfig,
 
     /// Where the warehouse tells its figures (JSON or NDJSON), if it does.
     #[arg(long, env = "WAREHOUSE_URL", hide_env_values = true)]
@@ -87,10 +97,6 @@ pub struct Config {
     #[arg(long, env = "RECONCILIATION_SCHEDULE", default_value_t)]
     pub reconciliation_schedule: Schedule,
 
-    /// The HTTP adapter.
-    #[command(flatten)]
-    pub http: HttpConfig,
-
     /// How log lines look.
     #[arg(long, env = "LOG_FORMAT", value_enum, default_value_t = LogFormat::Pretty)]
     pub log_format: LogFormat,
@@ -102,11 +108,16 @@ pub struct Config {
 /// When it cannot start, or finds something that trying again cannot mend.
 pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
     let pool = postgres::pool(&config.database_url)?;
+    let cache = Cache::connect(config.redis_url.as_ref())?;
     let warehouse = config.warehouse_url.as_ref().map(|url| Warehouse::new(url, config.warehouse_token.clone()));
     let warehouse = warehouse.transpose()?;
     let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
     let health = Health::new();
-    let checks = Checks { ledger: health.check("ledger", true), projection: health.check("projection", false) };
+    let checks = Checks {
+        ledger: health.check("ledger", true),
+        projection: health.check("projection", false),
+        cache: health.check("cache", false),
+    };
     let verifier = Verifier::start(&config.http.tokens, &health, stop.clone()).await?;
     let routes = Routes::default();
     let server = Server::bind(&config.http).await?;
@@ -147,8 +158,14 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         warehouse,
         stop: stop.clone(),
     });
-    let projecting =
-        projection::run(ledger.clone(), pool.clone(), config.database_url.clone(), projected, (), stop.clone());
+    let projecting = projection::run(
+        ledger.clone(),
+        pool.clone(),
+        config.database_url.clone(),
+        projected.clone(),
+        cache.clone(),
+        stop.clone(),
+    );
     tasks.spawn(async { projecting.await.context("the projector cannot go on") });
     tasks.spawn({
         let (context, stop) = (context.clone(), stop.clone());
@@ -165,9 +182,26 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
             Ok(())
         }
     });
-    tasks.spawn(checks.watch(client.clone(), pool, committer.clone(), stop.clone()));
+    tasks.spawn(checks.watch(
+        client.clone(),
+        pool,
+        committer.clone(),
+        cache.clone(),
+        config.redis_url.is_some(),
+        stop.clone(),
+    ));
     let writer = Writer::new(client.clone(), committer, writing);
-    routes.open(Api { writer: writer.clone(), ledger, reconciliation, stop: stop.clone() }, verifier, &config.http);
+    let api = Api {
+        writer: writer.clone(),
+        ledger,
+        reads: Reads::new(&config.database_url)?,
+        projected,
+        cache,
+        streams: Streams::default(),
+        reconciliation,
+        stop: stop.clone(),
+    };
+    routes.open(api, verifier, &config.http);
     let serving = commands::serve(client.clone(), writer, stop.clone());
     tasks.spawn(async { serving.await.context("commands cannot be taken") });
     info!("ready");
@@ -215,6 +249,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
 struct Checks {
     ledger: Check,
     projection: Check,
+    cache: Check,
 }
 
 impl Checks {
@@ -224,6 +259,8 @@ impl Checks {
         client: async_nats::Client,
         pool: deadpool_postgres::Pool,
         committer: Committer,
+        cache: Cache,
+        has_redis: bool,
         stop: CancellationToken,
     ) -> anyhow::Result<()> {
         loop {
@@ -235,6 +272,11 @@ impl Checks {
                 Ok(Ok(checkpoint)) => self.projection.ready(format!("at {checkpoint}")),
                 Ok(Err(problem)) => self.projection.not_ready(problem.to_string()),
                 Err(_) => self.projection.not_ready("Postgres does not answer"),
+            }
+            match (has_redis, cache.counters().fallback) {
+                (false, _) => self.cache.not_ready("there is no REDIS_URL; reads come from Postgres"),
+                (true, true) => self.cache.not_ready("Redis does not answer in time; reads come from Postgres"),
+                (true, false) => self.cache.ready("Redis answers"),
             }
             tokio::select! {
                 () = stop.cancelled() => return Ok(()),

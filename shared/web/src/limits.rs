@@ -98,7 +98,6 @@ pub fn is_read(method: &Method) -> bool {
 ///
 /// # Panics
 /// When the router has no routes.
-#[must_use]
 pub fn time_limited<S: Clone + Send + Sync + 'static>(router: Router<S>, limit: Duration) -> Router<S> {
     router.route_layer(middleware::from_fn_with_state(limit, within))
 }

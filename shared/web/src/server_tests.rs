@@ -87,7 +87,7 @@ impl World {
         let server = Server::bind(&http).await.expect("bound");
         let address = server.local_addr();
         let serving = Mutex::new(Some(tokio::spawn(server.serve(app, health.clone(), stop.clone()))));
-        let client = reqwest::Client::builder().no_proxy().timeout(PATIENCE).build().expect("a client");
+        let client = reqwest::Client::builder().no_proxy().timeout(PATIENCE * 2).build().expect("a client");
         Self { address, stop, health, arrived, release, serving, client }
     }
 

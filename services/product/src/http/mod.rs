@@ -9,7 +9,9 @@ mod inventory;
 mod preconditions;
 mod problems;
 mod products;
+mod queries;
 mod reconciliations;
+mod stream;
 mod writes;
 
 use std::sync::{Arc, OnceLock};
@@ -29,7 +31,11 @@ use utoipa::{Modify, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+pub use self::stream::{MAX_STREAMS, STREAM_LIFETIME, Streams};
+use crate::cache::Cache;
 use crate::commands::Writer;
+use crate::projected::Projected;
+use crate::reads::Reads;
 use crate::reconciliation::run::Reconciliation;
 
 /// Longest that a write waits for its decision. Beyond it its outcome is unknown, and the answer says so: within the 5 s
@@ -43,6 +49,14 @@ pub struct Api {
     pub writer: Writer,
     /// Where answers to repeated requests are read back from.
     pub ledger: JetStreamLedger,
+    /// The read model.
+    pub reads: Reads,
+    /// How far it is.
+    pub projected: Projected,
+    /// What was asked of it before.
+    pub cache: Cache,
+    /// Places of event streams.
+    pub streams: Streams,
     /// Where reconciliation runs are asked for.
     pub reconciliation: Reconciliation,
     /// Cancelled when the process stops: what has no end ends then.
@@ -85,9 +99,12 @@ async fn later(State(routes): State<Routes>, request: Request) -> Response {
 /// Routes that answer within the ordinary time.
 fn ordinary_routes() -> OpenApiRouter<Api> {
     OpenApiRouter::with_openapi(Document::openapi())
-        .routes(routes!(products::register))
-        .routes(routes!(products::amend))
-        .routes(routes!(inventory::set_quantity))
+        .routes(routes!(queries::products, products::register))
+        .routes(routes!(queries::product, products::amend))
+        .routes(routes!(queries::inventory, inventory::set_quantity))
+        .routes(routes!(queries::history))
+        .routes(routes!(queries::decision))
+        .routes(routes!(stream::stream))
         .routes(routes!(inventory::adjust))
         .routes(routes!(inventory::record_count))
         .routes(routes!(reconciliations::start, reconciliations::list))

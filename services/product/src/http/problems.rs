@@ -25,6 +25,9 @@ problem_types! {
     /// 404: no such order, or not yet.
     ORDER_NOT_DECIDED = ("order-not-decided", NOT_FOUND, "Order not decided",
         "No decision about the order is on record: it was never published, or it is still on its way.");
+    /// 404: not at that moment.
+    NOT_YET_REGISTERED = ("not-yet-registered", NOT_FOUND, "Not yet registered",
+        "The product was registered later than the moment asked for.");
     /// 409: it is there with other details.
     PRODUCT_ALREADY_REGISTERED = ("product-already-registered", CONFLICT, "Product already registered",
         "A product is registered under the id, with other details. Change it with PATCH.");

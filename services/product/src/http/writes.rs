@@ -44,7 +44,6 @@ pub(super) struct Write {
 
 /// What a write came to.
 pub(super) struct Written {
-    pub(super) outcome: Outcome,
     /// The events that it stored, in order; none when nothing changed.
     pub(super) events: Vec<Envelope<LedgerEvent>>,
     /// Of the last of them, or of the state in which there was nothing to change.
@@ -121,7 +120,7 @@ pub(super) async fn carry_out(
             {
                 read_back(api, sequence, mark, false).await
             }
-            outcome => Ok(Written { outcome, events, sequence, replayed: false }),
+            _ => Ok(Written { events, sequence, replayed: false }),
         }
     };
     match tokio::time::timeout(WRITE_TIMEOUT, deciding).await {
@@ -157,8 +156,7 @@ async fn read_back(
             break;
         }
     }
-    let outcome = Outcome::Replayed { first_sequence };
-    Ok(Written { outcome, events, sequence, replayed })
+    Ok(Written { events, sequence, replayed })
 }
 
 fn checked_reason(reason: String) -> Result<String, Problem> {

@@ -1,0 +1,416 @@
+//! Reads of the projection: products, stock, history, decisions.
+//!
+//! Products and lists come through the cache; what is asked for rarely or has too many forms (a past moment, a history, a
+//! decision) comes from Postgres. Every answer says at which sequence of the ledger it was so (`Lomash-Sequence`), and
+//! none is older than `Lomash-Min-Sequence` asks for.
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::header::ETAG;
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
+use axum::response::{IntoResponse, Response};
+use lomash_contract::{OrderId, ProductId, Timestamp, Trigger};
+use lomash_ledger::Ledger;
+use lomash_web::extract::single_header;
+use lomash_web::{Path, Problem, Query, Viewer, cursor};
+use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use utoipa::{IntoParams, ToSchema};
+use uuid::Uuid;
+
+use super::problems::{
+    NOT_YET_PROJECTED, NOT_YET_REGISTERED, ORDER_NOT_DECIDED, PRODUCT_NOT_FOUND, ReadProblems, sentence,
+};
+use super::writes::LOMASH_SEQUENCE;
+use super::{Api, preconditions};
+use crate::cache::Key;
+use crate::projected::NotYetProjected;
+use crate::reads::{
+    AsOf, At, Decision, HistoryQuery, MAX_PAGE, Movement, NotFound, Page, Product, ProductFilter, ProductKey,
+    ProductQuery, QueryError,
+};
+
+const LOMASH_MIN_SEQUENCE: &str = "lomash-min-sequence";
+
+/// Items of a page when nothing else is asked for.
+const DEFAULT_LIMIT: u16 = 50;
+
+/// Seconds after which a read is worth trying again.
+const RETRY_AFTER_SECONDS: u64 = 1;
+
+/// A page of products.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct ProductPage {
+    /// The products.
+    items: Vec<Product>,
+    /// The `cursor` of the next page; null when this is the last.
+    #[schema(required)]
+    next_cursor: Option<String>,
+}
+
+/// A page of a product's history.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct HistoryPage {
+    /// The changes.
+    items: Vec<Movement>,
+    /// The `cursor` of the next page; null when this is the last.
+    #[schema(required)]
+    next_cursor: Option<String>,
+}
+
+/// The stock of a product, now or at a past moment.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Stock {
+    /// The product.
+    product_id: Uuid,
+    /// Its stock-keeping unit, as it is today.
+    sku: String,
+    /// Units in stock.
+    quantity: u32,
+    /// Whether there is any.
+    is_available: bool,
+    /// Now: the product's version. At a past moment: the sequence of the event that had made the stock so.
+    version: u64,
+    /// When the server stored the event of that sequence.
+    #[schema(value_type = String, format = DateTime)]
+    updated_at: Timestamp,
+}
+
+/// Which products, in which order, and which page.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct ListParameters {
+    /// Of exactly this category.
+    #[param(max_length = 200)]
+    category: Option<String>,
+    /// With any stock, or with none.
+    available: Option<bool>,
+    /// With a stock at or below the low-stock threshold, or above.
+    below_threshold: Option<bool>,
+    /// For sale, or not.
+    active: Option<bool>,
+    /// With exactly this stock-keeping unit.
+    #[param(max_length = 64)]
+    sku: Option<String>,
+    /// With words that begin so in sku or name, all of them.
+    #[param(max_length = 200)]
+    q: Option<String>,
+    /// `sku` (default), `name`, `quantity` or `updated`; with a leading `-` from the largest to the smallest.
+    sort: Option<String>,
+    /// Items of the page.
+    #[param(minimum = 1, maximum = 200, default = 50)]
+    limit: Option<u16>,
+    /// Where it goes on: `nextCursor` of the page before.
+    cursor: Option<String>,
+}
+
+/// At which moment.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct AsOfParameter {
+    /// An instant (RFC 3339, by the server's clock) or a sequence of the ledger; now when it is left out.
+    #[param(example = "2026-01-31T09:30:00Z")]
+    as_of: Option<String>,
+}
+
+/// Which page of a history.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct HistoryParameters {
+    /// Only of this trigger: `ORDER_CONFIRMED`, `ADMIN_UPDATE` or `SCHEDULED_SYNC`.
+    #[param(value_type = Option<String>)]
+    trigger: Option<Trigger>,
+    /// From the first change to the last; otherwise from the last to the first.
+    #[serde(default)]
+    oldest_first: bool,
+    /// Items of the page.
+    #[param(minimum = 1, maximum = 200, default = 50)]
+    limit: Option<u16>,
+    /// Where it goes on: `nextCursor` of the page before.
+    cursor: Option<String>,
+}
+
+#[utoipa::path(
+    get, path = "/v1/products/{productId}", tag = "products", operation_id = "getProduct",
+    summary = "A product with its stock",
+    params(
+        ("productId" = Uuid, Path, description = "The product"),
+        ("Lomash-Min-Sequence" = Option<u64>, Header, description = "Not older than this sequence of the ledger"),
+        ("If-None-Match" = Option<String>, Header, description = "304 when the product is at this version"),
+    ),
+    responses(
+        (status = 200, description = "The product; its version is the ETag", body = Product),
+        (status = 304, description = "It is at that version still"),
+        ReadProblems
+    )
+)]
+pub(super) async fn product(
+    _: Viewer,
+    State(api): State<Api>,
+    Path(product_id): Path<ProductId>,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    let At { sequence, value } = cached_product(&api, product_id, min_sequence(&headers)?).await?;
+    tagged(&headers, sequence, value.version, &value)
+}
+
+#[utoipa::path(
+    get, path = "/v1/products", tag = "products", operation_id = "listProducts",
+    summary = "Products by category, availability, threshold, sku or words",
+    params(
+        ListParameters,
+        ("Lomash-Min-Sequence" = Option<u64>, Header, description = "Not older than this sequence of the ledger"),
+    ),
+    responses((status = 200, description = "A page", body = ProductPage), ReadProblems)
+)]
+pub(super) async fn products(
+    _: Viewer,
+    State(api): State<Api>,
+    headers: HeaderMap,
+    Query(parameters): Query<ListParameters>,
+) -> Result<Response, Problem> {
+    let ListParameters { category, available, below_threshold, active, sku, q, sort, limit, cursor } = parameters;
+    let words = q.map(|text| text.parse().map_err(|problem| invalid("q", &problem))).transpose()?;
+    let filter = ProductFilter { category, available, below_threshold, active, sku, words };
+    let texts = [("category", &filter.category), ("sku", &filter.sku)];
+    for (name, _) in texts.into_iter().filter(|(_, text)| text.as_ref().is_some_and(|text| text.contains('\0'))) {
+        return Err(Problem::invalid_parameter(name, "must not contain NUL"));
+    }
+    let sort =
+        sort.map(|text| text.parse().map_err(|problem| invalid("sort", &problem))).transpose()?.unwrap_or_default();
+    let list = ("products", &filter, sort);
+    let after: Option<ProductKey> = cursor.map(|cursor| cursor::open(&list, &cursor)).transpose()?;
+    let query = ProductQuery { limit: page_limit(limit)?, after, sort, filter: filter.clone() };
+    let text = serde_json::to_string(&query).map_err(Problem::internal)?;
+    let key = if filter.is_empty() { Key::list(&text) } else { Key::filter(&text) };
+    let min = min_sequence(&headers)?;
+    let load = async {
+        wait(&api, min).await?;
+        at_least(api.reads.products(&query).await, min)
+    };
+    let At { sequence, value } = api.cache.read_through(&key, min, load).await.map_err(unanswered)?;
+    let Page { items, next } = value;
+    let next_cursor = next.map(|next| cursor::seal(&list, &next)).transpose()?;
+    Ok(told(sequence, &ProductPage { items, next_cursor }))
+}
+
+#[utoipa::path(
+    get, path = "/v1/products/{productId}/inventory", tag = "inventory", operation_id = "getInventory",
+    summary = "The stock of a product, now or at a past moment",
+    params(
+        ("productId" = Uuid, Path, description = "The product"),
+        AsOfParameter,
+        ("Lomash-Min-Sequence" = Option<u64>, Header, description = "Not older than this sequence of the ledger"),
+        ("If-None-Match" = Option<String>, Header, description = "304 when the product is at this version"),
+    ),
+    responses(
+        (status = 200, description = "The stock; of now, the product's version is the ETag", body = Stock),
+        (status = 304, description = "It is at that version still"),
+        ReadProblems
+    )
+)]
+pub(super) async fn inventory(
+    _: Viewer,
+    State(api): State<Api>,
+    Path(product_id): Path<ProductId>,
+    headers: HeaderMap,
+    Query(AsOfParameter { as_of }): Query<AsOfParameter>,
+) -> Result<Response, Problem> {
+    let min = min_sequence(&headers)?;
+    let Some(as_of) = as_of else {
+        let At { sequence, value } = cached_product(&api, product_id, min).await?;
+        let Product { sku, quantity, is_available, version, updated_at, .. } = value;
+        let stock =
+            Stock { product_id: product_id.0, sku: sku.to_string(), quantity, is_available, version, updated_at };
+        return tagged(&headers, sequence, version, &stock);
+    };
+    let as_of = moment(&as_of)?;
+    // What the answer rests on must be projected: at an instant, all that is stored by now.
+    let rests_on = match as_of {
+        AsOf::Sequence(sequence) => sequence,
+        AsOf::Instant(_) => api.ledger.last_sequence().await.map_err(|problem| {
+            tracing::warn!(%problem, "the end of the ledger is not known");
+            Problem::unavailable("The end of the ledger is not known just now.", RETRY_AFTER_SECONDS)
+        })?,
+    };
+    let min = Some(rests_on.max(min.unwrap_or(0)));
+    wait(&api, min).await.map_err(unanswered)?;
+    let found = at_least(api.reads.stock_as_of(product_id, as_of).await, min);
+    let At { sequence, value } = found.map_err(unanswered)?;
+    let stock = Stock {
+        product_id: product_id.0,
+        sku: value.sku.to_string(),
+        quantity: value.quantity,
+        is_available: value.is_available,
+        version: value.sequence,
+        updated_at: value.since,
+    };
+    Ok(told(sequence, &stock))
+}
+
+#[utoipa::path(
+    get, path = "/v1/products/{productId}/inventory/history", tag = "inventory", operation_id = "getHistory",
+    summary = "Every change of a product's stock: who, why, what triggered it",
+    params(
+        ("productId" = Uuid, Path, description = "The product"),
+        HistoryParameters,
+        ("Lomash-Min-Sequence" = Option<u64>, Header, description = "Not older than this sequence of the ledger"),
+    ),
+    responses((status = 200, description = "A page", body = HistoryPage), ReadProblems)
+)]
+pub(super) async fn history(
+    _: Viewer,
+    State(api): State<Api>,
+    Path(product_id): Path<ProductId>,
+    headers: HeaderMap,
+    Query(parameters): Query<HistoryParameters>,
+) -> Result<Response, Problem> {
+    let HistoryParameters { trigger, oldest_first, limit, cursor } = parameters;
+    let list = ("history", product_id, trigger, oldest_first);
+    let after: Option<u64> = cursor.map(|cursor| cursor::open(&list, &cursor)).transpose()?;
+    let query = HistoryQuery { oldest_first, after, trigger, limit: page_limit(limit)? };
+    let min = min_sequence(&headers)?;
+    wait(&api, min).await.map_err(unanswered)?;
+    let found = at_least(api.reads.history(product_id, &query).await, min);
+    let At { sequence, value: Page { items, next } } = found.map_err(unanswered)?;
+    let next_cursor = next.map(|next| cursor::seal(&list, &next)).transpose()?;
+    Ok(told(sequence, &HistoryPage { items, next_cursor }))
+}
+
+#[utoipa::path(
+    get, path = "/v1/orders/{orderId}/decision", tag = "orders", operation_id = "getDecision",
+    summary = "What happened to an order, and why",
+    params(
+        ("orderId" = Uuid, Path, description = "The order"),
+        ("Lomash-Min-Sequence" = Option<u64>, Header, description = "Not older than this sequence of the ledger"),
+    ),
+    responses((status = 200, description = "The decision", body = Decision), ReadProblems)
+)]
+pub(super) async fn decision(
+    _: Viewer,
+    State(api): State<Api>,
+    Path(order_id): Path<OrderId>,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    let min = min_sequence(&headers)?;
+    wait(&api, min).await.map_err(unanswered)?;
+    let At { sequence, value } = at_least(api.reads.decision(order_id).await, min).map_err(unanswered)?;
+    Ok(told(sequence, &value))
+}
+
+async fn cached_product(api: &Api, product_id: ProductId, min: Option<u64>) -> Result<At<Product>, Problem> {
+    let load = async {
+        wait(api, min).await?;
+        at_least(api.reads.product(product_id).await, min)
+    };
+    api.cache.read_through(&Key::product(product_id), min, load).await.map_err(unanswered)
+}
+
+/// Waits until the projection has what is asked for.
+async fn wait(api: &Api, min: Option<u64>) -> Result<(), QueryError> {
+    if let Some(min) = min {
+        api.projected.wait_for(min).await?;
+    }
+    Ok(())
+}
+
+/// An answer of before what is asked for is none, and neither is "not found".
+fn at_least<T>(found: Result<At<T>, QueryError>, min: Option<u64>) -> Result<At<T>, QueryError> {
+    let wanted = min.unwrap_or(0);
+    match found {
+        Ok(at) => Ok(at.at_least(wanted)?),
+        Err(QueryError::NotFound { sequence, .. }) if sequence < wanted => {
+            Err(NotYetProjected { wanted, reached: sequence }.into())
+        }
+        Err(problem) => Err(problem),
+    }
+}
+
+fn unanswered(problem: QueryError) -> Problem {
+    match problem {
+        QueryError::NotFound { what, .. } => {
+            let kind = match what {
+                NotFound::Product(_) => &PRODUCT_NOT_FOUND,
+                NotFound::NotYetRegistered { .. } => &NOT_YET_REGISTERED,
+                NotFound::Decision(_) => &ORDER_NOT_DECIDED,
+            };
+            Problem::new(kind, sentence(&what.to_string()))
+        }
+        QueryError::NotYet(not_yet) => Problem::new(&NOT_YET_PROJECTED, sentence(&not_yet.to_string()))
+            .with("wanted", not_yet.wanted)
+            .with("reached", not_yet.reached)
+            .with_retry_after(RETRY_AFTER_SECONDS),
+        QueryError::OtherSort => Problem::invalid_parameter("cursor", "continues a list that was sorted otherwise"),
+        QueryError::Unavailable { what, cause } => {
+            tracing::warn!(what, cause, "a read was not answered");
+            Problem::unavailable(sentence(&format!("{what} cannot be read just now")), RETRY_AFTER_SECONDS)
+        }
+    }
+}
+
+/// The sequence that the answer must not be older than.
+fn min_sequence(headers: &HeaderMap) -> Result<Option<u64>, Problem> {
+    let Some(text) = single_header(headers, LOMASH_MIN_SEQUENCE)? else { return Ok(None) };
+    let bad =
+        || Problem::invalid_header(LOMASH_MIN_SEQUENCE, "must be a sequence of the ledger, as in Lomash-Sequence");
+    // Sequences are stored as signed numbers.
+    sequence(text).map(Some).ok_or_else(bad)
+}
+
+fn sequence(text: &str) -> Option<u64> {
+    let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    text.parse().ok().filter(|sequence| digits && i64::try_from(*sequence).is_ok())
+}
+
+fn moment(text: &str) -> Result<AsOf, Problem> {
+    if let Some(sequence) = sequence(text) {
+        return Ok(AsOf::Sequence(sequence));
+    }
+    let bad = |detail| Problem::invalid_parameter("asOf", detail);
+    let instant = OffsetDateTime::parse(text, &Rfc3339)
+        .map_err(|_| bad("must be an RFC 3339 instant such as 2026-01-31T09:30:00Z, or a sequence of the ledger"))?;
+    if instant > OffsetDateTime::now_utc() {
+        return Err(bad("is still to come"));
+    }
+    if !(0..=9999).contains(&instant.year()) {
+        return Err(bad("must be of the years 0 to 9999"));
+    }
+    Ok(AsOf::Instant(instant))
+}
+
+fn page_limit(limit: Option<u16>) -> Result<u16, Problem> {
+    let limit = limit.unwrap_or(DEFAULT_LIMIT);
+    let fits = (1..=MAX_PAGE).contains(&limit);
+    if fits { Ok(limit) } else { Err(Problem::invalid_parameter("limit", format!("must be from 1 to {MAX_PAGE}"))) }
+}
+
+fn invalid(name: &str, problem: &dyn std::fmt::Display) -> Problem {
+    Problem::invalid_parameter(name, problem.to_string())
+}
+
+/// An answer as of a sequence.
+fn told(sequence: u64, body: &impl Serialize) -> Response {
+    let mut response = Json(body).into_response();
+    response.headers_mut().insert(LOMASH_SEQUENCE.clone(), HeaderValue::from(sequence));
+    response
+}
+
+/// An answer about a product at a version.
+fn tagged(headers: &HeaderMap, sequence: u64, version: u64, body: &impl Serialize) -> Result<Response, Problem> {
+    let mut response = if preconditions::is_known(headers, version)? {
+        let mut response = StatusCode::NOT_MODIFIED.into_response();
+        response.headers_mut().insert(LOMASH_SEQUENCE.clone(), HeaderValue::from(sequence));
+        response
+    } else {
+        told(sequence, body)
+    };
+    response.headers_mut().insert(ETAG, preconditions::etag(version));
+    Ok(response)
+}
