@@ -16,7 +16,8 @@ use axum::response::IntoResponse;
 use lomash_contract::{CountedBy, LedgerEvent, ProductId, Timestamp, Trigger, UpdatedBy};
 use lomash_ledger::receive::{self, Settle};
 use lomash_platform::{Secret, postgres};
-use lomash_tests::{PATIENCE, World, eventually, order};
+use lomash_tests::{PATIENCE, World, eventually, order, token};
+use lomash_web::Role;
 use product_service::inventory::{Action, Count};
 use product_service::reconciliation::reports::{KEPT_REPORTS, NewRun, Reports};
 use product_service::reconciliation::run::Reconciliation;
@@ -582,6 +583,160 @@ async fn two_replicas_carry_a_tick_out_once() -> Result<()> {
     two.stop().await?;
     world.verified().await?;
     one.stop().await?;
+    world.close();
+    Ok(())
+}
+
+/// A caller of the HTTP interface.
+struct Http {
+    client: reqwest::Client,
+    url: String,
+    token: String,
+}
+
+impl Http {
+    fn new(url: &str, role: Role) -> Result<Self> {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let client = reqwest::Client::builder().timeout(PATIENCE).build()?;
+        Ok(Self { client, url: url.to_owned(), token: token(role, Uuid::new_v4())? })
+    }
+
+    async fn get(&self, path: &str) -> Result<(u16, Value)> {
+        let sent = self.client.get(format!("{}{path}", self.url)).bearer_auth(&self.token).send().await?;
+        Ok((sent.status().as_u16(), sent.json().await?))
+    }
+
+    async fn post(&self, path: &str, body: Value, key: &str) -> Result<reqwest::Response> {
+        let request = self.client.post(format!("{}{path}", self.url)).bearer_auth(&self.token).json(&body);
+        Ok(request.header("idempotency-key", key).send().await?)
+    }
+
+    /// What a request that must not succeed is answered: status and type.
+    async fn refused(&self, path: &str, body: Value, key: &str) -> Result<(u16, String)> {
+        let answer = self.post(path, body, key).await?;
+        let (status, problem) = (answer.status().as_u16(), answer.json::<Value>().await?);
+        let kind = problem["type"].as_str().unwrap_or_default();
+        Ok((status, kind.rsplit('/').next().unwrap_or_default().to_owned()))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn runs_are_started_shown_and_decided_over_http() -> Result<()> {
+    const RUNS: &str = "/v1/reconciliations";
+    let (world, warehouse) = tokio::try_join!(World::start(), Warehouse::start())?;
+    let service = world.service("http")?.env("WAREHOUSE_URL", &warehouse.url).env("RECONCILIATION_SCHEDULE", "off");
+    let mut service = service;
+    lomash_tests::start_until_ready(&mut service).await?;
+    let url = world.url("http");
+    let (admin, viewer) = (Http::new(&url, Role::Admin)?, Http::new(&url, Role::Viewer)?);
+    let products = world.register_many(3, 10).await?;
+    let then = between_two_events().await;
+    warehouse.tells(products.iter().map(|product| counted(*product, 7, then)));
+
+    assert_eq!(viewer.refused(RUNS, json!({}), "a").await?, (403, "forbidden".to_owned()));
+    assert_eq!(admin.refused(RUNS, json!({ "approvalThresholdPercent": 101 }), "a").await?.0, 400);
+    assert_eq!(admin.refused(RUNS, json!({ "dryrun": true }), "a").await?.0, 400);
+    let started = admin.post(RUNS, json!({}), "a").await?;
+    assert_eq!(started.status(), 202);
+    let location = started.headers()["location"].to_str()?.to_owned();
+    let id: Uuid = started.json::<Value>().await?["id"].as_str().unwrap().parse()?;
+    assert_eq!(location, format!("{RUNS}/{id}"));
+    let waiting = settled(&desk(&world)?, id).await?;
+    assert_eq!(waiting.status, Status::AwaitingApproval);
+
+    // The same key: the same run, and only for the same request.
+    let again = admin.post(RUNS, json!({}), "a").await?;
+    assert_eq!(again.headers()["idempotent-replayed"], "true");
+    assert_eq!(again.json::<Value>().await?["id"], json!(id));
+    let other = admin.refused(RUNS, json!({ "dryRun": true }), "a").await?;
+    assert_eq!(other, (422, "idempotency-key-reused".to_owned()));
+
+    // Page by page.
+    let (mut rows, mut cursor) = (Vec::new(), String::new());
+    loop {
+        let (status, page) = viewer.get(&format!("{location}?limit=2{cursor}")).await?;
+        assert_eq!(status, 200, "{page}");
+        rows.extend(page["rows"].as_array().unwrap().iter().map(|row| row["number"].as_u64().unwrap()));
+        match page["nextCursor"].as_str() {
+            Some(next) => cursor = format!("&cursor={next}"),
+            None => break,
+        }
+    }
+    assert_eq!(rows, [1, 2, 3]);
+    assert_eq!(viewer.get(&format!("{RUNS}?limit=2{cursor}")).await?.0, 400, "a cursor of another list");
+    assert_eq!(viewer.get(&format!("{RUNS}?limit=0")).await?.0, 400);
+    assert_eq!(viewer.get(&format!("{RUNS}/{}", Uuid::new_v4())).await?.0, 404);
+    assert_eq!(viewer.get(&format!("{RUNS}/seven")).await?.0, 400);
+
+    let approval = format!("{location}/approval");
+    assert_eq!(viewer.refused(&approval, json!({ "approved": true }), "b").await?.0, 403);
+    let nowhere = format!("{RUNS}/{}/approval", Uuid::new_v4());
+    let unknown = admin.refused(&nowhere, json!({ "approved": true }), "b").await?;
+    assert_eq!(unknown, (404, "reconciliation-not-found".to_owned()));
+    assert_eq!(admin.post(&approval, json!({ "approved": true }), "b").await?.status(), 202);
+    assert_eq!(settled(&desk(&world)?, id).await?.status, Status::Completed);
+    let late = admin.refused(&approval, json!({ "approved": false }), "c").await?;
+    assert_eq!(late, (409, "reconciliation-not-waiting".to_owned()));
+    let (_, list) = viewer.get(RUNS).await?;
+    assert_eq!((list["items"].as_array().unwrap().len(), &list["nextCursor"]), (1, &Value::Null));
+    assert_eq!(list["items"][0]["totals"]["unitsDown"], 9);
+    for product in &products {
+        assert_eq!(world.stock(*product).await?, 7);
+    }
+
+    world.verified().await?;
+    let log = std::fs::read_to_string(service.log())?;
+    let told = log.lines().find(|line| line.contains("lomash::reconciliation") || line.contains("units_down=9"));
+    let told = told.unwrap_or_else(|| panic!("no record of the run in {log}"));
+    assert!(told.contains(&id.to_string()) && told.contains("completed"), "{told}");
+    service.stop().await?;
+    world.close();
+    Ok(())
+}
+
+/// What `lomash reconcile` prints, and whether it succeeded.
+async fn reconcile(url: &str, arguments: &[&str]) -> Result<(bool, String)> {
+    let program = lomash::up::program("lomash-under-test")?;
+    let output = tokio::process::Command::new(program)
+        .arg("reconcile")
+        .args(arguments)
+        .env("PRODUCT_URL", url)
+        .env("ADMIN_TOKEN", token(Role::Admin, Uuid::new_v4())?)
+        .output()
+        .await?;
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    Ok((output.status.success(), text))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_command_starts_a_run_and_shows_its_report() -> Result<()> {
+    let (world, warehouse) = tokio::try_join!(World::start(), Warehouse::start())?;
+    let service = world.service("cli")?.env("WAREHOUSE_URL", &warehouse.url).env("RECONCILIATION_SCHEDULE", "off");
+    let mut service = service;
+    lomash_tests::start_until_ready(&mut service).await?;
+    let url = world.url("cli");
+    let oak = world.register("OAK", 50).await?;
+    let then = between_two_events().await;
+    warehouse.tells([counted(oak, 45, then), counted(ProductId(Uuid::new_v4()), 1, then)]);
+
+    let (is_well, text) = reconcile(&url, &["--dry-run"]).await?;
+    assert!(is_well && text.contains("OAK") && text.contains("no such product"), "{text}");
+    assert!(text.contains("dryRun: 1 counted, 1 changed, 0 unchanged, 1 refused; 0 units up, 5 down"), "{text}");
+    assert_eq!(world.stock(oak).await?, 50);
+
+    let (is_well, text) = reconcile(&url, &["--json", "--threshold", "0"]).await?;
+    assert!(!is_well, "it waits: {text}");
+    let report: Value = serde_json::Deserializer::from_str(&text).into_iter().next().context("no JSON")??;
+    let id = report["id"].as_str().unwrap();
+    assert_eq!((&report["status"], report["rows"].as_array().unwrap().len()), (&json!("awaitingApproval"), 2));
+    let (is_well, text) = reconcile(&url, &["--approve", id]).await?;
+    assert!(is_well && text.contains("completed"), "{text}");
+    assert_eq!(world.stock(oak).await?, 45);
+    let (is_well, text) = reconcile(&url, &["--reject", id]).await?;
+    assert!(!is_well && text.contains("409"), "{text}");
+
+    world.verified().await?;
+    service.stop().await?;
     world.close();
     Ok(())
 }

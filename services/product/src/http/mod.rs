@@ -74,8 +74,9 @@ pub struct Routes(Arc<OnceLock<Router>>);
 impl Routes {
     /// What the server serves from the first moment on.
     pub fn application(&self, config: &HttpConfig, health: &Health) -> Router {
+        // As a fallback and not as a route for every path: what that captures would be a parameter of the routes behind.
         let later = any(later).with_state(self.clone());
-        server::application(Router::new().route("/{*path}", later).merge(health.routes()), config)
+        server::framed(health.routes().method_not_allowed_fallback(no_such_method).fallback_service(later), config)
     }
 
     /// From now on every route is there.
