@@ -82,6 +82,16 @@ test *ARGS: _setup
     cargo build --workspace --all-targets --locked
     cargo test --locked {{ if ARGS == "" { "--workspace" } else { ARGS } }}
 
+# Write docs/openapi.json anew from the code
+[group('develop')]
+openapi: _setup
+    UPDATE_OPENAPI=1 cargo test --locked --workspace --test openapi the_committed_copy
+
+# Fuzz the HTTP adapter against its OpenAPI document with schemathesis (PyPI), on servers of its own: [EXAMPLES [SEED]]
+[group('develop')]
+fuzz-http *ARGS: _programs
+    LOMASH='{{ lomash }}' deploy/dev/schemathesis.sh {{ ARGS }}
+
 # Format every file
 [group('develop')]
 fmt:

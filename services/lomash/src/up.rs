@@ -30,6 +30,8 @@ use crate::token::{stack_secret, stack_token, write_private};
 const PRODUCT_SERVICE_START_TIMEOUT: Duration = Duration::from_secs(600);
 /// How often it is asked.
 const READY_PAUSE: Duration = Duration::from_millis(100);
+/// How long it may take to say whether it is ready.
+const READY_ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// One server of each kind: there is nobody to replicate to.
 const REPLICAS: u32 = 1;
 /// The name under which we connect.
@@ -323,8 +325,18 @@ async fn apply_sql(postgres: &Postgres) -> Result<()> {
     lomash_platform::postgres::migrate(&Secret::from(postgres.url())).await.context("could not apply sql/")
 }
 
+/// Waits until it takes commands and `/readyz` says so.
 async fn product_service_is_ready(nats_url: &str, service: &Service) -> Result<()> {
-    let client = ProductClient::new(lomash_platform::nats::connect(nats_url, CLIENT_NAME).await?);
+    let products = ProductClient::new(lomash_platform::nats::connect(nats_url, CLIENT_NAME).await?);
+    let address = service.address().context("the product service was not told where to listen")?;
+    let url = format!("http://{address}/readyz");
+    // Nothing here speaks TLS, but the client is not made without a provider; a second one is refused, as it should.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let client = reqwest::Client::builder()
+        .no_proxy()
+        .timeout(READY_ANSWER_TIMEOUT)
+        .build()
+        .context("the HTTP client cannot be made")?;
     let started = Instant::now();
     loop {
         let problem = tokio::select! {
@@ -332,9 +344,9 @@ async fn product_service_is_ready(nats_url: &str, service: &Service) -> Result<(
             status = service.ended() => {
                 bail!("{} ended while it was starting ({status}); {}", service.name(), log_tail(service.log()))
             }
-            answer = client.ping() => match answer {
-                Ok(sequence) => {
-                    info!(sequence, "the product service is ready");
+            answer = readiness(&products, &client, &url) => match answer {
+                Ok(()) => {
+                    info!("the product service is ready");
                     return Ok(());
                 }
                 Err(problem) => problem,
@@ -346,6 +358,16 @@ async fn product_service_is_ready(nats_url: &str, service: &Service) -> Result<(
         }
         tokio::time::sleep(READY_PAUSE).await;
     }
+}
+
+/// An error is what the service says it waits for, or why it cannot be asked.
+async fn readiness(products: &ProductClient, client: &reqwest::Client, url: &str) -> Result<(), String> {
+    products.ping().await.map_err(|problem| problem.to_string())?;
+    let answer = client.get(url).send().await.map_err(|problem| problem.to_string())?;
+    if answer.status().is_success() {
+        return Ok(());
+    }
+    Err(answer.text().await.unwrap_or_else(|problem| problem.to_string()))
 }
 
 /// The program `name` beside this one; for a test, which cargo puts one folder deeper, beside that folder.

@@ -7,6 +7,7 @@
 
 mod imports;
 mod inventory;
+mod openapi;
 mod preconditions;
 mod problems;
 mod products;
@@ -32,7 +33,8 @@ use utoipa::{Modify, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-pub use self::imports::Imports;
+pub use self::imports::{IMPORT_TIMEOUT, Imports, MAX_BODY_BYTES, MAX_IMPORTS, MAX_ROWS};
+pub use self::problems::TYPES as PROBLEM_TYPES;
 pub use self::stream::{MAX_STREAMS, STREAM_LIFETIME, Streams};
 use crate::cache::Cache;
 use crate::commands::Writer;
@@ -127,7 +129,9 @@ fn import_routes() -> OpenApiRouter<Api> {
 /// The OpenAPI document of all routes.
 #[must_use]
 pub fn document() -> utoipa::openapi::OpenApi {
-    ordinary_routes().merge(import_routes()).split_for_parts().1
+    let mut document = ordinary_routes().merge(import_routes()).split_for_parts().1;
+    openapi::complete(&mut document);
+    document
 }
 
 /// The frame of the OpenAPI document.
