@@ -237,8 +237,6 @@ impl World {
             database_url.expose(),
             "--http-listen",
             "127.0.0.1:0",
-            "--reconciliation-schedule",
-            "off",
             "--jwt-hs256-secret",
             JWT_SECRET,
             "--reconciliation-schedule",
