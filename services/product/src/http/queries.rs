@@ -347,7 +347,7 @@ fn at_least<T>(found: Result<At<T>, QueryError>, min: Option<u64>) -> Result<At<
     }
 }
 
-fn unanswered(problem: QueryError) -> Problem {
+pub(super) fn unanswered(problem: QueryError) -> Problem {
     match problem {
         QueryError::NotFound { what, .. } => {
             let kind = match what {
