@@ -58,9 +58,12 @@ pub fn request_id() -> Option<Uuid> {
 /// Puts around the routes of a service what every request passes through: its id and log line, panics as 500, body
 /// limits, and problems for what is not there. To be called last, with all routes.
 pub fn application(routes: Router, config: &HttpConfig) -> Router {
+    around(routes.fallback(no_such_route).method_not_allowed_fallback(no_such_method), config)
+}
+
+/// The same for routes that say themselves what is not there.
+pub fn around(routes: Router, config: &HttpConfig) -> Router {
     routes
-        .fallback(no_such_route)
-        .method_not_allowed_fallback(no_such_method)
         .layer(DefaultBodyLimit::max(config.max_body_bytes()))
         .layer(RequestBodyTimeoutLayer::new(config.stall_timeout()))
         .layer(CatchPanicLayer::custom(panicked))

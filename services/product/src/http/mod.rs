@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{any, get};
+use axum::routing::get;
 use axum::{Json, Router};
 use lomash_ledger::JetStreamLedger;
 use lomash_web::problem::{no_such_method, no_such_route};
@@ -31,6 +31,7 @@ use utoipa::{Modify, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+pub use self::problems::TYPES as PROBLEM_TYPES;
 pub use self::stream::{MAX_STREAMS, STREAM_LIFETIME, Streams};
 use crate::cache::Cache;
 use crate::commands::Writer;
@@ -70,8 +71,9 @@ pub struct Routes(Arc<OnceLock<Router>>);
 impl Routes {
     /// What the server serves from the first moment on.
     pub fn application(&self, config: &HttpConfig, health: &Health) -> Router {
-        let later = any(later).with_state(self.clone());
-        server::application(Router::new().route("/{*path}", later).merge(health.routes()), config)
+        // A fallback and not a route: what a route captures of the path is added to what the routes behind it capture.
+        let routes = health.routes().fallback(later).method_not_allowed_fallback(no_such_method);
+        server::around(routes.with_state(self.clone()), config)
     }
 
     /// From now on every route is there.
