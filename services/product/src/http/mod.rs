@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{any, get};
+use axum::routing::get;
 use axum::{Json, Router};
 use lomash_ledger::JetStreamLedger;
 use lomash_web::problem::{no_such_method, no_such_route};
@@ -33,6 +33,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 pub use self::imports::Imports;
+pub use self::problems::TYPES as PROBLEM_TYPES;
 pub use self::stream::{MAX_STREAMS, STREAM_LIFETIME, Streams};
 use crate::cache::Cache;
 use crate::commands::Writer;
