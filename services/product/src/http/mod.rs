@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{any, get};
 use axum::{Json, Router};
 use lomash_ledger::JetStreamLedger;
 use lomash_web::problem::{no_such_method, no_such_route};
