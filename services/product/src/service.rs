@@ -21,7 +21,7 @@ use tracing::{info, warn};
 use crate::cache::Cache;
 use crate::commands::{Writer, Writing};
 use crate::committer::{Committer, catch_up, committer};
-use crate::http::{Api, Routes, Streams};
+use crate::http::{Api, Imports, Routes, Streams};
 use crate::inventory::State;
 use crate::projected::Projected;
 use crate::reads::Reads;
@@ -198,6 +198,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         projected,
         cache,
         streams: Streams::default(),
+        imports: Imports::default(),
         reconciliation,
         stop: stop.clone(),
     };

@@ -5,6 +5,7 @@
 //! `lomash_web`'s. The OpenAPI document is made from the handlers ([`document`]); the copy in `docs/openapi.json` is
 //! kept equal by a test.
 
+mod imports;
 mod inventory;
 mod preconditions;
 mod problems;
@@ -31,6 +32,8 @@ use utoipa::{Modify, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+pub use self::imports::Imports;
+pub use self::problems::TYPES as PROBLEM_TYPES;
 pub use self::stream::{MAX_STREAMS, STREAM_LIFETIME, Streams};
 use crate::cache::Cache;
 use crate::commands::Writer;
@@ -57,6 +60,8 @@ pub struct Api {
     pub cache: Cache,
     /// Places of event streams.
     pub streams: Streams,
+    /// Places of imports.
+    pub imports: Imports,
     /// Where reconciliation runs are asked for.
     pub reconciliation: Reconciliation,
     /// Cancelled when the process stops: what has no end ends then.
@@ -77,11 +82,13 @@ impl Routes {
 
     /// From now on every route is there.
     pub fn open(&self, api: Api, verifier: Arc<Verifier>, config: &HttpConfig) {
-        let (ordinary, document) = ordinary_routes().split_for_parts();
+        let (ordinary, _) = ordinary_routes().split_for_parts();
         let ordinary = limits::time_limited(ordinary, config.request_timeout());
+        let (imports, _) = import_routes().split_for_parts();
         let gate = Gate::new(verifier, &config.rates);
+        let document = document();
         let open = Router::new().route("/openapi.json", get(move || std::future::ready(Json(document.clone()))));
-        let routes = gate.guard(ordinary).with_state(api).merge(open);
+        let routes = gate.guard(ordinary.merge(imports)).with_state(api).merge(open);
         // A second opening would change nothing; there is none.
         let _ = self.0.set(routes.fallback(no_such_route).method_not_allowed_fallback(no_such_method));
     }
@@ -113,10 +120,15 @@ fn ordinary_routes() -> OpenApiRouter<Api> {
         .routes(routes!(reconciliations::decide))
 }
 
+/// Routes with limits of their own.
+fn import_routes() -> OpenApiRouter<Api> {
+    OpenApiRouter::new().routes(routes!(imports::import_products)).routes(routes!(imports::import_counts))
+}
+
 /// The OpenAPI document of all routes.
 #[must_use]
 pub fn document() -> utoipa::openapi::OpenApi {
-    ordinary_routes().split_for_parts().1
+    ordinary_routes().merge(import_routes()).split_for_parts().1
 }
 
 /// The frame of the OpenAPI document.

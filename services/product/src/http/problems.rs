@@ -157,3 +157,17 @@ problem_responses! {
         Timeout = 504, "It took too long";
     }
 }
+
+problem_responses! {
+    /// What an import can be refused with as a whole.
+    ImportProblems {
+        BadRequest = 400, "The body, its header line or a parameter is not as it must be, or the body was cut off";
+        Unauthorized = 401, "No token, or none that is believed";
+        Forbidden = 403, "Needs the role ADMIN";
+        TooLarge = 413, "The body is too large";
+        UnsupportedMediaType = 415, "The body is not of a type that is taken";
+        TooManyRequests = 429, "The caller's share is used up";
+        Unavailable = 503, "Not now, or too many imports at work";
+        Timeout = 504, "It took too long to receive the body";
+    }
+}

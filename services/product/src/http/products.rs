@@ -44,10 +44,27 @@ pub(super) struct Register {
     /// Its first stock.
     #[serde(default)]
     #[schema(default = 0, maximum = 1_000_000_000)]
-    initial_quantity: u32,
+    pub(super) initial_quantity: u32,
     /// Why, for the record; 1 to 500 characters.
     #[schema(min_length = 1, max_length = 500)]
-    reason: Option<String>,
+    pub(super) reason: Option<String>,
+}
+
+impl Register {
+    /// The product's id: the one given, or the one that its sku names.
+    pub(super) fn product_id(&self) -> ProductId {
+        self.product_id.unwrap_or_else(|| catalogue::product_id(&self.sku))
+    }
+
+    pub(super) fn details(&self) -> Details {
+        Details {
+            sku: self.sku.clone(),
+            name: self.name.clone(),
+            category: self.category.clone(),
+            low_stock_threshold: self.low_stock_threshold,
+            active: self.active,
+        }
+    }
 }
 
 const fn yes() -> bool {
@@ -137,16 +154,8 @@ pub(super) async fn register(
     headers: HeaderMap,
     Body(request): Body<Register>,
 ) -> Result<Response, Problem> {
-    let product_id = request.product_id.unwrap_or_else(|| catalogue::product_id(&request.sku));
-    let Register { sku, name, category, low_stock_threshold, active, .. } = &request;
-    let details = Details {
-        sku: sku.clone(),
-        name: name.clone(),
-        category: category.clone(),
-        low_stock_threshold: *low_stock_threshold,
-        active: *active,
-    };
-    let action = Action::Register { details, initial_quantity: request.initial_quantity };
+    let product_id = request.product_id();
+    let action = Action::Register { details: request.details(), initial_quantity: request.initial_quantity };
     let write = Write { product_id, action, reason: request.reason.clone() };
     let written = carry_out(&api, caller, &headers, "register", &request, write).await?;
     let status = if written.events.is_empty() { StatusCode::OK } else { StatusCode::CREATED };

@@ -159,7 +159,7 @@ async fn read_back(
     Ok(Written { events, sequence, replayed })
 }
 
-fn checked_reason(reason: String) -> Result<String, Problem> {
+pub(super) fn checked_reason(reason: String) -> Result<String, Problem> {
     let fits = !reason.trim().is_empty() && reason.chars().count() <= MAX_REASON_CHARS;
     if fits && !reason.chars().any(char::is_control) {
         return Ok(reason);

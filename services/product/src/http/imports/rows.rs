@@ -1,0 +1,435 @@
+//! The rows of an import: CSV or NDJSON in, checked rows out, one at a time.
+//!
+//! Owns the forms. Assumes nothing about the bytes: a row that is wrong is refused with its line, and those after it are
+//! read all the same. Memory is one row, and some 24 bytes for each row seen, by which a repeated product is found.
+
+use std::fmt;
+use std::io::{self, BufRead, Read};
+
+use csv::ByteRecord;
+use hashbrown::HashMap;
+use lomash_contract::{ProductId, Sku, Timestamp};
+use lomash_web::Problem;
+use lomash_web::extract::parse_json;
+use lomash_web::problem::{FieldError, VALIDATION_FAILED};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use utoipa::ToSchema;
+
+use crate::catalogue::{self, CatalogueError, RowError, csv_reader, excerpt, next_record};
+use crate::http::problems::sentence;
+use crate::http::products::Register;
+use crate::http::writes::checked_reason;
+use crate::inventory::Details;
+
+/// Longest line of NDJSON, in bytes: as much as any other request with one product may have.
+pub(super) const MAX_LINE_BYTES: usize = 64 * 1024;
+
+/// What rows are about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Products to register, or to give new details.
+    Products,
+    /// Counts to put on record.
+    Counts,
+}
+
+/// How rows are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Form {
+    /// Comma-separated, under a header.
+    Csv,
+    /// A JSON object a line.
+    Ndjson,
+}
+
+/// A row that can be tried.
+#[derive(Debug)]
+pub(super) struct Row {
+    /// The line it begins on, counted from 1.
+    pub(super) line: u64,
+    pub(super) product: Named,
+    pub(super) wanted: Wanted,
+    /// Its own reason, if it has one.
+    pub(super) reason: Option<String>,
+}
+
+/// How a row names its product.
+#[derive(Clone, Debug)]
+pub(super) enum Named {
+    Id(ProductId),
+    /// A product that has the sku already.
+    Sku(Sku),
+}
+
+/// What a row wants.
+#[derive(Debug)]
+pub(super) enum Wanted {
+    Product { details: Details, initial_quantity: u32 },
+    Count { quantity: u32, counted_at: Timestamp },
+}
+
+impl Row {
+    pub(super) fn product_id(&self) -> Option<ProductId> {
+        match self.product {
+            Named::Id(id) => Some(id),
+            Named::Sku(_) => None,
+        }
+    }
+
+    pub(super) fn sku(&self) -> Option<&Sku> {
+        match (&self.product, &self.wanted) {
+            (_, Wanted::Product { details, .. }) => Some(&details.sku),
+            (Named::Sku(sku), Wanted::Count { .. }) => Some(sku),
+            (Named::Id(_), Wanted::Count { .. }) => None,
+        }
+    }
+}
+
+/// A row that cannot be tried.
+#[derive(Debug)]
+pub(super) struct BadRow {
+    pub(super) line: u64,
+    pub(super) problem: Problem,
+}
+
+/// A row as it was read.
+pub(super) type ReadRow = Result<Row, BadRow>;
+
+/// Reads rows.
+///
+/// # Errors
+/// 400 when the header does not name the columns that every row needs.
+pub(super) fn read<R: BufRead + Send + 'static>(
+    kind: Kind,
+    form: Form,
+    file: R,
+) -> Result<Box<dyn Iterator<Item = ReadRow> + Send>, Problem> {
+    Ok(match (kind, form) {
+        (Kind::Products, Form::Csv) => Box::new(catalogue::read(file).map_err(no_catalogue)?.map(catalogue_row)),
+        (Kind::Products, Form::Ndjson) => Box::new(lines(file, product)),
+        (Kind::Counts, Form::Csv) => Box::new(count_rows(file)?),
+        (Kind::Counts, Form::Ndjson) => Box::new(lines(file, count)),
+    })
+}
+
+fn no_catalogue(problem: CatalogueError) -> Problem {
+    let source = std::error::Error::source(&problem).map(|cause| format!(": {cause}")).unwrap_or_default();
+    Problem::bad_request(sentence(&format!("{problem}{source}")))
+}
+
+fn catalogue_row(row: Result<catalogue::Row, RowError>) -> ReadRow {
+    match row {
+        Ok(catalogue::Row { line, sku, name, category, quantity, threshold }) => {
+            let product = Named::Id(catalogue::product_id(&sku));
+            let details = Details { sku, name, category, low_stock_threshold: threshold, active: true };
+            Ok(Row { line, product, wanted: Wanted::Product { details, initial_quantity: quantity }, reason: None })
+        }
+        Err(RowError { line, problem }) => Err(BadRow { line, problem: invalid(&problem) }),
+    }
+}
+
+fn invalid(problem: &str) -> Problem {
+    Problem::new(&VALIDATION_FAILED, sentence(problem))
+}
+
+// ── NDJSON ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/// A count to put on record, of a product by its sku or by its id.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(in crate::http) struct CountRow {
+    /// The product; this or `sku`.
+    #[schema(value_type = Option<Uuid>)]
+    product_id: Option<ProductId>,
+    /// Its unit; this or `productId`.
+    #[schema(value_type = Option<String>, min_length = 1, max_length = 64)]
+    sku: Option<Sku>,
+    /// How many were there.
+    #[schema(maximum = 1_000_000_000)]
+    quantity: u32,
+    /// When they were counted: orders since then are not undone by the correction.
+    #[schema(value_type = String, format = DateTime)]
+    counted_at: Timestamp,
+    /// Why, for the record; 1 to 500 characters.
+    #[schema(min_length = 1, max_length = 500)]
+    reason: Option<String>,
+}
+
+fn product(line: u64, json: &[u8]) -> Result<Row, Problem> {
+    let request: Register = parse_json(json)?;
+    let product = Named::Id(request.product_id());
+    let wanted = Wanted::Product { details: request.details(), initial_quantity: request.initial_quantity };
+    Ok(Row { line, product, wanted, reason: request.reason.map(checked_reason).transpose()? })
+}
+
+fn count(line: u64, json: &[u8]) -> Result<Row, Problem> {
+    let CountRow { product_id, sku, quantity, counted_at, reason } = parse_json(json)?;
+    let product = match (product_id, sku) {
+        (Some(id), None) => Named::Id(id),
+        (None, Some(sku)) => Named::Sku(sku),
+        _ => return Err(Problem::invalid_field("/sku", "must be there, or productId must, and not both")),
+    };
+    let wanted = Wanted::Count { quantity, counted_at };
+    Ok(Row { line, product, wanted, reason: reason.map(checked_reason).transpose()? })
+}
+
+/// The rows of a file with one JSON object a line. Lines of white space alone are passed over.
+fn lines<R: BufRead>(
+    mut file: R,
+    row: fn(u64, &[u8]) -> Result<Row, Problem>,
+) -> impl Iterator<Item = ReadRow> + use<R> {
+    let (mut line, mut bytes, mut seen, mut ended) = (0, Vec::new(), Seen::default(), false);
+    std::iter::from_fn(move || {
+        while !ended {
+            line += 1;
+            let problem = match next_line(&mut file, &mut bytes) {
+                Ok(Line::End) => break,
+                Ok(Line::Whole) => {
+                    let json = bytes.strip_prefix(BYTE_ORDER_MARK).filter(|_| line == 1).unwrap_or(&bytes);
+                    if json.trim_ascii().is_empty() {
+                        continue;
+                    }
+                    match row(line, json).and_then(|row| seen.first(row)) {
+                        Ok(row) => return Some(Ok(row)),
+                        Err(problem) => problem,
+                    }
+                }
+                Ok(Line::TooLong) => Problem::bad_request(format!(
+                    "The line has more than {MAX_LINE_BYTES} bytes, the most that one may have."
+                )),
+                Err(problem) => {
+                    ended = true;
+                    Problem::internal(format!("an import could not be read from disk: {problem}"))
+                }
+            };
+            return Some(Err(BadRow { line, problem }));
+        }
+        ended = true;
+        None
+    })
+}
+
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
+enum Line {
+    Whole,
+    TooLong,
+    End,
+}
+
+/// Reads a line; of one that is too long no more than the limit is kept, and the rest is passed over.
+fn next_line(file: &mut impl BufRead, bytes: &mut Vec<u8>) -> io::Result<Line> {
+    bytes.clear();
+    if file.take(MAX_LINE_BYTES as u64 + 1).read_until(b'\n', bytes)? == 0 {
+        return Ok(Line::End);
+    }
+    if bytes.len() <= MAX_LINE_BYTES || bytes.ends_with(b"\n") {
+        return Ok(Line::Whole);
+    }
+    loop {
+        let more = file.fill_buf()?;
+        let end = more.iter().position(|byte| *byte == b'\n');
+        let passed = end.map_or(more.len(), |end| end + 1);
+        let is_over = end.is_some() || more.is_empty();
+        file.consume(passed);
+        if is_over {
+            return Ok(Line::TooLong);
+        }
+    }
+}
+
+/// The line on which each product was first named. By id and by sku apart: which sku a product has is not known here.
+#[derive(Default)]
+struct Seen {
+    ids: HashMap<ProductId, u32>,
+    skus: HashMap<ProductId, u32>,
+}
+
+impl Seen {
+    /// Refuses what is there already: rows are carried out side by side, and the last would win or not as it happens.
+    fn first(&mut self, row: Row) -> Result<Row, Problem> {
+        let Self { ids, skus } = self;
+        let unit = row.sku().map(catalogue::product_id);
+        let at = [(row.product_id(), &mut *ids, "productId"), (unit, &mut *skus, "sku")];
+        let line = u32::try_from(row.line).unwrap_or(u32::MAX);
+        for (key, lines, name) in &at {
+            if let Some(first) = key.and_then(|key| lines.get(&key)) {
+                let detail = format!("is on line {first} already; a file names a product once");
+                return Err(Problem::invalid_field(format!("/{name}"), detail));
+            }
+        }
+        for (key, lines, _) in at {
+            lines.extend(key.map(|key| (key, line)));
+        }
+        Ok(row)
+    }
+}
+
+// ── CSV of counts ───────────────────────────────────────────────────────────────────────────────────────────────
+
+const COUNT_COLUMNS: [&str; 5] = ["sku", "productId", "quantity", "countedAt", "reason"];
+
+/// The counts of a CSV file. Columns may come in any order, names in any case; columns of other names are ignored.
+fn count_rows<R: Read>(file: R) -> Result<impl Iterator<Item = ReadRow> + use<R>, Problem> {
+    let mut csv = csv_reader(file);
+    let header = csv
+        .byte_headers()
+        .map_err(|problem| Problem::bad_request(sentence(&format!("the header cannot be read: {problem}"))))?;
+    let columns: Vec<Option<&str>> = header.iter().map(column).collect();
+    let names = |name: &str| columns.iter().filter(|column| **column == Some(name)).count();
+    if let Some(repeated) = COUNT_COLUMNS.into_iter().find(|name| names(name) > 1) {
+        return Err(Problem::bad_request(format!("The header names the column `{repeated}` twice.")));
+    }
+    if names("quantity") == 0 || names("countedAt") == 0 || names("sku") + names("productId") == 0 {
+        return Err(Problem::bad_request(
+            "The first line must name the columns, separated by commas: sku or productId, quantity, countedAt, and \
+             reason if there are any.",
+        ));
+    }
+    let columns: Vec<Option<&'static str>> = header.iter().map(column).collect();
+    let (mut record, mut seen, mut ended) = (ByteRecord::new(), Seen::default(), false);
+    Ok(std::iter::from_fn(move || {
+        while !ended {
+            let (line, problem) = match next_record(&mut csv, &mut record) {
+                Ok(Some(_)) if record.iter().all(|cell| cell.trim_ascii().is_empty()) => continue,
+                Ok(Some(line)) => match count_row(line, &columns, &record).and_then(|row| seen.first(row)) {
+                    Ok(row) => return Some(Ok(row)),
+                    Err(problem) => (line, problem),
+                },
+                Ok(None) => break,
+                Err((line, problem)) => {
+                    ended = true;
+                    (line, invalid(&format!("{problem}; nothing after it was read")))
+                }
+            };
+            return Some(Err(BadRow { line, problem }));
+        }
+        ended = true;
+        None
+    }))
+}
+
+fn column(cell: &[u8]) -> Option<&'static str> {
+    COUNT_COLUMNS.into_iter().find(|name| cell.trim_ascii().eq_ignore_ascii_case(name.as_bytes()))
+}
+
+/// A record as the object that NDJSON would have, and then as that one is read.
+fn count_row(line: u64, columns: &[Option<&'static str>], record: &ByteRecord) -> Result<Row, Problem> {
+    let mut object = Map::new();
+    for (name, cell) in columns.iter().zip(record) {
+        let Some(name) = name else { continue };
+        let Ok(text) = std::str::from_utf8(cell) else {
+            let shown = excerpt(&String::from_utf8_lossy(cell));
+            let detail = format!("`{shown}` is not UTF-8; save the file as UTF-8");
+            return Err(Problem::invalid([FieldError::at(format!("/{name}"), detail)]));
+        };
+        let text = text.trim();
+        let number = (*name == "quantity").then(|| whole(text)).flatten();
+        let value = number.map_or_else(|| Value::from(text), Value::from);
+        if !text.is_empty() {
+            object.insert((*name).to_owned(), value);
+        }
+    }
+    count(line, Value::Object(object).to_string().as_bytes())
+}
+
+fn whole(text: &str) -> Option<u64> {
+    // Digits only: `parse` alone would also take a plus sign.
+    text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok()).flatten()
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Products => "products",
+            Self::Counts => "counts",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Cursor;
+
+    use uuid::Uuid;
+
+    use super::*;
+
+    /// Of each row its line, and its sku or what is wrong with it.
+    fn told(kind: Kind, form: Form, file: &[u8]) -> Vec<(u64, Result<String, String>)> {
+        let rows = read(kind, form, Cursor::new(file.to_vec())).expect("a file that can be read");
+        let told = rows.map(|row| match row {
+            Ok(row) => (row.line, Ok(row.sku().map(ToString::to_string).unwrap_or_default())),
+            Err(BadRow { line, problem }) => (
+                line,
+                Err(problem
+                    .document()
+                    .errors
+                    .first()
+                    .map_or_else(|| problem.detail().to_owned(), |error| error.pointer.clone().unwrap_or_default())),
+            ),
+        });
+        told.collect()
+    }
+
+    #[test]
+    fn a_bad_line_does_not_hide_those_after_it() {
+        let long = format!("{{\"sku\":\"{}\"}}", "x".repeat(MAX_LINE_BYTES));
+        let mut file = b"\xef\xbb\xbf{\"sku\":\"A\",\"name\":\"a\"}\n\n  \nnonsense\n".to_vec();
+        file.extend_from_slice(long.as_bytes());
+        file.extend_from_slice(
+            b"\n{\"sku\":\"B\",\"name\":\"b\",\"initialQuantity\":-1}\r\n{\"sku\":\"\xff\",\"name\":\"b\"}\n",
+        );
+        file.extend_from_slice(b"{\"sku\":\"A\",\"name\":\"again\"}\n{\"sku\":\"C\",\"name\":\"c\"}");
+        let rows = told(Kind::Products, Form::Ndjson, &file);
+        let lines: Vec<u64> = rows.iter().map(|(line, _)| *line).collect();
+        assert_eq!(lines, [1, 4, 5, 6, 7, 8, 9]);
+        assert_eq!((&rows[0].1, &rows[6].1), (&Ok("A".to_owned()), &Ok("C".to_owned())));
+        assert!(rows[2].1.as_ref().is_err_and(|told| told.contains("65536 bytes")), "{rows:?}");
+        assert_eq!(rows[3].1, Err("/initialQuantity".to_owned()));
+        assert_eq!(rows[5].1, Err("/sku".to_owned()));
+    }
+
+    #[test]
+    fn counts_name_their_product_one_way() {
+        let id = Uuid::nil();
+        let file = format!(
+            "Reason,SKU,productid,quantity,countedAt,shelf\n\
+             ,A,,5,2026-01-31T09:30:00Z,9\n\
+             why,,{id},5,2026-01-31T09:30:00Z\n\
+             ,B,{id},5,2026-01-31T09:30:00Z\n\
+             ,C,,+5,2026-01-31T09:30:00Z\n\
+             ,D,,5,yesterday\n\
+             ,A,,6,2026-01-31T09:31:00Z\n\
+             ,,,,,\n\
+             ,E,,7,2026-01-31T09:31:00Z\n"
+        );
+        let rows = told(Kind::Counts, Form::Csv, file.as_bytes());
+        let bad = |pointer: &str| Err(pointer.to_owned());
+        let expected = [
+            (2, Ok("A".to_owned())),
+            (3, Ok(String::new())),
+            (4, bad("/sku")),
+            (5, bad("/quantity")),
+            (6, bad("/countedAt")),
+            (7, bad("/sku")),
+            (9, Ok("E".to_owned())),
+        ];
+        assert_eq!(rows, expected);
+    }
+
+    #[test]
+    fn a_file_without_its_columns_is_refused_as_a_whole() {
+        for (kind, file) in [
+            (Kind::Products, ""),
+            (Kind::Products, "name,quantity\n"),
+            (Kind::Counts, ""),
+            (Kind::Counts, "sku,quantity\n"),
+            (Kind::Counts, "sku,quantity,countedAt,SKU\n"),
+        ] {
+            let problem = read(kind, Form::Csv, Cursor::new(file)).err().expect(file);
+            assert_eq!(problem.status().as_u16(), 400);
+        }
+    }
+}
