@@ -5,6 +5,8 @@
 //! `./just setup` has run. Every world has its own ports and data, so tests run side by side. Nothing here sleeps for
 //! a time that it hopes is enough: it follows the stream, or looks again and again until a named deadline.
 
+pub mod http;
+
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Mutex;
@@ -237,8 +239,6 @@ impl World {
             database_url.expose(),
             "--http-listen",
             "127.0.0.1:0",
-            "--reconciliation-schedule",
-            "off",
             "--jwt-hs256-secret",
             JWT_SECRET,
             "--reconciliation-schedule",

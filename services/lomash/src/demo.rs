@@ -4,6 +4,8 @@
 //! compares what the ledger says of each with what a model of a few lines says should happen. Ends by itself, and
 //! well only if every number is as it must be.
 
+mod admin;
+
 use std::collections::{BTreeMap, HashMap};
 use std::process::ExitCode;
 
@@ -222,6 +224,14 @@ async fn show(stack: &Stack, args: &DemoArgs) -> anyhow::Result<Vec<Check>> {
     let database_url = Secret::from(stack.postgres.url());
     verify::wait_until_quiet(&context, Some(&database_url), SETTLE_TIMEOUT).await?;
 
+    tell("An admin changes stock over HTTP, and reconciles with a count …");
+    let admins = rows.iter().map(|row| catalogue::product_id(&row.sku)).find(|product| *product != off_sale);
+    let admins = admins.context("the catalogue has a second product")?;
+    let before = model.stock.get(&admins).map_or(0, |(stock, _)| *stock);
+    let tour = admin::tour(stack, admins, before).await?;
+    model.stock.entry(admins).and_modify(|(stock, _)| *stock = tour.stock);
+    verify::wait_until_quiet(&context, Some(&database_url), SETTLE_TIMEOUT).await?;
+
     let ledger = read_ledger(&context).await?;
     let letters = read_dead_letters(&context).await?;
     let heard = count_heard(heard, ledger.updates).await;
@@ -264,6 +274,9 @@ async fn show(stack: &Stack, args: &DemoArgs) -> anyhow::Result<Vec<Check>> {
     let without_reason = letters.iter().filter(|(_, reason)| reason.is_empty()).count();
     check("dead letters without a reason", "0".to_owned(), without_reason.to_string());
     check("changes heard live on lomash.inventory.updated", ledger.updates.to_string(), heard.to_string());
+    for (what, expected, found) in tour.checks {
+        check(what, expected, found);
+    }
     check("verify", "clean".to_owned(), if report.is_clean() { "clean" } else { "violated" }.to_owned());
     if !args.json {
         show_checks(&checks);

@@ -2,9 +2,9 @@
 //!
 //! Tests and the demo use the same parts as the commands do.
 
+pub mod api;
 pub mod audit;
 pub mod bench;
-pub use product_service::catalogue;
 pub mod demo;
 pub mod dice;
 pub mod import;
@@ -19,3 +19,5 @@ pub mod status;
 pub mod token;
 pub mod up;
 pub mod verify;
+
+pub use product_service::catalogue;

@@ -6,22 +6,18 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use comfy_table::{Cell, CellAlignment};
 use lomash_platform::Secret;
 use product_service::reconciliation::{Figures, Report, Request, Row, RowResult, Status};
-use reqwest::{Client, Method};
-use serde::de::DeserializeOwned;
+use reqwest::Method;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use crate::api::Api;
 use crate::output;
-
-/// How long the service may take for one answer.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Pause between two looks at the run.
 const LOOK_PAUSE: Duration = Duration::from_millis(250);
@@ -107,10 +103,10 @@ struct Whole {
 /// # Errors
 /// When the service does not answer or refuses.
 pub async fn run(args: ReconcileArgs) -> anyhow::Result<ExitCode> {
-    let service = ProductService::new(&args.product_url, args.admin_token)?;
+    let api = Api::new(&args.product_url, args.admin_token)?;
     let started: Report = match (args.approve, args.reject) {
-        (Some(id), _) => service.decide(id, true).await?,
-        (_, Some(id)) => service.decide(id, false).await?,
+        (Some(id), _) => decide(&api, id, true).await?,
+        (_, Some(id)) => decide(&api, id, false).await?,
         (None, None) => {
             let default = Request::default();
             let request = Request {
@@ -118,11 +114,11 @@ pub async fn run(args: ReconcileArgs) -> anyhow::Result<ExitCode> {
                 dry_run: args.dry_run,
                 approval_threshold_percent: args.threshold.unwrap_or(default.approval_threshold_percent),
             };
-            service.call(Method::POST, "/v1/reconciliations", Some(json!(request))).await?
+            api.call(Method::POST, "/v1/reconciliations", Some(json!(request))).await?
         }
     };
     eprintln!("reconciliation run {}", started.id);
-    let (report, rows) = service.wait(started.id).await?;
+    let (report, rows) = wait(&api, started.id).await?;
     let is_well = matches!(report.status, Status::Completed | Status::DryRun)
         || (report.status == Status::Rejected && args.reject.is_some());
     if args.json {
@@ -133,74 +129,36 @@ pub async fn run(args: ReconcileArgs) -> anyhow::Result<ExitCode> {
     Ok(if is_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// The product service's HTTP interface, as far as it is needed here.
-struct ProductService {
-    client: Client,
-    url: String,
-    token: Secret,
+async fn decide(api: &Api, id: Uuid, approved: bool) -> anyhow::Result<Report> {
+    let path = format!("/v1/reconciliations/{id}/approval");
+    api.call(Method::POST, &path, Some(json!({ "approved": approved }))).await
 }
 
-impl ProductService {
-    fn new(url: &str, token: Secret) -> anyhow::Result<Self> {
-        // Another part of the process may have chosen already, which is as good.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let client = Client::builder().timeout(ANSWER_TIMEOUT).build().context("the HTTP client cannot be made")?;
-        Ok(Self { client, url: url.trim_end_matches('/').to_owned(), token })
-    }
-
-    async fn decide(&self, id: Uuid, approved: bool) -> anyhow::Result<Report> {
-        let path = format!("/v1/reconciliations/{id}/approval");
-        self.call(Method::POST, &path, Some(json!({ "approved": approved }))).await
-    }
-
-    async fn call<T: DeserializeOwned>(&self, method: Method, path: &str, body: Option<Value>) -> anyhow::Result<T> {
-        let mut request = self.client.request(method, format!("{}{path}", self.url)).bearer_auth(self.token.expose());
-        if let Some(body) = body {
-            request = request.json(&body);
+/// Waits until nothing more happens to the run by itself; its report and all rows.
+pub(crate) async fn wait(api: &Api, id: Uuid) -> anyhow::Result<(Report, Vec<Row>)> {
+    let mut said = Instant::now();
+    let report = loop {
+        let page: Page = api.call(Method::GET, &format!("/v1/reconciliations/{id}?limit=1"), None).await?;
+        if page.report.status.is_settled() {
+            break page.report;
         }
-        let response = request
-            .send()
-            .await
-            .with_context(|| format!("the product service does not answer at PRODUCT_URL={}; is it up?", self.url))?;
-        let status = response.status();
-        let bytes = response.bytes().await.context("the answer of the product service broke off")?;
-        if status.is_success() {
-            return serde_json::from_slice(&bytes).context("the product service answered something else than a report");
+        if said.elapsed() >= SAY_EVERY {
+            said = Instant::now();
+            let totals = page.report.totals;
+            let counted = output::thousands(i128::from(totals.counted));
+            eprintln!("{}: {counted} counted", page.report.status.as_str());
         }
-        // A problem document (RFC 9457); anything else is told by its status.
-        let problem: Value = serde_json::from_slice(&bytes).unwrap_or_default();
-        match problem.get("detail").and_then(Value::as_str) {
-            Some(detail) => bail!("{detail} ({status})"),
-            None => bail!("the product service answered {status}"),
-        }
-    }
-
-    /// Waits until nothing more happens to the run by itself; its report and all rows.
-    async fn wait(&self, id: Uuid) -> anyhow::Result<(Report, Vec<Row>)> {
-        let mut said = Instant::now();
-        let report = loop {
-            let page: Page = self.call(Method::GET, &format!("/v1/reconciliations/{id}?limit=1"), None).await?;
-            if page.report.status.is_settled() {
-                break page.report;
-            }
-            if said.elapsed() >= SAY_EVERY {
-                said = Instant::now();
-                let totals = page.report.totals;
-                let counted = output::thousands(i128::from(totals.counted));
-                eprintln!("{}: {counted} counted", page.report.status.as_str());
-            }
-            tokio::time::sleep(LOOK_PAUSE).await;
-        };
-        let mut rows = Vec::new();
-        let mut cursor = String::new();
-        loop {
-            let path = format!("/v1/reconciliations/{id}?limit={ROWS_AT_ONCE}{cursor}");
-            let page: Page = self.call(Method::GET, &path, None).await?;
-            rows.extend(page.rows);
-            match page.next_cursor {
-                Some(next) => cursor = format!("&cursor={next}"),
-                None => return Ok((report, rows)),
-            }
+        tokio::time::sleep(LOOK_PAUSE).await;
+    };
+    let mut rows = Vec::new();
+    let mut cursor = String::new();
+    loop {
+        let path = format!("/v1/reconciliations/{id}?limit={ROWS_AT_ONCE}{cursor}");
+        let page: Page = api.call(Method::GET, &path, None).await?;
+        rows.extend(page.rows);
+        match page.next_cursor {
+            Some(next) => cursor = format!("&cursor={next}"),
+            None => return Ok((report, rows)),
         }
     }
 }

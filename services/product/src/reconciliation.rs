@@ -34,6 +34,7 @@ pub const MAX_FIGURES: usize = 250_000;
 /// Which figures a run takes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
+#[schema(as = ReconciliationFigures)]
 pub enum Figures {
     /// The warehouse's, if one is configured, and the confirmed counts.
     #[default]
@@ -47,6 +48,7 @@ pub enum Figures {
 /// What a run is asked to do.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+#[schema(as = ReconciliationRequest)]
 pub struct Request {
     /// Which figures it takes.
     pub figures: Figures,
@@ -68,6 +70,7 @@ impl Default for Request {
 /// Where a figure comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
+#[schema(as = ReconciliationSource)]
 pub enum Source {
     /// The warehouse's interface.
     Warehouse,
@@ -210,6 +213,7 @@ impl Catalogue {
 /// Why a row was refused, for programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
+#[schema(as = ReconciliationRefusalReason)]
 pub enum RefusalReason {
     /// It is no figure.
     Unreadable,
@@ -252,6 +256,7 @@ impl RefusalReason {
 /// Why a row was refused.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
+#[schema(as = ReconciliationRefusal)]
 pub struct Refusal {
     /// For programs.
     pub reason: RefusalReason,
@@ -270,6 +275,7 @@ impl Refusal {
 /// What became of a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
+#[schema(as = ReconciliationRowResult)]
 pub enum RowResult {
     /// To be applied.
     Planned,
@@ -297,6 +303,7 @@ impl RowResult {
 /// A row of a report.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
+#[schema(as = ReconciliationRow)]
 pub struct Row {
     /// Its place in the report, from 1.
     pub number: u32,
@@ -336,6 +343,7 @@ pub struct Row {
 /// The sums of a report.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
+#[schema(as = ReconciliationTotals)]
 pub struct Totals {
     /// Rows that stand: changed, to be changed or unchanged.
     pub counted: u64,
@@ -378,6 +386,7 @@ impl Totals {
 /// Where a run stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
+#[schema(as = ReconciliationStatus)]
 pub enum Status {
     /// Asked for; no replica has begun.
     Queued,
@@ -426,6 +435,7 @@ impl Status {
 /// What started a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
+#[schema(as = ReconciliationStartedBy)]
 pub enum StartedBy {
     /// The schedule.
     Schedule,
@@ -436,6 +446,7 @@ pub enum StartedBy {
 /// The report of a run, without its rows.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
+#[schema(as = ReconciliationReport)]
 pub struct Report {
     /// The run.
     pub id: Uuid,

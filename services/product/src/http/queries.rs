@@ -4,6 +4,8 @@
 //! decision) comes from Postgres. Every answer says at which sequence of the ledger it was so (`Lomash-Sequence`), and
 //! none is older than `Lomash-Min-Sequence` asks for.
 
+use std::future::Future;
+
 use axum::Json;
 use axum::extract::State;
 use axum::http::header::ETAG;
@@ -277,9 +279,8 @@ pub(super) async fn history(
     let after: Option<u64> = cursor.map(|cursor| cursor::open(&list, &cursor)).transpose()?;
     let query = HistoryQuery { oldest_first, after, trigger, limit: page_limit(limit)? };
     let min = min_sequence(&headers)?;
-    wait(&api, min).await.map_err(unanswered)?;
-    let found = at_least(api.reads.history(product_id, &query).await, min);
-    let At { sequence, value: Page { items, next } } = found.map_err(unanswered)?;
+    let page = found(&api, min, || api.reads.history(product_id, &query)).await;
+    let At { sequence, value: Page { items, next } } = page.map_err(unanswered)?;
     let next_cursor = next.map(|next| cursor::seal(&list, &next)).transpose()?;
     Ok(told(sequence, &HistoryPage { items, next_cursor }))
 }
@@ -300,16 +301,12 @@ pub(super) async fn decision(
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
     let min = min_sequence(&headers)?;
-    wait(&api, min).await.map_err(unanswered)?;
-    let At { sequence, value } = at_least(api.reads.decision(order_id).await, min).map_err(unanswered)?;
+    let At { sequence, value } = found(&api, min, || api.reads.decision(order_id)).await.map_err(unanswered)?;
     Ok(told(sequence, &value))
 }
 
 async fn cached_product(api: &Api, product_id: ProductId, min: Option<u64>) -> Result<At<Product>, Problem> {
-    let load = async {
-        wait(api, min).await?;
-        at_least(api.reads.product(product_id).await, min)
-    };
+    let load = found(api, min, || api.reads.product(product_id));
     api.cache.read_through(&Key::product(product_id), min, load).await.map_err(unanswered)
 }
 
@@ -319,6 +316,23 @@ async fn wait(api: &Api, min: Option<u64>) -> Result<(), QueryError> {
         api.projected.wait_for(min).await?;
     }
     Ok(())
+}
+
+/// Reads what may not be there. Only a projection that has seen all that this replica knows may say that it is not: one
+/// that is behind, or is being filled anew, is waited for and asked again.
+async fn found<T, F>(api: &Api, min: Option<u64>, read: impl Fn() -> F) -> Result<At<T>, QueryError>
+where
+    F: Future<Output = Result<At<T>, QueryError>>,
+{
+    wait(api, min).await?;
+    let known = api.writer.committer().sequence();
+    match read().await {
+        Err(QueryError::NotFound { sequence, .. }) if sequence < known => {
+            api.projected.wait_for(known).await?;
+            at_least(read().await, Some(known.max(min.unwrap_or(0))))
+        }
+        read => at_least(read, min),
+    }
 }
 
 /// An answer of before what is asked for is none, and neither is "not found".

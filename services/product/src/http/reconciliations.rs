@@ -61,6 +61,7 @@ impl Page {
 /// A page of reports, from the newest on.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
+#[schema(as = ReconciliationPage)]
 pub(super) struct ReportPage {
     /// The reports.
     items: Vec<Report>,
@@ -71,6 +72,7 @@ pub(super) struct ReportPage {
 /// A report with a page of its rows.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
+#[schema(as = ReconciliationReportWithRows)]
 pub(super) struct ReportWithRows {
     /// The report.
     #[serde(flatten)]
@@ -84,6 +86,7 @@ pub(super) struct ReportWithRows {
 /// Whether a waiting run goes on.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schema(as = ReconciliationApproval)]
 pub(super) struct Approval {
     /// True applies its rows as they were reported; false ends it.
     approved: bool,
@@ -207,7 +210,7 @@ fn problem(error: ReconciliationError) -> Problem {
         ReconciliationError::NoWarehouse => Problem::new(&NO_WAREHOUSE, detail),
         ReconciliationError::Decide(DecideError::Unknown(_)) => Problem::new(&RECONCILIATION_NOT_FOUND, detail),
         ReconciliationError::Decide(DecideError::NotWaiting(status)) => {
-            Problem::new(&RECONCILIATION_NOT_WAITING, detail).with("status", json!(status))
+            Problem::new(&RECONCILIATION_NOT_WAITING, detail).with("runStatus", json!(status))
         }
         ReconciliationError::Reports(_) | ReconciliationError::Decide(DecideError::Reports(_)) => {
             // What Postgres says is for the log.
