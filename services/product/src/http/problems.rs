@@ -51,7 +51,7 @@ problem_types! {
         "No report of a reconciliation run is kept under the id.");
     /// 409: the run does not wait for approval.
     RECONCILIATION_NOT_WAITING = ("reconciliation-not-waiting", CONFLICT, "Reconciliation run not waiting",
-        "The run does not wait for approval; `status` is where it stands.");
+        "The run does not wait for approval; `runStatus` is where it stands.");
     /// 409: there is no warehouse to ask.
     NO_WAREHOUSE = ("no-warehouse", CONFLICT, "No warehouse",
         "Figures of the warehouse were asked for, and the service is not told where it is (`WAREHOUSE_URL`).");

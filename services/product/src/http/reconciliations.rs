@@ -207,7 +207,7 @@ fn problem(error: ReconciliationError) -> Problem {
         ReconciliationError::NoWarehouse => Problem::new(&NO_WAREHOUSE, detail),
         ReconciliationError::Decide(DecideError::Unknown(_)) => Problem::new(&RECONCILIATION_NOT_FOUND, detail),
         ReconciliationError::Decide(DecideError::NotWaiting(status)) => {
-            Problem::new(&RECONCILIATION_NOT_WAITING, detail).with("status", json!(status))
+            Problem::new(&RECONCILIATION_NOT_WAITING, detail).with("runStatus", json!(status))
         }
         ReconciliationError::Reports(_) | ReconciliationError::Decide(DecideError::Reports(_)) => {
             // What Postgres says is for the log.
