@@ -402,7 +402,7 @@ async fn redis_and_postgres_come_and_go_and_no_write_is_lost() -> Result<()> {
     world.verified().await?;
     let database = world.database().await?;
     let mut truth = BTreeMap::new();
-    for row in database.query("SELECT product_id, quantity::bigint, sequence FROM inventory.products", &[]).await? {
+    for row in database.query("SELECT product_id, quantity::bigint, sequence FROM inventory.stock", &[]).await? {
         truth.insert(row.get::<_, Uuid>(0).to_string(), (row.get::<_, i64>(1), row.get::<_, i64>(2)));
     }
     let seen = |item: &Value| {
