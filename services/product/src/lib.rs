@@ -15,6 +15,7 @@ pub mod inventory;
 pub mod orders;
 pub mod projected;
 pub mod projection;
+pub mod readiness;
 pub mod reads;
 pub mod rebuild;
 pub mod reconciliation;

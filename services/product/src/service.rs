@@ -12,7 +12,6 @@ use lomash_ledger::streams::{self, Difference};
 use lomash_ledger::{JetStreamLedger, Ledger, receive};
 use lomash_platform::telemetry::LogFormat;
 use lomash_platform::{Secret, nats, postgres};
-use lomash_web::health::Check;
 use lomash_web::{Health, HttpConfig, Server, Verifier};
 use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
@@ -20,10 +19,11 @@ use tracing::{info, warn};
 
 use crate::cache::Cache;
 use crate::commands::{Writer, Writing};
-use crate::committer::{Committer, catch_up, committer};
+use crate::committer::{catch_up, committer};
 use crate::http::{Api, Imports, Routes, Streams};
 use crate::inventory::State;
 use crate::projected::Projected;
+use crate::readiness::{Checks, Watched};
 use crate::reads::Reads;
 use crate::reconciliation::reports::Reports;
 use crate::reconciliation::run::{Parts, Reconciliation, Runner};
@@ -42,10 +42,6 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How often start-up says how far it is.
 const PROGRESS_EVERY: Duration = Duration::from_secs(2);
-
-/// How often the parts are looked at for /readyz, and how long one may take to answer.
-const CHECK_EVERY: Duration = Duration::from_secs(1);
-const CHECK_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Pauses between tries to read the stream at start.
 const START_PAUSE: Duration = Duration::from_millis(500);
@@ -113,11 +109,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let warehouse = warehouse.transpose()?;
     let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
     let health = Health::new();
-    let checks = Checks {
-        ledger: health.check("ledger", true),
-        projection: health.check("projection", false),
-        cache: health.check("cache", false),
-    };
+    let checks = Checks::register(&health);
     let verifier = Verifier::start(&config.http.tokens, &health, stop.clone()).await?;
     let routes = Routes::default();
     let server = Server::bind(&config.http).await?;
@@ -146,6 +138,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let committing = CancellationToken::new();
     let (committer, commit_loop) = committer(ledger.clone(), state, Timestamp::now, committing.clone());
     let writing = Writing::default();
+    let writer = Writer::new(client.clone(), committer.clone(), writing.clone());
     let mut commit_task = tokio::spawn(commit_loop);
     let projected = Projected::new(pool.clone());
     let reports = Reports::new(pool.clone(), config.database_url.clone());
@@ -154,7 +147,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         reports,
         ledger: ledger.clone(),
         pool: pool.clone(),
-        writer: Writer::new(client.clone(), committer.clone(), writing.clone()),
+        writer: writer.clone(),
         warehouse,
         stop: stop.clone(),
     });
@@ -182,15 +175,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
             Ok(())
         }
     });
-    tasks.spawn(checks.watch(
-        client.clone(),
-        pool,
-        committer.clone(),
-        cache.clone(),
-        config.redis_url.is_some(),
-        stop.clone(),
-    ));
-    let writer = Writer::new(client.clone(), committer, writing);
+    let watched = Watched { client: client.clone(), pool, committer, cache: config.redis_url.map(|_| cache.clone()) };
+    tasks.spawn(checks.watch(watched, stop.clone()));
     let api = Api {
         writer: writer.clone(),
         ledger,
@@ -244,47 +230,6 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         info!("stopped");
     }
     outcome
-}
-
-/// What /readyz tells.
-struct Checks {
-    ledger: Check,
-    projection: Check,
-    cache: Check,
-}
-
-impl Checks {
-    /// Looks at the parts again and again until `stop`.
-    async fn watch(
-        self,
-        client: async_nats::Client,
-        pool: deadpool_postgres::Pool,
-        committer: Committer,
-        cache: Cache,
-        has_redis: bool,
-        stop: CancellationToken,
-    ) -> anyhow::Result<()> {
-        loop {
-            match client.connection_state() {
-                async_nats::connection::State::Connected => self.ledger.ready(format!("at {}", committer.sequence())),
-                state => self.ledger.not_ready(format!("no connection to NATS ({state})")),
-            }
-            match tokio::time::timeout(CHECK_TIMEOUT, projection::look(&pool)).await {
-                Ok(Ok(checkpoint)) => self.projection.ready(format!("at {checkpoint}")),
-                Ok(Err(problem)) => self.projection.not_ready(problem.to_string()),
-                Err(_) => self.projection.not_ready("Postgres does not answer"),
-            }
-            match (has_redis, cache.counters().fallback) {
-                (false, _) => self.cache.not_ready("there is no REDIS_URL; reads come from Postgres"),
-                (true, true) => self.cache.not_ready("Redis does not answer in time; reads come from Postgres"),
-                (true, false) => self.cache.ready("Redis answers"),
-            }
-            tokio::select! {
-                () = stop.cancelled() => return Ok(()),
-                () = tokio::time::sleep(CHECK_EVERY) => {}
-            }
-        }
-    }
 }
 
 /// What to say of a task that ended: only when the process is stopping is that as it should be.
