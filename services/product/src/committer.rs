@@ -338,6 +338,9 @@ impl<L: Ledger> Running<L> {
             // An id of the batch is stored, and not by a try of ours: a repeated admin command, for a repeated order is
             // known. The server does not say which, so they go one by one.
             AppendError::Duplicate(_) if waiting.len() == unanswered => match waiting.front() {
+                // Another replica stored it under the same key at the same time: now it is known, and its answer.
+                Some(Submission { command: Command::Product(command), .. })
+                    if command.fingerprint.is_some() && self.state.remembers(&command.command_id) => {}
                 Some(first) if commands == 1 && first.is_repeated_command() => {
                     let repeated = waiting.pop_front().expect("there is a first");
                     repeated.answer(Err(Rejection::Repeated.into()));

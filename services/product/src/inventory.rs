@@ -488,6 +488,12 @@ impl State {
         self.decided.len()
     }
 
+    /// Whether a command that may be sent again was carried out and is remembered.
+    #[must_use]
+    pub fn remembers(&self, command_id: &Uuid) -> bool {
+        self.remembered.commands.contains_key(command_id)
+    }
+
     /// Whether `event` continues the ledger; the rule all readers share, see `lomash_contract::admission`.
     ///
     /// # Errors

@@ -39,6 +39,8 @@ const LOMASH_MIN_SEQUENCE: &str = "lomash-min-sequence";
 /// Items of a page when nothing else is asked for.
 const DEFAULT_LIMIT: u16 = 50;
 
+const NANOSECONDS_OF_A_MILLISECOND: u32 = 1_000_000;
+
 /// Seconds after which a read is worth trying again.
 const RETRY_AFTER_SECONDS: u64 = 1;
 
@@ -380,11 +382,11 @@ fn min_sequence(headers: &HeaderMap) -> Result<Option<u64>, Problem> {
     let Some(text) = single_header(headers, LOMASH_MIN_SEQUENCE)? else { return Ok(None) };
     let bad =
         || Problem::invalid_header(LOMASH_MIN_SEQUENCE, "must be a sequence of the ledger, as in Lomash-Sequence");
-    // Sequences are stored as signed numbers.
     sequence(text).map(Some).ok_or_else(bad)
 }
 
-fn sequence(text: &str) -> Option<u64> {
+/// A sequence of the ledger, in digits alone; those beyond what is stored as a signed number are none.
+pub(super) fn sequence(text: &str) -> Option<u64> {
     let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     text.parse().ok().filter(|sequence| digits && i64::try_from(*sequence).is_ok())
 }
@@ -402,7 +404,15 @@ fn moment(text: &str) -> Result<AsOf, Problem> {
     if !(0..=9999).contains(&instant.year()) {
         return Err(bad("must be of the years 0 to 9999"));
     }
-    Ok(AsOf::Instant(instant))
+    // Answers tell instants in milliseconds: one in whole milliseconds means to the end of it, so that what an answer
+    // told of can be asked for by the instant it told.
+    let is_whole = instant.nanosecond() % NANOSECONDS_OF_A_MILLISECOND == 0;
+    let rest = if is_whole {
+        time::Duration::nanoseconds((NANOSECONDS_OF_A_MILLISECOND - 1).into())
+    } else {
+        time::Duration::ZERO
+    };
+    Ok(AsOf::Instant(instant.saturating_add(rest)))
 }
 
 fn page_limit(limit: Option<u16>) -> Result<u16, Problem> {

@@ -22,6 +22,7 @@ use utoipa::IntoParams;
 
 use super::Api;
 use super::problems::ReadProblems;
+use super::queries::sequence;
 
 /// Clients at once: each has a consumer on the stream.
 pub const MAX_STREAMS: usize = 100;
@@ -82,7 +83,7 @@ pub(super) async fn stream(
         None => last,
         Some(text) => {
             let bad = |detail: String| Problem::invalid_header(LAST_EVENT_ID, detail);
-            let after: u64 = text.parse().map_err(|_| bad("must be a sequence of the ledger".to_owned()))?;
+            let after = sequence(text).ok_or_else(|| bad("must be a sequence of the ledger".to_owned()))?;
             if after > last {
                 return Err(bad(format!("is beyond the end of the ledger, {last}")));
             }
