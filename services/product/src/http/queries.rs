@@ -11,6 +11,7 @@ use axum::extract::State;
 use axum::http::header::ETAG;
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
+use lomash_contract::limits::{MAX_NAME_CHARS, MAX_SKU_CHARS};
 use lomash_contract::{OrderId, ProductId, Timestamp, Trigger};
 use lomash_ledger::Ledger;
 use lomash_web::extract::single_header;
@@ -183,9 +184,14 @@ pub(super) async fn products(
     let ListParameters { category, available, below_threshold, active, sku, q, sort, limit, cursor } = parameters;
     let words = q.map(|text| text.parse().map_err(|problem| invalid("q", &problem))).transpose()?;
     let filter = ProductFilter { category, available, below_threshold, active, sku, words };
-    let texts = [("category", &filter.category), ("sku", &filter.sku)];
-    for (name, _) in texts.into_iter().filter(|(_, text)| text.as_ref().is_some_and(|text| text.contains('\0'))) {
-        return Err(Problem::invalid_parameter(name, "must not contain NUL"));
+    for (name, text, most) in [("category", &filter.category, MAX_NAME_CHARS), ("sku", &filter.sku, MAX_SKU_CHARS)] {
+        let Some(text) = text else { continue };
+        if text.contains('\0') {
+            return Err(Problem::invalid_parameter(name, "must not contain NUL"));
+        }
+        if text.chars().count() > most {
+            return Err(Problem::invalid_parameter(name, format!("must have at most {most} characters")));
+        }
     }
     let sort =
         sort.map(|text| text.parse().map_err(|problem| invalid("sort", &problem))).transpose()?.unwrap_or_default();
