@@ -387,7 +387,11 @@ fn moment(text: &str) -> Result<AsOf, Problem> {
     // Answers tell instants in milliseconds: one in whole milliseconds means to the end of it, so that what an answer
     // told of can be asked for by the instant it told.
     let is_whole = instant.nanosecond() % NANOSECONDS_OF_A_MILLISECOND == 0;
-    let rest = if is_whole { time::Duration::nanoseconds((NANOSECONDS_OF_A_MILLISECOND - 1).into()) } else { time::Duration::ZERO };
+    let rest = if is_whole {
+        time::Duration::nanoseconds((NANOSECONDS_OF_A_MILLISECOND - 1).into())
+    } else {
+        time::Duration::ZERO
+    };
     Ok(AsOf::Instant(instant.saturating_add(rest)))
 }
 
