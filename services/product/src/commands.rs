@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use async_nats::client::RequestErrorKind;
 use async_nats::{Client, HeaderMap, Message, Request as NatsRequest, SubscribeError, Subscriber};
 use futures::{FutureExt, StreamExt};
 use lomash_contract::{ContentType, Envelope, LedgerEvent, codec, parse_stored};
@@ -143,7 +144,9 @@ impl From<Answer> for Reply {
                 Self::Rejected { rejection, detail }
             }
             Err(problem @ CommandError::TooLarge { .. }) => Self::BadRequest { detail: problem.to_string() },
-            Err(problem @ CommandError::Stopping) => Self::Unavailable { detail: problem.to_string() },
+            Err(problem @ (CommandError::Stopping | CommandError::Undecided)) => {
+                Self::Unavailable { detail: problem.to_string() }
+            }
         }
     }
 }
@@ -225,16 +228,24 @@ impl Writer {
     /// # Errors
     /// [`CommandError`].
     pub async fn submit(&self, command: ProductCommand, carried: Option<Arc<Carried>>) -> Answer {
-        if !self.writing.is_on()
-            && let Some(answer) = self.ask_the_writer(&command, carried.as_deref()).await
-        {
+        let asked =
+            if self.writing.is_on() { Asked::Nobody } else { self.ask_the_writer(&command, carried.as_deref()).await };
+        if let Asked::Answered(answer) = asked {
             return answer;
         }
-        self.committer.submit(Command::Product(command), carried).await
+        let answer = self.committer.submit(Command::Product(command), carried).await;
+        // What is stored here is known to the writer when it gets to the command after all. What is not stored here it
+        // would decide by the state of then.
+        match (asked, answer) {
+            (Asked::Silent, Ok(Committed { outcome: Outcome::Unchanged, .. })) => Err(CommandError::Undecided),
+            (Asked::Silent, Err(CommandError::Rejected(rejection))) if !rejection.holds_for_ever() => {
+                Err(CommandError::Undecided)
+            }
+            (_, answer) => answer,
+        }
     }
 
-    /// None when there is no answer that settles the command.
-    async fn ask_the_writer(&self, command: &ProductCommand, carried: Option<&Carried>) -> Option<Answer> {
+    async fn ask_the_writer(&self, command: &ProductCommand, carried: Option<&Carried>) -> Asked {
         let mut headers = HeaderMap::new();
         let trace = carried.map(|carried| [&carried.traceparent, &carried.tracestate]);
         for (name, value) in [header::TRACEPARENT, header::TRACESTATE].into_iter().zip(trace.into_iter().flatten()) {
@@ -243,24 +254,42 @@ impl Writer {
             }
         }
         let reason = carried.and_then(|carried| carried.reason.clone());
-        let body = serde_json::to_vec(&Request::Command { command: command.clone(), reason }).ok()?;
+        let Ok(body) = serde_json::to_vec(&Request::Command { command: command.clone(), reason }) else {
+            return Asked::Nobody;
+        };
         let request = NatsRequest::new().payload(body.into()).headers(headers).timeout(Some(WRITER_TIMEOUT));
         let reply = match self.client.send_request(WRITER_SUBJECT, request).await {
             Ok(reply) => reply,
+            Err(problem) if problem.kind() == RequestErrorKind::NoResponders => {
+                debug!("no other replica is writing; this one commits");
+                return Asked::Nobody;
+            }
             Err(problem) => {
-                debug!(%problem, "no other replica is writing; this one commits");
-                return None;
+                debug!(%problem, "the replica that is writing does not answer; this one commits");
+                return Asked::Silent;
             }
         };
-        match serde_json::from_slice(&reply.payload).ok()? {
-            Reply::Committed { outcome, sequence, events } => {
+        match serde_json::from_slice(&reply.payload) {
+            Ok(Reply::Committed { outcome, sequence, events }) => {
                 let events = events.iter().filter_map(StoredEvent::parse).collect();
-                Some(Ok(Committed { outcome, sequence, events }))
+                Asked::Answered(Ok(Committed { outcome, sequence, events }))
             }
-            Reply::Rejected { rejection, .. } => Some(Err(CommandError::Rejected(rejection))),
-            Reply::Pong { .. } | Reply::BadRequest { .. } | Reply::Unavailable { .. } => None,
+            Ok(Reply::Rejected { rejection, .. }) => Asked::Answered(Err(CommandError::Rejected(rejection))),
+            // It has let go of the command; and what cannot be read says nothing.
+            Ok(Reply::Pong { .. } | Reply::BadRequest { .. } | Reply::Unavailable { .. }) => Asked::Nobody,
+            Err(_) => Asked::Silent,
         }
     }
+}
+
+/// What came of asking the writer.
+enum Asked {
+    /// It settled the command.
+    Answered(Answer),
+    /// Nobody has the command.
+    Nobody,
+    /// The writer may have the command and did not say.
+    Silent,
 }
 
 // ── Serving ─────────────────────────────────────────────────────────────────────────────────────────────────────

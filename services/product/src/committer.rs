@@ -75,6 +75,10 @@ pub enum CommandError {
     /// another command within the stream's de-duplication window.
     #[error("the service is stopping; send the command again")]
     Stopping,
+    /// Another replica may carry the command out yet, and this one would not: whether it will be is unknown. It may be
+    /// sent again under the same id, which tells.
+    #[error("the command was not decided in time and may yet be carried out; send it again under the same id")]
+    Undecided,
 }
 
 /// The answer to a command.

@@ -375,6 +375,14 @@ pub enum Rejection {
     Repeated,
 }
 
+impl Rejection {
+    /// Whether every replica rejects the command so, now and later, whatever happens to the product.
+    #[must_use]
+    pub const fn holds_for_ever(&self) -> bool {
+        matches!(self, Self::BadText { .. } | Self::KeyReused | Self::Repeated)
+    }
+}
+
 // ── State ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 /// A product as the ledger knows it.

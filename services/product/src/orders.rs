@@ -89,6 +89,6 @@ pub async fn handle(committer: Committer, writing: Writing, delivery: Delivery) 
         Ok(_) => Settle::Done,
         Err(problem @ CommandError::TooLarge { .. }) => Settle::Dead(problem.to_string()),
         Err(CommandError::Rejected(rejection)) => Settle::Dead(rejection.to_string()),
-        Err(CommandError::Stopping) => Settle::Retry(RETRY_PAUSE),
+        Err(CommandError::Stopping | CommandError::Undecided) => Settle::Retry(RETRY_PAUSE),
     }
 }

@@ -73,6 +73,7 @@ pub(super) fn refused(error: &CommandError) -> Problem {
         CommandError::Rejected(rejection) => rejection,
         CommandError::TooLarge { .. } => return Problem::unprocessable(detail),
         CommandError::Stopping => return Problem::unavailable(detail, 1),
+        CommandError::Undecided => return Problem::new(&OUTCOME_UNKNOWN, detail).with_retry_after(1),
     };
     match rejection {
         Rejection::UnknownProduct => Problem::new(&PRODUCT_NOT_FOUND, detail),

@@ -397,7 +397,7 @@ impl Runner {
                 },
                 _ => Row { after: row.before, shortfall: 0, result: RowResult::Unchanged, ..row },
             },
-            Err(CommandError::Stopping) => return None,
+            Err(CommandError::Stopping | CommandError::Undecided) => return None,
             Err(CommandError::Rejected(rejection)) => {
                 let reason = match rejection {
                     Rejection::UnknownProduct => RefusalReason::UnknownProduct,
