@@ -434,8 +434,7 @@ async fn a_hundred_thousand_products() -> Result<()> {
     let importing = Importing::start().await?;
     let memory = |name: &str| {
         let status = std::fs::read_to_string(format!("/proc/{}/status", importing.service.pid().unwrap())).unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().to_owned();
-        line
+        status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().to_owned()
     };
     let csv = catalogue_of(MANY_PRODUCTS);
     println!("before: {} in memory", memory("VmRSS:"));
