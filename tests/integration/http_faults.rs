@@ -250,7 +250,7 @@ async fn nothing_is_told_done_that_is_not(
 
 /// Which replica a write is sent to.
 const fn world_url(number: u32) -> &'static str {
-    if number % 2 == 0 { "one" } else { "two" }
+    if number.is_multiple_of(2) { "one" } else { "two" }
 }
 
 #[tokio::test]

@@ -105,7 +105,8 @@ fn refusals() {
     let by_sku = |n| Figure { product_id: None, sku: Some(sku(n)), ..figure(n, 5, 500) };
     let same_sku = |n| KnownProduct { sku: sku(1), ..known(n, 5) };
     let late = KnownProduct { registered_at: at(550), ..known(1, 5) };
-    let cases: Vec<(&str, Figure, Vec<KnownProduct>, i64, Option<RefusalReason>)> = vec![
+    type Case = (&'static str, Figure, Vec<KnownProduct>, i64, Option<RefusalReason>);
+    let cases: Vec<Case> = vec![
         ("known by id", figure(1, 5, 500), vec![known(1, 5)], 5, None),
         ("known by sku", by_sku(1), vec![known(1, 5)], 5, None),
         ("known by both", Figure { sku: Some(sku(1)), ..figure(1, 5, 500) }, vec![known(1, 5)], 5, None),

@@ -282,7 +282,8 @@ async fn all_together_has_an_end() {
 
 #[tokio::test]
 async fn what_has_no_end_is_left_at_its_limit() {
-    let cases: [(&str, fn(u32) -> Reply); 4] = [
+    type Case = (&'static str, fn(u32) -> Reply);
+    let cases: [Case; 4] = [
         ("bytes in one page", |_| endless("                ")),
         ("bytes in one page", |_| json(" ".repeat(5_000))),
         ("rows", |request| page(20, Some(&format!("?{request}")))),

@@ -82,7 +82,8 @@ mod tests {
 
     #[test]
     fn if_match_by_the_book() {
-        let table: &[(&[&str], Result<&[u64], u16>)] = &[
+        type Row = (&'static [&'static str], Result<&'static [u64], u16>);
+        let table: &[Row] = &[
             (&[], Ok(&[])),
             (&["*"], Ok(&[])),
             (&["\"17\""], Ok(&[17])),
