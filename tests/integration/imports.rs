@@ -181,11 +181,11 @@ async fn a_catalogue_is_imported_row_by_row_and_again_without_a_change() -> Resu
     let messages = importing.world.messages().await?;
     let last = messages.last().unwrap();
     assert_eq!(last.carried.reason.as_deref(), Some("spring catalogue"));
-    let by = messages.iter().filter_map(|message| match message.parse().ok()?.payload {
+    let mut by = messages.iter().filter_map(|message| match message.parse().ok()?.payload {
         LedgerEvent::InventoryUpdated(updated) => Some(updated.updated_by.to_string()),
         _ => None,
     });
-    assert!(by.into_iter().all(|by| by == importing.admin.to_string()));
+    assert!(by.all(|by| by == importing.admin.to_string()));
 
     let before = importing.world.last_sequence().await?;
     let again = importing.import(PRODUCTS_PATH, "text/csv", csv).await?;

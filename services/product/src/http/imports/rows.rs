@@ -251,7 +251,8 @@ impl Seen {
     fn first(&mut self, row: Row) -> Result<Row, Problem> {
         let Self { ids, skus } = self;
         let unit = row.sku().map(catalogue::product_id);
-        let at = [(row.product_id(), &mut *ids, "productId"), (unit, &mut *skus, "sku")];
+        // By sku first: a row that does not give an id has the one that its sku names.
+        let at = [(unit, &mut *skus, "sku"), (row.product_id(), &mut *ids, "productId")];
         let line = u32::try_from(row.line).unwrap_or(u32::MAX);
         for (key, lines, name) in &at {
             if let Some(first) = key.and_then(|key| lines.get(&key)) {

@@ -4,9 +4,9 @@
 //! imports nothing, and rows can be read twice. The file has no name: it goes with its last reader, or with the process,
 //! however that ends.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::{self, BufReader, Read};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::sync::Arc;
 
 use axum::body::Body;
@@ -30,8 +30,7 @@ impl Spool {
     /// # Errors
     /// 413 beyond the limit, 400 when the body breaks off or rests for too long, 503 when it cannot be kept.
     pub(super) async fn receive(body: Body, limit: usize) -> Result<Self, Problem> {
-        // Readable by its owner alone, and without a name from the first moment on.
-        let created = tokio::task::spawn_blocking(tempfile::tempfile).await.map_err(Problem::internal)?;
+        let created = tokio::task::spawn_blocking(create).await.map_err(Problem::internal)?;
         let mut file = tokio::fs::File::from_std(created.map_err(|problem| full(&problem))?);
         let (mut body, mut received) = (body.into_data_stream(), 0_usize);
         while let Some(bytes) = body.next().await {
@@ -52,6 +51,13 @@ impl Spool {
     pub(super) fn reader(&self) -> BufReader<SpoolReader> {
         BufReader::with_capacity(READ_BYTES, SpoolReader { file: self.0.clone(), offset: 0 })
     }
+}
+
+/// A file without a name from the first moment on, readable by its owner alone.
+fn create() -> io::Result<File> {
+    let file = tempfile::tempfile()?;
+    file.set_permissions(Permissions::from_mode(0o600))?;
+    Ok(file)
 }
 
 fn full(problem: &io::Error) -> Problem {
