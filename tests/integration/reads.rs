@@ -425,7 +425,7 @@ impl Oracle {
 
     /// The stock after all movements that `until` admits.
     fn stock(&self, id: ProductId, until: impl Fn(&OffsetDateTime, &Movement) -> bool) -> PastStock {
-        let moved = self.movements[&id].iter().filter(|(at, movement)| until(at, movement)).next_back();
+        let moved = self.movements[&id].iter().rfind(|(at, movement)| until(at, movement));
         let (registered_sequence, registered_at) = self.registered[&id];
         let (quantity, sequence, since) = match moved {
             Some((_, movement)) => (movement.new_quantity, movement.sequence, movement.stored_at),
