@@ -131,7 +131,9 @@ async fn every_kind_of_order_gets_its_answer() -> Result<()> {
 
     // What the projection shows is the same, availability included.
     let database = world.database().await?;
-    let query = "SELECT quantity, is_available, active FROM inventory.products WHERE product_id = $1";
+    let query = "SELECT quantity, is_available, active
+                 FROM inventory.products JOIN inventory.stock USING (product_id)
+                 WHERE product_id = $1";
     for (product, quantity, available) in [(oven, 2, true), (door, 0, false), (lamp, 0, false)] {
         let row = database.query_one(query, &[&product.0]).await?;
         let shown: (i32, bool, bool) = (row.get(0), row.get(1), row.get(2));
