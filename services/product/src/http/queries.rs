@@ -30,14 +30,11 @@ use super::{Api, preconditions};
 use crate::cache::Key;
 use crate::projected::NotYetProjected;
 use crate::reads::{
-    AsOf, At, Decision, HistoryQuery, MAX_PAGE, Movement, NotFound, Page, Product, ProductFilter, ProductKey,
-    ProductQuery, QueryError,
+    AsOf, At, DEFAULT_PAGE, Decision, HistoryQuery, MAX_PAGE, Movement, NotFound, Page, Product, ProductFilter,
+    ProductKey, ProductQuery, QueryError,
 };
 
 const LOMASH_MIN_SEQUENCE: &str = "lomash-min-sequence";
-
-/// Items of a page when nothing else is asked for.
-const DEFAULT_LIMIT: u16 = 50;
 
 const NANOSECONDS_OF_A_MILLISECOND: u32 = 1_000_000;
 
@@ -416,7 +413,7 @@ fn moment(text: &str) -> Result<AsOf, Problem> {
 }
 
 fn page_limit(limit: Option<u16>) -> Result<u16, Problem> {
-    let limit = limit.unwrap_or(DEFAULT_LIMIT);
+    let limit = limit.unwrap_or(DEFAULT_PAGE);
     let fits = (1..=MAX_PAGE).contains(&limit);
     if fits { Ok(limit) } else { Err(Problem::invalid_parameter("limit", format!("must be from 1 to {MAX_PAGE}"))) }
 }
