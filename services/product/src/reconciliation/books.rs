@@ -12,6 +12,7 @@ use lomash_contract::{CountedBy, EventId, ProductId, Sku, Timestamp};
 use time::OffsetDateTime;
 use tokio::time::Instant;
 use tokio_postgres::IsolationLevel;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
 use uuid::Uuid;
 
@@ -81,13 +82,17 @@ impl Books {
         let deadline = Instant::now() + PROJECTION_PATIENCE;
         let sql = "SELECT sequence FROM inventory.checkpoint WHERE projection = $1";
         loop {
-            let row = self.connection.query_opt(sql, &[&PROJECTION]).await?;
-            let reached = row.map_or(0, |row| row.get::<_, i64>(0).unsigned_abs());
-            if reached >= wanted {
+            let reached = match self.connection.query_opt(sql, &[&PROJECTION]).await {
+                Ok(row) => Some(row.map_or(0, |row| row.get::<_, i64>(0).unsigned_abs())),
+                // The projector has not made its schema yet: a run may be due the moment a replica starts.
+                Err(problem) if problem.code() == Some(&SqlState::UNDEFINED_TABLE) => None,
+                Err(problem) => return Err(problem.into()),
+            };
+            if reached.is_some_and(|reached| reached >= wanted) {
                 break;
             }
             if Instant::now() >= deadline {
-                return Err(BooksError::Behind { wanted, reached });
+                return Err(BooksError::Behind { wanted, reached: reached.unwrap_or_default() });
             }
             tokio::time::sleep(LOOK_PAUSE).await;
         }
