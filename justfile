@@ -85,7 +85,7 @@ test *ARGS: _setup
 # Write docs/openapi.json anew from the code
 [group('develop')]
 openapi: _setup
-    UPDATE_OPENAPI=1 cargo test --locked --workspace --test openapi the_committed_copy
+    UPDATE_OPENAPI=1 cargo test --locked --workspace --test integration the_committed_copy
 
 # Fuzz the HTTP adapter against its OpenAPI document with schemathesis (PyPI), on servers of its own: [EXAMPLES [SEED]]
 [group('develop')]

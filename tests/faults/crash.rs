@@ -3,11 +3,7 @@
 //!
 //! The process really aborts: the points are compiled in by the `failpoints` feature, which this crate turns on.
 
-#![allow(clippy::unwrap_used)]
-
-mod support;
-
-use support::{Load, world};
+use crate::support::{Load, PATIENCE, world};
 
 /// Orders of each run.
 const ORDERS: u64 = 1_500;
@@ -23,7 +19,7 @@ async fn dies_and_recovers(point: &str, passes: u32) {
     // Not before the new process has the pin of the old one: else all orders wait and are decided in one batch.
     load.publish_first(&world).await;
     let publishing = tokio::spawn(load.clone().publish(world.context.clone()));
-    let died = tokio::time::timeout(support::PATIENCE, world.stack.services()[0].ended()).await;
+    let died = tokio::time::timeout(PATIENCE, world.stack.services()[0].ended()).await;
     let died = died.unwrap_or_else(|_| panic!("the service came through {point} alive"));
     assert!(!died.success(), "it aborts at {point}, not ends: {died}");
     let service = &mut world.stack.services()[0];

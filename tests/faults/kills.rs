@@ -3,14 +3,10 @@
 //! `LOMASH_KILLS` says how often each is killed (2 by itself), `LOMASH_RETAIL_CSV` names a retail file whose orders to
 //! use instead of made-up ones, `LOMASH_SEED` repeats the order of the victims that a run has printed.
 
-#![allow(clippy::unwrap_used)]
-
-mod support;
-
 use std::sync::Arc;
 
+use crate::support::{Load, world};
 use lomash::dice::Dice;
-use support::{Load, world};
 use tokio::sync::Semaphore;
 
 /// Made-up orders, when there is no file.

@@ -4,8 +4,6 @@
 //! Owns what the cache promises: a read that begins after an invalidation never sees what was before it, whatever fails
 //! meanwhile; once quiet, an entry equals the source or is absent; nobody waits long; nothing grows. A source of its own
 //! stands for Postgres and remembers every state, so that what a reader gets can be judged exactly.
-#![allow(clippy::unwrap_used)]
-
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -777,7 +775,7 @@ async fn under_load_and_every_fault_reads_never_go_behind_an_invalidation_and_en
     Ok(())
 }
 
-/// Not a test but a measurement: `cargo test --workspace --test cache measure -- --ignored --nocapture`.
+/// Not a test but a measurement: `cargo test --workspace --test integration cache::measure -- --ignored --nocapture`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "a measurement"]
 async fn measure_reads_and_invalidations() -> Result<()> {

@@ -4,8 +4,6 @@
 //! Owns what a client sees while all servers are up; `http_faults.rs` owns what it sees when they are not. Routes are
 //! taken from the service's own OpenAPI document and problem types from the lists in the code, so that a new one cannot
 //! be forgotten here.
-#![allow(clippy::unwrap_used)]
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

@@ -3,8 +3,6 @@
 //! Owns what a client may rely on then: an answer that says "done" is true, one that cannot know says so in time, a key
 //! tells afterwards, and reads heal by themselves. The replica that orders are delivered to is always the one that was
 //! started first: it has decided one before the other starts.
-#![allow(clippy::unwrap_used)]
-
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

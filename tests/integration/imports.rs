@@ -1,7 +1,5 @@
 //! Imports over HTTP on real servers: what each row comes to, what a bad one does to the others, and what a client that
 //! is slow, goes away or sends too much costs.
-#![allow(clippy::unwrap_used)]
-
 use std::fmt::Write as _;
 use std::time::Duration;
 
@@ -427,7 +425,7 @@ async fn a_client_that_goes_away_stops_its_import() -> Result<()> {
     Ok(())
 }
 
-/// Measures: `cargo test --test imports -- --ignored --nocapture`.
+/// Measures: `cargo test --test integration imports:: -- --ignored --nocapture`.
 #[tokio::test]
 #[ignore = "a measurement of some minutes"]
 async fn a_hundred_thousand_products() -> Result<()> {

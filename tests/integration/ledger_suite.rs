@@ -2,8 +2,6 @@
 //!
 //! Owns the meaning of `Ledger`. Every case runs on an empty ledger of its own. What only one of the two can do (the
 //! twin's faults on demand, the server's size limit) is tested after the common part, or where it is used.
-#![allow(clippy::unwrap_used)]
-
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,6 +1,4 @@
 //! The OpenAPI document: the committed copy is the one that the code makes, and it holds together.
-#![allow(clippy::unwrap_used)]
-
 use std::collections::BTreeSet;
 use std::path::Path;
 

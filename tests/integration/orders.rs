@@ -3,8 +3,6 @@
 //!
 //! Owns what becomes of every kind of order. Each test ends with a clean `lomash verify`, which checks on its own what
 //! a test did not think of. Crashes and restarts are tested elsewhere.
-#![allow(clippy::unwrap_used)]
-
 use std::collections::HashMap;
 use std::time::Duration;
 

@@ -3,8 +3,6 @@
 //!
 //! Owns what the projector promises besides its rows; the rows themselves are compared by `lomash verify`
 //! (invariant 7). Crashes between its steps are tested elsewhere.
-#![allow(clippy::unwrap_used)]
-
 use std::sync::Arc;
 use std::time::Duration;
 

@@ -3,8 +3,6 @@
 //!
 //! Owns its histories: most tests here tell the projector a ledger of their own making, with store times as close together
 //! as a server can make them, and hold every answer against a fold of the same events by other means.
-#![allow(clippy::unwrap_used)]
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};

@@ -2,8 +2,6 @@
 //! what was damaged is named and healed; whatever goes wrong, the live projection is as it was.
 //!
 //! Owns what the rebuild promises besides its rows; the rows are compared by `lomash verify` (invariant 7).
-#![allow(clippy::unwrap_used)]
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;

@@ -2,8 +2,6 @@
 //!
 //! Owns what a run does to the ledger and to its report; which figure stands and what it comes to is tested with
 //! `reconciliation.rs` itself. Every test ends with a clean `lomash verify`.
-#![allow(clippy::unwrap_used)]
-
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};

@@ -4,8 +4,6 @@
 //! Owns failover. Tells writers apart by the ids of their batches, which begin with a mark that each process draws.
 //! Assumes the definition of `product-orders`: a pinned client, `priority_timeout`, and `ack_wait` after which what a
 //! dead one had in hand comes back.
-#![allow(clippy::unwrap_used)]
-
 use std::collections::BTreeSet;
 use std::time::Duration;
 

@@ -2,8 +2,6 @@
 //! they are written, and guarded, because a ledger that is weaker than its definition could lose history.
 //!
 //! Assumes that the server is strict about unknown fields, which a test of its own shows.
-#![allow(clippy::unwrap_used)]
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::Duration;

@@ -26,8 +26,8 @@ use tracing::{info, warn};
 use crate::stack::{FolderLock, Kind, Nats, Postgres, Redis, Server, Service, free_port, log_tail};
 use crate::token::{stack_secret, stack_token, write_private};
 
-/// How long the product service may take to fold the stream and answer: minutes, for tens of millions of events.
-const PRODUCT_SERVICE_START_TIMEOUT: Duration = Duration::from_secs(600);
+/// How long a service may take to be ready: minutes, for the product service folds tens of millions of events.
+const SERVICE_START_TIMEOUT: Duration = Duration::from_secs(600);
 /// How often it is asked.
 const READY_PAUSE: Duration = Duration::from_millis(100);
 /// How long it may take to say whether it is ready.
@@ -41,8 +41,16 @@ const TOKEN_LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);
 /// The file with the URLs and tokens, for a shell or another program to read.
 const ENV_FILE: &str = "stack.env";
 
-/// Name of the one service there is today, and of its program.
+/// Name of the product service, and of its program.
 const PRODUCT_SERVICE: &str = "product-service";
+/// The services that read what the product service wrote.
+const DOWNSTREAM_SERVICES: [&str; 2] = ["analytics-service", "notification-service"];
+/// Under which names `stack.env` tells where the services answer HTTP.
+const URL_VARIABLES: [(&str, &str); 3] = [
+    (PRODUCT_SERVICE, "PRODUCT_URL"),
+    ("analytics-service", "ANALYTICS_URL"),
+    ("notification-service", "NOTIFICATION_URL"),
+];
 
 /// Start everything on this machine and keep it running until Ctrl-C.
 #[derive(Clone, Debug, Args)]
@@ -182,12 +190,20 @@ impl Stack {
     }
 
     async fn start_services(&mut self, product_service: &Path) -> Result<()> {
-        let mut product = self.service_at(PRODUCT_SERVICE, product_service)?;
-        product.start()?;
-        // From here on the stack owns it.
-        self.services.push(product);
-        let product = self.services.last().context("the service was just added")?;
-        product_service_is_ready(&self.nats.url(), product).await?;
+        let mut services = vec![self.service_at(PRODUCT_SERVICE, product_service)?];
+        for name in DOWNSTREAM_SERVICES {
+            services.push(self.service(name)?);
+        }
+        for service in &mut services {
+            service.start()?;
+        }
+        // From here on the stack owns them.
+        self.services = services;
+        let products = ProductClient::new(lomash_platform::nats::connect(&self.nats.url(), CLIENT_NAME).await?);
+        for service in &self.services {
+            let takes_commands = (service.name() == PRODUCT_SERVICE).then_some(&products);
+            is_ready(service, takes_commands).await?;
+        }
         self.write_env_file()
     }
 
@@ -233,8 +249,14 @@ impl Stack {
     /// Where the product service takes HTTP requests; None until it is started.
     #[must_use]
     pub fn product_url(&self) -> Option<String> {
-        let product = self.services.iter().find(|service| service.name() == PRODUCT_SERVICE)?;
-        product.address().map(|address| format!("http://{address}"))
+        self.url(PRODUCT_SERVICE)
+    }
+
+    /// Where a service takes HTTP requests; None until it is started.
+    #[must_use]
+    pub fn url(&self, name: &str) -> Option<String> {
+        let service = self.services.iter().find(|service| service.name() == name)?;
+        service.address().map(|address| format!("http://{address}"))
     }
 
     /// A token that the services of this stack take.
@@ -254,7 +276,7 @@ impl Stack {
             ("ADMIN_TOKEN", self.token(Role::Admin)?),
             ("VIEWER_TOKEN", self.token(Role::Viewer)?),
         ];
-        variables.extend(self.product_url().map(|url| ("PRODUCT_URL", url)));
+        variables.extend(URL_VARIABLES.iter().filter_map(|(name, variable)| Some((*variable, self.url(name)?))));
         let text: String = variables.iter().map(|(name, value)| format!("{name}={value}\n")).collect();
         write_private(&self.env_file.0, &text)
     }
@@ -325,10 +347,9 @@ async fn apply_sql(postgres: &Postgres) -> Result<()> {
     lomash_platform::postgres::migrate(&Secret::from(postgres.url())).await.context("could not apply sql/")
 }
 
-/// Waits until it takes commands and `/readyz` says so.
-async fn product_service_is_ready(nats_url: &str, service: &Service) -> Result<()> {
-    let products = ProductClient::new(lomash_platform::nats::connect(nats_url, CLIENT_NAME).await?);
-    let address = service.address().context("the product service was not told where to listen")?;
+/// Waits until `/readyz` says so and, where `products` is given, it takes commands.
+async fn is_ready(service: &Service, products: Option<&ProductClient>) -> Result<()> {
+    let address = service.address().context("the service was not told where to listen")?;
     let url = format!("http://{address}/readyz");
     // Nothing here speaks TLS, but the client is not made without a provider; a second one is refused, as it should.
     let _ = rustls::crypto::ring::default_provider().install_default();
@@ -344,16 +365,16 @@ async fn product_service_is_ready(nats_url: &str, service: &Service) -> Result<(
             status = service.ended() => {
                 bail!("{} ended while it was starting ({status}); {}", service.name(), log_tail(service.log()))
             }
-            answer = readiness(&products, &client, &url) => match answer {
+            answer = readiness(products, &client, &url) => match answer {
                 Ok(()) => {
-                    info!("the product service is ready");
+                    info!(service = service.name(), "ready");
                     return Ok(());
                 }
                 Err(problem) => problem,
             },
         };
-        if started.elapsed() >= PRODUCT_SERVICE_START_TIMEOUT {
-            let seconds = PRODUCT_SERVICE_START_TIMEOUT.as_secs();
+        if started.elapsed() >= SERVICE_START_TIMEOUT {
+            let seconds = SERVICE_START_TIMEOUT.as_secs();
             bail!("{} was not ready after {seconds} s ({problem}); {}", service.name(), log_tail(service.log()));
         }
         tokio::time::sleep(READY_PAUSE).await;
@@ -361,8 +382,10 @@ async fn product_service_is_ready(nats_url: &str, service: &Service) -> Result<(
 }
 
 /// An error is what the service says it waits for, or why it cannot be asked.
-async fn readiness(products: &ProductClient, client: &reqwest::Client, url: &str) -> Result<(), String> {
-    products.ping().await.map_err(|problem| problem.to_string())?;
+async fn readiness(products: Option<&ProductClient>, client: &reqwest::Client, url: &str) -> Result<(), String> {
+    if let Some(products) = products {
+        products.ping().await.map_err(|problem| problem.to_string())?;
+    }
     let answer = client.get(url).send().await.map_err(|problem| problem.to_string())?;
     if answer.status().is_success() {
         return Ok(());

@@ -10,17 +10,17 @@ use clap::Parser;
 use lomash_contract::Timestamp;
 use lomash_ledger::streams::{self, Difference};
 use lomash_ledger::{JetStreamLedger, Ledger, receive};
+use lomash_platform::process::Tasks;
 use lomash_platform::telemetry::LogFormat;
 use lomash_platform::{Secret, nats, postgres};
-use lomash_web::{Health, HttpConfig, Server, Verifier};
-use tokio::task::{JoinError, JoinSet};
+use lomash_web::{Health, HttpConfig, Routes, Server, Verifier};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::cache::Cache;
 use crate::commands::{Writer, Writing};
 use crate::committer::{catch_up, committer};
-use crate::http::{Api, Imports, Routes, Streams};
+use crate::http::{Api, Imports, Streams};
 use crate::inventory::State;
 use crate::projected::Projected;
 use crate::readiness::{Checks, Watched};
@@ -29,7 +29,7 @@ use crate::reconciliation::reports::Reports;
 use crate::reconciliation::run::{Parts, Reconciliation, Runner};
 use crate::reconciliation::schedule::{self, Schedule};
 use crate::warehouse::Warehouse;
-use crate::{commands, orders, projection};
+use crate::{commands, http, orders, projection};
 
 /// How long a stopping service tries to bring what it took in to a decision; what is not decided comes back.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
@@ -107,7 +107,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let cache = Cache::connect(config.redis_url.as_ref())?;
     let warehouse = config.warehouse_url.as_ref().map(|url| Warehouse::new(url, config.warehouse_token.clone()));
     let warehouse = warehouse.transpose()?;
-    let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
+    let mut tasks = Tasks::new();
     let health = Health::new();
     let checks = Checks::register(&health);
     let verifier = Verifier::start(&config.http.tokens, &health, stop.clone()).await?;
@@ -188,7 +188,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         reconciliation,
         stop: stop.clone(),
     };
-    routes.open(api, verifier, &config.http);
+    routes.open(http::routes(api, verifier, &config.http));
     let serving = commands::serve(client.clone(), writer, stop.clone());
     tasks.spawn(async { serving.await.context("commands cannot be taken") });
     info!("ready");
@@ -196,13 +196,12 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     // The first task that ends early ends the process; a supervisor starts it again.
     let mut outcome = tokio::select! {
         biased;
-        () = stop.cancelled() => Ok(()),
+        ended = tasks.until(&stop) => ended,
         ended = &mut commit_task => Err(match ended {
             Ok(Ok(_)) => anyhow::anyhow!("the committer ended by itself"),
             Ok(Err(problem)) => anyhow::Error::new(problem).context("the committer cannot go on"),
             Err(panic) => anyhow::Error::new(panic).context("the committer panicked"),
         }),
-        Some(ended) = tasks.join_next() => early_end(ended),
     };
     stop.cancel();
     // With the servers unreachable the committer cannot answer what was taken in; it is then told to let go.
@@ -213,9 +212,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
             committing.cancel();
         }
     });
-    while let Some(ended) = tasks.join_next().await {
-        outcome = outcome.and(ended.context("a task panicked").and_then(|ended| ended));
-    }
+    outcome = tasks.join(outcome).await;
     letting_go.abort();
     committing.cancel();
     if !commit_task.is_finished() {
@@ -230,12 +227,6 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         info!("stopped");
     }
     outcome
-}
-
-/// What to say of a task that ended: only when the process is stopping is that as it should be.
-fn early_end(ended: Result<anyhow::Result<()>, JoinError>) -> anyhow::Result<()> {
-    ended.context("a task panicked")??;
-    bail!("a task ended by itself")
 }
 
 fn refuse_a_weaker_ledger(differences: Vec<Difference>, allowed: &[String]) -> anyhow::Result<()> {

@@ -2,6 +2,7 @@
 
 pub mod nats;
 pub mod postgres;
+pub mod process;
 pub mod secret;
 pub mod shutdown;
 pub mod telemetry;

@@ -14,8 +14,7 @@ pub enum LogFormat {
 }
 
 /// What a service logs when `RUST_LOG` does not say: our own crates' progress and everybody's warnings.
-pub const SERVICE_FILTER: &str =
-    "warn,product_service=info,lomash_ledger=info,lomash_platform=info,lomash::reconciliation=info";
+pub const SERVICE_FILTER: &str = "warn,product_service=info,analytics_service=info,notification_service=info,lomash_ledger=info,lomash_platform=info,lomash::reconciliation=info";
 
 /// What a command logs when `RUST_LOG` does not say: its output tells the rest.
 pub const COMMAND_FILTER: &str = "warn";

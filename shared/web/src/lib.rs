@@ -21,6 +21,7 @@ pub mod health;
 mod jwks;
 pub mod limits;
 pub mod problem;
+pub mod routes;
 pub mod server;
 
 pub use auth::{Admin, Caller, Gate, Role, Verifier, Viewer};
@@ -28,4 +29,5 @@ pub use config::{HttpConfig, RateConfig, TokenConfig};
 pub use extract::{Body, Path, Query};
 pub use health::Health;
 pub use problem::{Problem, ProblemType};
+pub use routes::Routes;
 pub use server::Server;

@@ -16,20 +16,16 @@ mod reconciliations;
 mod stream;
 mod writes;
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::{Request, State};
-use axum::response::{IntoResponse, Response};
-use axum::routing::{any, get};
+use axum::routing::get;
 use axum::{Json, Router};
 use lomash_ledger::JetStreamLedger;
-use lomash_web::problem::{no_such_method, no_such_route};
-use lomash_web::{Gate, Health, HttpConfig, Problem, Verifier, limits, server};
+use lomash_web::routes::BearerScheme;
+use lomash_web::{Gate, HttpConfig, Verifier, limits};
 use tokio_util::sync::CancellationToken;
-use tower::ServiceExt;
-use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
-use utoipa::{Modify, OpenApi};
+use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -69,40 +65,15 @@ pub struct Api {
     pub stop: CancellationToken,
 }
 
-/// The routes of a service that is still starting: health is told at once, all else when it is [opened](Self::open).
-#[derive(Clone, Default)]
-pub struct Routes(Arc<OnceLock<Router>>);
-
-impl Routes {
-    /// What the server serves from the first moment on.
-    pub fn application(&self, config: &HttpConfig, health: &Health) -> Router {
-        // As a fallback and not as a route for every path: what that captures would be a parameter of the routes behind.
-        let later = any(later).with_state(self.clone());
-        server::framed(health.routes().method_not_allowed_fallback(no_such_method).fallback_service(later), config)
-    }
-
-    /// From now on every route is there.
-    pub fn open(&self, api: Api, verifier: Arc<Verifier>, config: &HttpConfig) {
-        let (ordinary, _) = ordinary_routes().split_for_parts();
-        let ordinary = limits::time_limited(ordinary, config.request_timeout());
-        let (imports, _) = import_routes().split_for_parts();
-        let gate = Gate::new(verifier, &config.rates);
-        let document = document();
-        let open = Router::new().route("/openapi.json", get(move || std::future::ready(Json(document.clone()))));
-        let routes = gate.guard(ordinary.merge(imports)).with_state(api).merge(open);
-        // A second opening would change nothing; there is none.
-        let _ = self.0.set(routes.fallback(no_such_route).method_not_allowed_fallback(no_such_method));
-    }
-}
-
-async fn later(State(routes): State<Routes>, request: Request) -> Response {
-    match routes.0.get() {
-        Some(router) => match router.clone().oneshot(request).await {
-            Ok(response) => response,
-            Err(never) => match never {},
-        },
-        None => Problem::unavailable("The service is starting; /readyz says how far it is.", 1).into_response(),
-    }
+/// All routes but those of health, which are there before.
+pub fn routes(api: Api, verifier: Arc<Verifier>, config: &HttpConfig) -> Router {
+    let (ordinary, _) = ordinary_routes().split_for_parts();
+    let ordinary = limits::time_limited(ordinary, config.request_timeout());
+    let (imports, _) = import_routes().split_for_parts();
+    let gate = Gate::new(verifier, &config.rates);
+    let document = document();
+    let open = Router::new().route("/openapi.json", get(move || std::future::ready(Json(document.clone()))));
+    gate.guard(ordinary.merge(imports)).with_state(api).merge(open)
 }
 
 /// Routes that answer within the ordinary time.
@@ -145,18 +116,6 @@ pub fn document() -> utoipa::openapi::OpenApi {
     ),
     components(schemas(lomash_web::problem::ProblemDocument)),
     security(("bearer" = [])),
-    modifiers(&Bearer)
+    modifiers(&BearerScheme)
 )]
 struct Document;
-
-struct Bearer;
-
-impl Modify for Bearer {
-    fn modify(&self, document: &mut utoipa::openapi::OpenApi) {
-        let mut bearer = Http::new(HttpAuthScheme::Bearer);
-        bearer.bearer_format = Some("JWT".to_owned());
-        bearer.description = Some("Role VIEWER reads, role ADMIN writes too.".to_owned());
-        let components = document.components.get_or_insert_default();
-        components.add_security_scheme("bearer", SecurityScheme::Http(bearer));
-    }
-}

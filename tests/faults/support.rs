@@ -1,8 +1,6 @@
 //! What the fault tests share: a whole stack in a folder of its own, a load of orders whose result is known by
 //! arithmetic, and the check at the end.
 
-#![allow(dead_code, reason = "each test binary uses a part")]
-
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;

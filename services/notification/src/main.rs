@@ -1,0 +1,15 @@
+//! The `notification-service` binary.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use lomash_platform::process;
+use notification_service::service::{Config, run};
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let config = Config::parse();
+    #[cfg(feature = "failpoints")]
+    let _crash_points = lomash_ledger::fail::FailScenario::setup();
+    process::main(config.log_format, |stop| run(config, stop)).await
+}

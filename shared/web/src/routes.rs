@@ -1,0 +1,58 @@
+//! Routes of a service that answers from its first moment on: health at once, all else when the rest has started.
+
+use std::sync::{Arc, OnceLock};
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::response::{IntoResponse, Response};
+use axum::routing::any;
+use tower::ServiceExt;
+use utoipa::Modify;
+use utoipa::openapi::OpenApi;
+use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
+
+use crate::problem::{no_such_method, no_such_route};
+use crate::{Health, HttpConfig, Problem, server};
+
+/// The routes of a service that is still starting: health is told at once, all else when it is [opened](Self::open).
+#[derive(Clone, Debug, Default)]
+pub struct Routes(Arc<OnceLock<Router>>);
+
+impl Routes {
+    /// What the server serves from the first moment on.
+    pub fn application(&self, config: &HttpConfig, health: &Health) -> Router {
+        // As a fallback and not as a route for every path: what that captures would be a parameter of the routes behind.
+        let later = any(later).with_state(self.clone());
+        server::framed(health.routes().method_not_allowed_fallback(no_such_method).fallback_service(later), config)
+    }
+
+    /// From now on `routes` are there; what they do not know is answered with a problem.
+    pub fn open(&self, routes: Router) {
+        // A second opening would change nothing; there is none.
+        let _ = self.0.set(routes.fallback(no_such_route).method_not_allowed_fallback(no_such_method));
+    }
+}
+
+async fn later(State(routes): State<Routes>, request: Request) -> Response {
+    match routes.0.get() {
+        Some(router) => match router.clone().oneshot(request).await {
+            Ok(response) => response,
+            Err(never) => match never {},
+        },
+        None => Problem::unavailable("The service is starting; /readyz says how far it is.", 1).into_response(),
+    }
+}
+
+/// Puts the security scheme `bearer` into an OpenAPI document.
+#[derive(Clone, Copy, Debug)]
+pub struct BearerScheme;
+
+impl Modify for BearerScheme {
+    fn modify(&self, document: &mut OpenApi) {
+        let mut bearer = Http::new(HttpAuthScheme::Bearer);
+        bearer.bearer_format = Some("JWT".to_owned());
+        bearer.description = Some("Role VIEWER reads, role ADMIN writes too.".to_owned());
+        let components = document.components.get_or_insert_default();
+        components.add_security_scheme("bearer", SecurityScheme::Http(bearer));
+    }
+}

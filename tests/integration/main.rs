@@ -1,0 +1,16 @@
+//! Tests on real servers, each with a world of its own. One program, so that what they share is compiled and linked once.
+#![allow(clippy::unwrap_used)]
+
+mod cache;
+mod http;
+mod http_faults;
+mod imports;
+mod ledger_suite;
+mod openapi;
+mod orders;
+mod projection;
+mod reads;
+mod rebuild;
+mod reconciliation;
+mod replicas;
+mod streams_files;
