@@ -20,7 +20,7 @@ use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 use tracing::{Span, debug, info_span};
 
-use crate::cache::Cache;
+use crate::cache::{Cache, CacheCounters};
 use crate::committer::{Answer, Committed, Committer};
 use crate::inventory::{Command, Outcome};
 use crate::projection::PROJECTION;
@@ -47,7 +47,8 @@ static LAG: LazyLock<Histogram> = LazyLock::new(|| {
 
 static REFUSED: LazyLock<Family<Labels<1>, Counter>> = LazyLock::new(|| {
     let help = "Orders that this replica refused, by reason";
-    let refused = Metrics::of_process().register("inventory_update_failures", help, Family::<Labels<1>, Counter>::default());
+    let refused =
+        Metrics::of_process().register("inventory_update_failures", help, Family::<Labels<1>, Counter>::default());
     // There from the start, so that the first refusal is an increase.
     for reason in [FailureReason::InsufficientStock, FailureReason::UnknownProduct, FailureReason::ProductInactive] {
         drop(refused.get_or_create(&[("reason", reason.as_str())]));
@@ -56,7 +57,8 @@ static REFUSED: LazyLock<Family<Labels<1>, Counter>> = LazyLock::new(|| {
 });
 
 static COMMITS: LazyLock<Family<Labels<1>, Counter>> = LazyLock::new(|| {
-    let help = "Batches sent to the ledger, by what was answered: stored, conflict, duplicate, too_large, refused, unknown";
+    let help =
+        "Batches sent to the ledger, by what was answered: stored, conflict, duplicate, too_large, refused, unknown";
     let commits = Metrics::of_process().register("lomash_commits", help, Family::<Labels<1>, Counter>::default());
     for outcome in ["stored", "conflict", "duplicate", "too_large", "refused", "unknown"] {
         drop(commits.get_or_create(&[("outcome", outcome)]));
@@ -90,7 +92,11 @@ static CATCH_UPS: LazyLock<Family<Labels<1>, Counter>> = LazyLock::new(|| {
 });
 
 static PROJECTED: LazyLock<Counter> = LazyLock::new(|| {
-    Metrics::of_process().register("lomash_projected_messages", "Messages of the ledger that this replica projected", Counter::default())
+    Metrics::of_process().register(
+        "lomash_projected_messages",
+        "Messages of the ledger that this replica projected",
+        Counter::default(),
+    )
 });
 
 static PROJECT_SECONDS: LazyLock<Histogram> = LazyLock::new(|| {
@@ -132,7 +138,11 @@ static ASKED: LazyLock<Mutex<Asked>> = LazyLock::new(|| {
     }
     let metrics = Metrics::of_process();
     let help = "Products whose stock is 0, in the projection";
-    metrics.gauges("out_of_stock_products_total", help, one(|asked| asked.out_of_stock.map(|products| products as f64)));
+    metrics.gauges(
+        "out_of_stock_products_total",
+        help,
+        one(|asked| asked.out_of_stock.map(|products| products as f64)),
+    );
     let help = "Dead letters that wait to be redriven or discarded, of all services";
     metrics.gauges("dlq_message_count", help, one(|asked| asked.dead_letters.map(|letters| letters as f64)));
     let help = "The sequence of the ledger up to which it is projected";
@@ -140,6 +150,42 @@ static ASKED: LazyLock<Mutex<Asked>> = LazyLock::new(|| {
     let help = "Messages of the ledger that are not projected yet";
     let behind = |asked: Asked| asked.checkpoint.map(|at| asked.ledger.saturating_sub(at) as f64);
     metrics.gauges("lomash_projection_lag_messages", help, one(behind));
+    Mutex::default()
+});
+
+/// Asks the cache of this process what it counted.
+type AskCache = Box<dyn Fn() -> Option<CacheCounters> + Send + Sync>;
+
+static CACHE: LazyLock<Mutex<Option<AskCache>>> = LazyLock::new(|| {
+    fn read<const N: usize>(
+        of: impl Fn(CacheCounters) -> [(&'static str, u64); N] + Send + Sync + 'static,
+    ) -> impl Fn() -> Vec<(Vec<(&'static str, &'static str)>, f64)> {
+        move || {
+            let cache = CACHE.lock().unwrap_or_else(PoisonError::into_inner);
+            let counters = cache.as_ref().and_then(|ask| ask());
+            let labels = |result: &'static str| if result.is_empty() { Vec::new() } else { vec![("result", result)] };
+            counters.into_iter().flat_map(&of).map(|(result, count)| (labels(result), count as f64)).collect()
+        }
+    }
+    let metrics = Metrics::of_process();
+    let help = "Reads through the cache: hit, miss, or shared (another read of the same loaded it)";
+    let reads =
+        |counters: CacheCounters| [("hit", counters.hits), ("miss", counters.misses), ("shared", counters.shared)];
+    metrics.counts("lomash_cache_reads", help, read(reads));
+    let help = "Values offered to the cache: stored, or lost (older than what is known, too large, no answer)";
+    metrics.counts(
+        "lomash_cache_fills",
+        help,
+        read(|counters| [("stored", counters.fills), ("lost", counters.fills_lost)]),
+    );
+    let help = "Batches of the projector whose products and lists are gone from the cache";
+    metrics.counts("lomash_cache_invalidations", help, read(|counters| [("", counters.invalidations)]));
+    let help = "Times that the whole cache was deleted, to begin again";
+    metrics.counts("lomash_cache_clears", help, read(|counters| [("", counters.clears)]));
+    let help = "Operations that Redis did not carry out, or not in time";
+    metrics.counts("lomash_cache_failures", help, read(|counters| [("", counters.failures)]));
+    let help = "1 while reads go past Redis, for it does not answer in time";
+    metrics.gauges("lomash_cache_fallback", help, read(|counters| [("", u64::from(counters.fallback))]));
     Mutex::default()
 });
 
@@ -158,50 +204,16 @@ pub fn begin(cache: Option<&Cache>) {
     LazyLock::force(&LEDGER_SEQUENCE);
     LazyLock::force(&RECONCILIATIONS);
     LazyLock::force(&ASKED);
-    let Some(cache) = cache else { return };
-    let metrics = Metrics::of_process();
-    let counters = |cache: &Cache| {
-        let cache = cache.clone();
-        move || cache.counters()
-    };
-    let read = counters(cache);
-    let help = "Reads through the cache: hit, miss, or shared (another read of the same loaded it)";
-    metrics.counts("lomash_cache_reads", help, move || {
-        let counters = read();
-        [("hit", counters.hits), ("miss", counters.misses), ("shared", counters.shared)]
-            .map(|(result, count)| ([("result", result)], count as f64))
-    });
-    let read = counters(cache);
-    let help = "Values offered to the cache: stored, or lost (older than what is known, too large, no answer)";
-    metrics.counts("lomash_cache_fills", help, move || {
-        let counters = read();
-        [("stored", counters.fills), ("lost", counters.fills_lost)]
-            .map(|(result, count)| ([("result", result)], count as f64))
-    });
-    let read = counters(cache);
-    let help = "Batches of the projector whose products and lists are gone from the cache";
-    metrics.counts("lomash_cache_invalidations", help, move || [([] as Labels<0>, read().invalidations as f64)]);
-    let read = counters(cache);
-    let help = "Times that the whole cache was deleted, to begin again";
-    metrics.counts("lomash_cache_clears", help, move || [([] as Labels<0>, read().clears as f64)]);
-    let read = counters(cache);
-    let help = "Operations that Redis did not carry out, or not in time";
-    metrics.counts("lomash_cache_failures", help, move || [([] as Labels<0>, read().failures as f64)]);
-    let read = counters(cache);
-    let help = "1 while reads go past Redis, for it does not answer in time";
-    metrics.gauges("lomash_cache_fallback", help, move || [([] as Labels<0>, f64::from(read().fallback))]);
+    if let Some(cache) = cache {
+        *CACHE.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(cache.observer()));
+    }
 }
 
 /// Asks again and again for what the projection and the server know, until `stop`.
 ///
 /// # Errors
 /// Never; it is a task of the process like the others.
-pub async fn watch(
-    context: Context,
-    pool: Pool,
-    committer: Committer,
-    stop: CancellationToken,
-) -> anyhow::Result<()> {
+pub async fn watch(context: Context, pool: Pool, committer: Committer, stop: CancellationToken) -> anyhow::Result<()> {
     loop {
         let (rows, dead_letters) = tokio::join!(
             tokio::time::timeout(TIMEOUT, look(&pool)),

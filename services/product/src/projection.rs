@@ -205,7 +205,8 @@ async fn project<L: Ledger, A: AfterCommit>(
         };
         let mut observed = Projecting::begin(&batch);
         let applying = apply(&mut client, Schema::Live, &batch, checkpoint, reached);
-        let applied = applying.instrument(observed.transaction_span()).await.inspect_err(|problem| observed.failed(problem))?;
+        let applied =
+            applying.instrument(observed.transaction_span()).await.inspect_err(|problem| observed.failed(problem))?;
         observed.committed(&applied.occurred);
         crash_point!("project-after-commit");
         debug!(from = checkpoint + 1, to = reached, "projected");
