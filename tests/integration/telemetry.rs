@@ -210,7 +210,7 @@ async fn a_request_continues_its_callers_trace_up_to_the_commit() -> Result<()> 
     let answer = caller.patch(&path, &body).header("traceparent", &traceparent).send().await?;
     assert_eq!(answer.status, 200, "{answer:?}");
 
-    let name = "PATCH /v1/products/{product_id}/inventory";
+    let name = "PATCH /v1/products/{productId}/inventory";
     let (request, commit) = collector
         .until("the request's trace", PATIENCE, |trace| {
             let request = trace.0.iter().find(|span| span.trace_id == trace_id && span.kind == SERVER)?;
@@ -221,7 +221,7 @@ async fn a_request_continues_its_callers_trace_up_to_the_commit() -> Result<()> 
         .await?;
     assert_eq!((request.name.as_str(), request.parent_id.as_str()), (name, span_id), "{request:?}");
     assert_eq!(request.attribute("http.response.status_code"), Some("200"));
-    assert_eq!(request.attribute("http.route"), Some("/v1/products/{product_id}/inventory"));
+    assert_eq!(request.attribute("http.route"), Some("/v1/products/{productId}/inventory"));
     assert_eq!(request.attribute("product.id"), Some(product.to_string().as_str()));
     assert!(!commit.failed);
 
@@ -462,9 +462,9 @@ async fn a_client_cannot_make_up_labels() -> Result<()> {
         page.value("lomash_http_requests_total", &[("method", method), ("route", route), ("status", status)])
     };
     assert_eq!(requests("POST", "/v1/products", "201"), Some(1.0), "{}", page.text);
-    assert_eq!(requests("GET", "/v1/products/{product_id}", "404"), Some(3.0), "{}", page.text);
+    assert_eq!(requests("GET", "/v1/products/{productId}", "404"), Some(3.0), "{}", page.text);
     assert_eq!(requests("GET", "none", "404"), Some(3.0), "{}", page.text);
-    assert_eq!(requests("DELETE", "/v1/products/{product_id}", "405"), Some(3.0), "{}", page.text);
+    assert_eq!(requests("DELETE", "/v1/products/{productId}", "405"), Some(3.0), "{}", page.text);
     assert_eq!(requests("_OTHER", "/healthz", "405"), Some(3.0), "{}", page.text);
     // Without the bounds, each id would be a series of its own.
     let series = page.values.keys().filter(|series| series.starts_with("lomash_http_requests_total")).count();

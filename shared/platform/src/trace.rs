@@ -174,6 +174,13 @@ pub fn link_all(span: &Span, references: impl IntoIterator<Item = Reference>) {
     }
 }
 
+/// Gives a span that was begun another name, now that more is known.
+pub fn rename(span: &Span, name: String) {
+    if !span.is_disabled() {
+        span.context().span().update_name(name);
+    }
+}
+
 /// Says that what `span` is about failed, with a word or a sentence why.
 pub fn fail(span: &Span, why: impl std::fmt::Display) {
     if !span.is_disabled() {
