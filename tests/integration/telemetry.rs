@@ -423,6 +423,23 @@ async fn metrics_agree_with_what_verify_counts() -> Result<()> {
         assert!(page.value(name, labels).is_some(), "{name}\n{}", page.text);
     }
 
+    // What alerts and dashboard ask for is there; spans are counted only where they are exported.
+    let sources = [
+        include_str!("../../deploy/prometheus/alerts.yml"),
+        include_str!("../../deploy/grafana/lomash-inventory.json"),
+    ];
+    let named = sources.iter().flat_map(|text| text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_'));
+    let prefixes = ["lomash_", "inventory_update_", "out_of_stock_", "dlq_message_"];
+    let mut asked = 0;
+    for name in named.filter(|word| prefixes.iter().any(|prefix| word.starts_with(prefix))) {
+        let family = ["_bucket", "_sum", "_count"].iter().find_map(|end| name.strip_suffix(end));
+        let is_there = |name: &str| page.text.contains(&format!("# TYPE {name} "));
+        let known = is_there(name) || family.is_some_and(is_there);
+        assert!(known || name == "lomash_trace_spans_total", "{name} is not among\n{}", page.text);
+        asked += 1;
+    }
+    assert!(asked > 40, "{asked} names are no dashboard");
+
     // promtool reads it, and minds nothing but the names that the contract fixes: milliseconds instead of seconds, and
     // gauges that end like counters.
     let minded = promtool(&page.text).await?;

@@ -204,6 +204,7 @@ pub fn begin(cache: Option<&Cache>) {
     LazyLock::force(&LEDGER_SEQUENCE);
     LazyLock::force(&RECONCILIATIONS);
     LazyLock::force(&ASKED);
+    LazyLock::force(&CACHE);
     if let Some(cache) = cache {
         *CACHE.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(cache.observer()));
     }
@@ -483,17 +484,16 @@ impl Projecting {
 
 /// Around the invalidation of the cache, when the batch that it follows is traced.
 pub(crate) fn invalidate_span(products: usize) -> Span {
-    if !Reference::is_current() {
-        return Span::none();
-    }
-    info_span!(
-        target: trace::TARGET,
-        "invalidate",
-        otel.kind = "client",
-        db.system.name = "redis",
-        db.operation.name = "UNLINK",
-        db.operation.batch.size = products,
-    )
+    trace::step(|| {
+        info_span!(
+            target: trace::TARGET,
+            "invalidate",
+            otel.kind = "client",
+            db.system.name = "redis",
+            db.operation.name = "UNLINK",
+            db.operation.batch.size = products,
+        )
+    })
 }
 
 /// The span of the batch, and one in the trace of each order or command in it, up to as many as a span has links.
