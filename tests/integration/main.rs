@@ -14,3 +14,4 @@ mod rebuild;
 mod reconciliation;
 mod replicas;
 mod streams_files;
+mod telemetry;

@@ -6,6 +6,7 @@
 //! a time that it hopes is enough: it follows the stream, or looks again and again until a named deadline.
 
 pub mod http;
+pub mod traces;
 
 use std::collections::HashMap;
 use std::path::Path;
