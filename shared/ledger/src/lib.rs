@@ -10,6 +10,7 @@ mod jetstream;
 mod memory;
 pub mod receive;
 pub mod streams;
+pub mod suspects;
 
 use std::future::Future;
 use std::sync::Arc;
