@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, debug, error, info, warn};
 
 use crate::dead_letter::{DeadLetter, Past, StoreError};
+use crate::observed::{LagWatch, Observed, process_span, tell_settled};
 use crate::streams;
 use crate::suspects::{self, Case, Court};
 
@@ -154,6 +155,8 @@ async fn receive_on<H, F>(
     F: Future<Output = Settle> + Send,
 {
     let told = Told::default();
+    let observed = Observed::new(receive);
+    let _lag = LagWatch::start(context.clone(), receive);
     while !stop.is_cancelled() {
         let opened = tokio::select! {
             () = stop.cancelled() => break,
@@ -162,7 +165,16 @@ async fn receive_on<H, F>(
         match opened {
             Ok((messages, ack_wait)) => {
                 info!(stream = receive.stream, consumer = receive.consumer, "receiving");
-                let work = Work { context, receive, stop, handler, moves_suspects, ack_wait, told: &told };
+                let work = Work {
+                    context,
+                    receive,
+                    stop,
+                    handler,
+                    moves_suspects,
+                    ack_wait,
+                    told: &told,
+                    observed: &observed,
+                };
                 pump(&work, messages).await;
             }
             Err(problem) => warn!(consumer = receive.consumer, problem, "cannot receive yet, trying again"),
@@ -185,6 +197,7 @@ struct Work<'a, H> {
     /// The consumer's: a message that is silent for so long is delivered again.
     ack_wait: Duration,
     told: &'a Told,
+    observed: &'a Observed,
 }
 
 async fn open(context: &Context, receive: &Receive) -> Result<(pull::Stream, Duration), String> {
@@ -283,6 +296,8 @@ where
         Ok(info) => (info.stream_sequence, u64::try_from(info.delivered).unwrap_or(1), info.published),
         Err(_) => (0, 1, OffsetDateTime::UNIX_EPOCH),
     };
+    let since = Instant::now();
+    let span = process_span(receive, &message, sequence, deliveries);
     let (message, acker) = message.split();
     let delivery = move |message: &async_nats::Message| Delivery {
         subject: message.subject.to_string(),
@@ -293,8 +308,8 @@ where
         stored_at,
     };
     let is_suspect = work.moves_suspects && deliveries > MAX_DELIVERIES_AMONG_OTHERS;
-    let handled = (!is_suspect).then(|| call(work.handler, delivery(&message)));
-    let span = tracing::debug_span!("settle", consumer = receive.consumer, sequence);
+    let handled = (!is_suspect).then(|| span.in_scope(|| call(work.handler, delivery(&message))));
+    let told = span.clone();
     async move {
         let keeping = Keeping { acker: &acker, stop: work.stop };
         let Some(mut handled) = handled else {
@@ -342,6 +357,8 @@ where
                     Settle::Retry(PANIC_RETRY)
                 }
             });
+            work.observed.settled(&settle, since);
+            tell_settled(&told, &settle);
             match settle {
                 Settle::Done => break Some(AckKind::Ack),
                 Settle::Retry(pause) => {
