@@ -82,6 +82,11 @@ pub async fn handle(committer: Committer, writing: Writing, delivery: Delivery) 
         Ok(order) => order,
         Err(problem) => return Settle::Dead(problem.to_string()),
     };
+    // The order that a test marks ends every process that handles it.
+    lomash_ledger::crash_point!(
+        "order-handling",
+        std::env::var("FAILPOINTS_ORDER").is_ok_and(|marked| marked == order.order_id.to_string())
+    );
     let carried = delivery.header(header::TRACEPARENT).map(|traceparent| {
         Arc::new(Carried {
             traceparent: Some(traceparent.to_owned()),

@@ -257,6 +257,10 @@ macro_rules! crash_point {
     ($name:literal) => {
         $crate::fail::fail_point!($name, |_| ::std::process::abort());
     };
+    // Only when the condition holds, for example of one message among many.
+    ($name:literal, $condition:expr) => {
+        $crate::fail::fail_point!($name, $condition, |_| ::std::process::abort());
+    };
 }
 
 #[doc(hidden)]
