@@ -17,8 +17,12 @@ use lomash_contract::{Envelope, OrderCreated, ProductId};
 use lomash_ledger::dead_letter::{self, DeadLetter, Filter, Letter, Letters, LettersError, Past, Way};
 use lomash_ledger::receive::{self, Delivery, Receive, Settle};
 use lomash_ledger::{header, streams, suspects};
+use lomash_tests::http::Caller;
 use lomash_tests::{Fate, PATIENCE, World, eventually, order};
+use lomash_web::Role;
 use product_service::orders;
+use reqwest::Method;
+use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -400,7 +404,7 @@ async fn write_letter(world: &World, stream: &str, consumer: &str, subject: &str
     };
     let before = all_letters(world).await?.len();
     letter.store(&world.context).await?;
-    Ok(lettered(world, before + 1, PATIENCE).await?.pop().context("a letter")?)
+    lettered(world, before + 1, PATIENCE).await?.pop().context("a letter")
 }
 
 /// An order of a version that only a newer service can read.
@@ -593,6 +597,199 @@ async fn a_case_puts_a_message_before_its_own_consumer_and_nobody_else() -> Resu
     assert_eq!(seen.load(Ordering::SeqCst), 3, "the same case twice is one");
     assert_eq!(world.context.get_stream(streams::ORDERS).await?.cached_info().state.last_sequence, sequence);
     running.stop().await?;
+    world.close();
+    Ok(())
+}
+
+// ── By command and over HTTP ────────────────────────────────────────────────────────────────────────────────────
+
+/// What `lomash dlq` prints on standard output and standard error, and whether it succeeded.
+async fn dlq(world: &World, arguments: &[&str]) -> Result<(bool, Vec<u8>, String)> {
+    let program = lomash::up::program("lomash-under-test")?;
+    let mut command = tokio::process::Command::new(program);
+    let output = command.arg("dlq").args(arguments).env("NATS_URL", world.nats.url()).output().await?;
+    Ok((output.status.success(), output.stdout, String::from_utf8(output.stderr)?))
+}
+
+/// The same, of a command that succeeds, as text.
+async fn dlq_says(world: &World, arguments: &[&str]) -> Result<String> {
+    let (is_well, out, error) = dlq(world, arguments).await?;
+    anyhow::ensure!(is_well, "{arguments:?}: {}{error}", String::from_utf8_lossy(&out));
+    Ok(String::from_utf8(out)?)
+}
+
+#[tokio::test]
+async fn the_command_lists_shows_redrives_and_discards() -> Result<()> {
+    let world = World::without_postgres().await?;
+    let service = world.run_service().await?;
+    let none = dlq_says(&world, &["list"]).await?;
+    assert!(none.contains("0 dead letters, from DEAD_LETTERS as of sequence 0"), "{none}");
+    let began = lomash_contract::Timestamp::now().to_string();
+    let product = world.register("CLI-1", 10).await?;
+    let order = order(&[(product, 1)]);
+    let nasty = b"\x1b[2J\xe2\x80\xaegnp.exe\xff".to_vec();
+    let mut headers = HeaderMap::new();
+    headers.insert("X-Shop", "north");
+    for (headers, payload) in [
+        (HeaderMap::new(), of_version(&order, "2.0")?),
+        (headers, nasty.clone()),
+        (HeaderMap::new(), vec![b'x'; 5_000]),
+    ] {
+        let before = all_letters(&world).await?.len();
+        world.publish_raw(headers, payload).await?;
+        lettered(&world, before + 1, DEAD_LETTER_BOUND).await?;
+    }
+    write_letter(&world, streams::INVENTORY, "analytics-of-old", "lomash.inventory.updated.x", 2).await?;
+
+    // Looking.
+    let list = dlq_says(&world, &["list"]).await?;
+    assert!(list.contains("version 2.0") && list.contains("product-orders") && list.contains("ORDERS 1"), "{list}");
+    assert!(list.contains("4 dead letters, from DEAD_LETTERS as of sequence 4"), "{list}");
+    let some = dlq_says(&world, &["list", "--limit", "1"]).await?;
+    assert!(some.contains("analytics-of-old") && some.contains("and 3 older ones"), "{some}");
+    let listed = async |arguments: &[&str]| -> Result<Vec<u64>> {
+        let json: Value = serde_json::from_str(&dlq_says(&world, &[&["list", "--json"], arguments].concat()).await?)?;
+        Ok(json["letters"]
+            .as_array()
+            .context("letters")?
+            .iter()
+            .filter_map(|letter| letter["sequence"].as_u64())
+            .collect())
+    };
+    assert_eq!(listed(&["--consumer", "product-orders"]).await?, [1, 2, 3]);
+    assert_eq!(listed(&["--consumer", "product-*"]).await?, [0_u64; 0]);
+    assert_eq!(listed(&["--reason", "VERSION 2.0"]).await?, [1]);
+    assert_eq!(listed(&["--subject", "lomash.inventory.updated.x"]).await?, [4]);
+    assert_eq!(listed(&["--since", &began]).await?, [1, 2, 3, 4]);
+    assert_eq!(listed(&["--until", &began]).await?, [0_u64; 0]);
+    assert_eq!(listed(&["--since", "1h", "--until", "0s", "--consumer", "product-orders"]).await?, [1, 2, 3]);
+    let shown = dlq_says(&world, &["show", "2"]).await?;
+    assert!(shown.contains("\\u{1b}[2J\\u{202e}gnp.exe") && !shown.contains('\u{1b}'), "{shown:?}");
+    assert!(shown.contains("X-Shop") && shown.contains("north") && shown.contains("no text"), "{shown}");
+    let (is_well, raw, _) = dlq(&world, &["show", "2", "--raw"]).await?;
+    assert!(is_well && raw == nasty, "{raw:?}");
+    let long = dlq_says(&world, &["show", "3"]).await?;
+    assert!(long.contains("4.8 KiB") && long.contains("--raw writes all of it") && long.len() < 5_000, "{long}");
+    let json: Value = serde_json::from_str(&dlq_says(&world, &["show", "2", "--json"]).await?)?;
+    assert_eq!((&json["headers"]["X-Shop"], &json["payload"]), (&json!(["north"]), &Value::Null));
+    assert!(json["payloadBase64"].is_string(), "{json}");
+    let (is_well, _, error) = dlq(&world, &["show", "77"]).await?;
+    assert!(!is_well && error.contains("no dead letter 77"), "{error}");
+
+    // Saying what would be done does nothing.
+    let orders =
+        async || Ok::<_, anyhow::Error>(world.context.get_stream(streams::ORDERS).await?.cached_info().state.messages);
+    let before = orders().await?;
+    for verb in ["redrive", "discard"] {
+        let (is_well, _, error) = dlq(&world, &[verb]).await?;
+        assert!(!is_well && error.contains("say which letters"), "{error}");
+        let (is_well, out, _) = dlq(&world, &[verb, "1", "2"]).await?;
+        let out = String::from_utf8(out)?;
+        assert!(!is_well && out.contains("Nothing was done: add --yes"), "{out}");
+        let dry = dlq_says(&world, &[verb, "--consumer", "product-orders", "--dry-run"]).await?;
+        assert!(dry.contains("letter 1 would be") && dry.contains("3 would be"), "{dry}");
+        let (is_well, _, error) = dlq(&world, &[verb, "1", "--all", "--yes"]).await?;
+        assert!(!is_well, "a list and --all contradict each other: {error}");
+    }
+    assert_eq!((all_letters(&world).await?.len(), orders().await?), (4, before));
+
+    // Doing it. What has no way back is told, and the others go through.
+    let (is_well, out, error) = dlq(&world, &["redrive", "--all", "--yes"]).await?;
+    let out = String::from_utf8(out)?;
+    assert!(!is_well && out.contains("3 redriven, 1 failed"), "{out}{error}");
+    assert!(error.contains("letter 4: ") && error.contains("never written to again"), "{error}");
+    // They die again, all of them once.
+    let again = eventually("the three to be back", DEAD_LETTER_BOUND, async || {
+        let letters = all_letters(&world).await?;
+        Ok((letters.len() == 4 && letters[0].sequence == 4).then_some(letters))
+    })
+    .await?;
+    assert!(again[1..].iter().all(|letter| letter.past.redrives == 1), "{again:?}");
+    assert_eq!(orders().await?, before + 3);
+    let shown = dlq_says(&world, &["show", &again[1].sequence.to_string()]).await?;
+    assert!(shown.contains("redriven") && shown.contains("1 times") && shown.contains("died before"), "{shown}");
+
+    let gone = dlq_says(&world, &["discard", "4", "--yes"]).await?;
+    assert!(gone.contains("1 discarded, 0 failed"), "{gone}");
+    let (is_well, _, error) = dlq(&world, &["discard", "4", "--yes"]).await?;
+    assert!(!is_well && error.contains("no dead letter 4"), "{error}");
+    let json: Value = serde_json::from_str(&dlq_says(&world, &["discard", "--all", "--yes", "--json"]).await?)?;
+    assert_eq!((&json["done"], &json["failed"], &json["dryRun"]), (&json!(3), &json!(0), &json!(false)));
+    assert!(all_letters(&world).await?.is_empty());
+    world.verified().await?;
+    service.stop().await?;
+    world.close();
+    Ok(())
+}
+
+#[tokio::test]
+async fn letters_over_http() -> Result<()> {
+    let world = World::without_postgres().await?;
+    let mut service = world.start_service("one").await?;
+    let admin = Caller::new(&world.url("one"), Role::Admin)?;
+    let viewer = Caller::new(&world.url("one"), Role::Viewer)?;
+    for number in 0..5 {
+        let mut headers = HeaderMap::new();
+        headers.insert("X-Number", number.to_string());
+        world.publish_raw(headers, format!("poison {number}")).await?;
+        lettered(&world, number + 1, DEAD_LETTER_BOUND).await?;
+    }
+    write_letter(&world, streams::INVENTORY, "nobody", "lomash.inventory.updated.x", 2).await?;
+
+    let whole = viewer.get("/v1/dead-letters").send().await?;
+    assert_eq!((whole.status, &whole.json["total"], &whole.json["asOf"]), (200, &json!(6), &json!(6)), "{whole:?}");
+    assert_eq!(whole.json["items"].as_array().map(Vec::len), Some(6));
+    assert_eq!(whole.json["nextCursor"], Value::Null);
+    let item = &whole.json["items"][0];
+    assert_eq!((&item["attempts"], &item["redrives"], &item["bytes"]), (&json!(1), &json!(0), &json!(8)));
+    assert_eq!(item["origin"]["subject"], "lomash.orders.created");
+    // Page by page, with a filter.
+    let (mut seen, mut path) = (Vec::new(), "/v1/dead-letters?limit=2&consumer=product-orders".to_owned());
+    loop {
+        let page = viewer.get(&path).send().await?;
+        assert_eq!(page.status, 200, "{page:?}");
+        seen.extend(
+            page.json["items"].as_array().context("items")?.iter().filter_map(|item| item["sequence"].as_u64()),
+        );
+        let Some(cursor) = page.json["nextCursor"].as_str() else { break };
+        path = format!("/v1/dead-letters?limit=2&consumer=product-orders&cursor={cursor}");
+    }
+    assert_eq!(seen, [1, 2, 3, 4, 5]);
+    for bad in
+        ["limit=0", "limit=201", "since=yesterday", "colour=red", "cursor=abc", &format!("reason={}", "x".repeat(201))]
+    {
+        assert_eq!(viewer.get(&format!("/v1/dead-letters?{bad}")).send().await?.status, 400, "{bad}");
+    }
+
+    let shown = viewer.get("/v1/dead-letters/2").send().await?;
+    assert_eq!((shown.status, &shown.json["payload"]), (200, &json!("poison 1")), "{shown:?}");
+    assert_eq!(shown.json["headers"]["X-Number"], json!(["1"]));
+    for path in ["/v1/dead-letters/0", "/v1/dead-letters/99", "/v1/dead-letters/18446744073709551615"] {
+        let missing = viewer.get(path).send().await?;
+        assert_eq!((missing.status, missing.problem()), (404, "dead-letter-not-found"), "{path}: {missing:?}");
+    }
+    assert_eq!(viewer.get("/v1/dead-letters/first").send().await?.status, 400);
+
+    let redrive = async |caller: &Caller, letter: u64| {
+        caller.request(Method::POST, &format!("/v1/dead-letters/{letter}/redrive")).send().await
+    };
+    let refused = redrive(&viewer, 1).await?;
+    assert_eq!((refused.status, refused.problem()), (403, "forbidden"), "{refused:?}");
+    assert!(all_letters(&world).await?.iter().any(|letter| letter.sequence == 1));
+    let redriven = redrive(&admin, 1).await?;
+    assert_eq!(redriven.status, 200, "{redriven:?}");
+    assert_eq!((&redriven.json["stream"], &redriven.json["redrives"]), (&json!("ORDERS"), &json!(1)), "{redriven:?}");
+    let twice = redrive(&admin, 1).await?;
+    assert_eq!((twice.status, twice.problem()), (404, "dead-letter-not-found"), "{twice:?}");
+    let none = redrive(&admin, 6).await?;
+    assert_eq!((none.status, none.problem()), (409, "no-way-back"), "{none:?}");
+    let back = eventually("it to be back", DEAD_LETTER_BOUND, async || {
+        let page = viewer.get("/v1/dead-letters?consumer=product-orders").send().await?;
+        Ok(page.json["items"].as_array().and_then(|items| items.iter().find(|item| item["redrives"] == 1).cloned()))
+    })
+    .await?;
+    assert!(back["history"][0].as_str().is_some_and(|death| death.contains("1 attempts")), "{back}");
+    service.stop().await?;
     world.close();
     Ok(())
 }

@@ -196,3 +196,35 @@ impl DeadLetter<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Other teams read their letters by that file.
+    #[test]
+    fn docs_asyncapi_names_every_header_and_no_other() {
+        let text = include_str!("../../../docs/asyncapi.yaml");
+        let document: serde_json::Value = serde_norway::from_str(text).expect("YAML");
+        let schema = &document["components"]["schemas"]["DeadLetterHeaders"];
+        let mut named: Vec<&str> =
+            schema["properties"].as_object().expect("properties").keys().map(String::as_str).collect();
+        let mut ours = [&HEADERS[..], &["Nats-Msg-Id"]].concat();
+        named.sort_unstable();
+        ours.sort_unstable();
+        assert_eq!(named, ours);
+        let not_always = [ORIGIN_MESSAGE_ID, REDRIVES, HISTORY];
+        let mut required: Vec<_> =
+            schema["required"].as_array().expect("a list").iter().filter_map(|name| name.as_str()).collect();
+        ours.retain(|name| !not_always.contains(name));
+        required.sort_unstable();
+        assert_eq!(required, ours);
+        let example = &document["components"]["messages"]["DeadLetter"]["examples"][0]["headers"];
+        for name in example.as_object().expect("headers").keys() {
+            assert!(named.contains(&name.as_str()) || name == crate::header::TRACEPARENT, "{name}");
+        }
+        let kept = format!("the last {}", ["none", "one", "two", "three", "four", "five"][MAX_HISTORY]);
+        let history = schema["properties"][HISTORY]["description"].as_str().expect("a description");
+        assert!(history.contains(&kept), "{history}");
+    }
+}

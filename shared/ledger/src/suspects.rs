@@ -20,7 +20,6 @@ use async_nats::jetstream::message::StreamMessage;
 use async_nats::jetstream::stream::DirectGetErrorKind;
 use futures::FutureExt;
 use serde::{Deserialize, Serialize};
-use time::OffsetDateTime;
 use tracing::{error, info, warn};
 
 use crate::dead_letter::{DeadLetter, Past};
@@ -301,7 +300,7 @@ fn delivery(original: &StreamMessage, deliveries: u64) -> Delivery {
         payload: original.payload.clone(),
         sequence: original.sequence,
         deliveries,
-        stored_at: OffsetDateTime::from(original.time),
+        stored_at: original.time,
     }
 }
 
