@@ -53,8 +53,11 @@ pub const PANIC_RETRY: Duration = Duration::from_secs(1);
 /// Deliveries after which a message is not handled among others any more: twice, because once is any failover. Whatever was
 /// in flight when a process died, twice in a row, is tried alone from then on.
 pub const MAX_DELIVERIES_AMONG_OTHERS: u64 = 2;
-/// How often the server is told that a message is being kept for its next try; well below every `ack_wait`.
-pub const KEEP_EVERY: Duration = Duration::from_secs(2);
+/// How often, in an `ack_wait`, the server is told that a message is being kept for its next try.
+pub const KEEP_SHARE: u32 = 3;
+/// How long after the start suspects wait: a process that dies of what it received first dies before, and not of a suspect
+/// that was unlucky to be tried in that moment.
+pub const COURT_OPENS_AFTER: Duration = Duration::from_secs(3);
 /// Letters that are logged one by one in a window; the rest of it is counted. A flood must not fill the disk by its log.
 pub const LETTERS_LOGGED: u64 = 20;
 /// The window of [`LETTERS_LOGGED`].
@@ -138,10 +141,12 @@ where
     let hearing = |advisory| court.hear(advisory);
     // Where one message is at work at a time, each was alone all along.
     let moves_suspects = receive.max_in_flight > 1;
-    tokio::join!(
-        receive_on(&context, &receive, &stop, &handler, moves_suspects),
-        receive_on(&context, &suspects, &stop, &hearing, false),
-    );
+    tokio::join!(receive_on(&context, &receive, &stop, &handler, moves_suspects), async {
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = tokio::time::sleep(COURT_OPENS_AFTER) => receive_on(&context, &suspects, &stop, &hearing, false).await,
+        }
+    },);
 }
 
 async fn receive_on<H, F>(
@@ -311,7 +316,7 @@ where
     let handled = (!is_suspect).then(|| span.in_scope(|| call(work.handler, delivery(&message))));
     let told = span.clone();
     async move {
-        let keeping = Keeping { acker: &acker, stop: work.stop };
+        let mut keeping = Keeping { acker: &acker, stop: work.stop, every: work.ack_wait / KEEP_SHARE, told: since };
         let Some(mut handled) = handled else {
             let case = Case::new(receive.stream, receive.consumer, sequence, deliveries);
             let kind = loop {
@@ -412,16 +417,31 @@ async fn settle(receive: &Receive, acker: &jetstream::message::Acker, sequence: 
 struct Keeping<'a> {
     acker: &'a jetstream::message::Acker,
     stop: &'a CancellationToken,
+    every: Duration,
+    told: Instant,
 }
 
 impl Keeping<'_> {
     /// Breaks when the loop stops and the message must be given back.
-    async fn pause(&self, pause: Duration) -> ControlFlow<()> {
-        tokio::select! {
-            biased;
-            () = self.stop.cancelled() => ControlFlow::Break(()),
-            () = tokio::time::sleep(pause) => ControlFlow::Continue(()),
-            never = stay_in_progress(self.acker, KEEP_EVERY) => match never {},
+    async fn pause(&mut self, pause: Duration) -> ControlFlow<()> {
+        let end = Instant::now() + pause;
+        loop {
+            // Also before the first pause: short ones would add up to more than the server's patience.
+            if self.told.elapsed() >= self.every {
+                self.told = Instant::now();
+                if let Err(problem) = self.acker.ack_with(AckKind::Progress).await {
+                    debug!(%problem, "could not say that a message is kept");
+                }
+            }
+            let next = end.min(self.told + self.every);
+            tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return ControlFlow::Break(()),
+                () = tokio::time::sleep_until(next.into()) => {}
+            }
+            if next == end {
+                return ControlFlow::Continue(());
+            }
         }
     }
 }

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use tracing::{error, info, warn};
 
 use crate::dead_letter::{DeadLetter, Past};
-use crate::receive::{Delivery, KEEP_EVERY, PANIC_RETRY, Receive, Settle, Told, call, panic_text};
+use crate::receive::{Delivery, PANIC_RETRY, Receive, Settle, Told, call, panic_text};
 use crate::streams;
 pub use crate::streams::ADVISORIES as STREAM;
 
@@ -34,6 +34,9 @@ pub const MAX_TRIALS: u64 = 2;
 /// How long a trial may take. A handler that is always fast (it never says that it is in progress) has failed by then; of
 /// one that may wait for a server, the case is adjourned.
 pub const TRIAL_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How often a trial says that it is in progress: a third of the `ack_wait` of the consumers in `ADVISORIES`.
+const IN_PROGRESS_EVERY: Duration = Duration::from_secs(2);
 
 /// Pause before a case comes back that could not be heard, or whose letter could not be stored: others go first meanwhile.
 pub const ADJOURNMENT: Duration = Duration::from_millis(250);
@@ -59,7 +62,7 @@ pub(crate) const fn receive(receive: &Receive) -> Receive {
         max_in_flight: 1,
         max_in_flight_bytes: 1,
         max_panics: receive.max_panics,
-        in_progress_every: Some(KEEP_EVERY),
+        in_progress_every: Some(IN_PROGRESS_EVERY),
     }
 }
 
