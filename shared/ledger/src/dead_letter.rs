@@ -130,6 +130,12 @@ fn publisher_headers(original: &HeaderMap) -> HeaderMap {
     headers
 }
 
+/// How many letters wait to be redriven or discarded; nothing when the server does not say.
+pub async fn count(context: &Context) -> Option<u64> {
+    let answer: Result<serde_json::Value, _> = context.request(format!("STREAM.INFO.{STREAM}"), &()).await;
+    answer.ok()?.pointer("/state/messages")?.as_u64()
+}
+
 /// A message and why it died.
 #[derive(Debug)]
 pub struct DeadLetter<'a> {

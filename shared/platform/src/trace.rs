@@ -89,7 +89,8 @@ impl Reference {
     /// From W3C headers; None when there are none or they are not of that form.
     #[must_use]
     pub fn parse(traceparent: Option<&str>, tracestate: Option<&str>) -> Option<Self> {
-        let headers = Headers { traceparent: traceparent?, tracestate };
+        let traceparent = traceparent.filter(|text| is_traceparent(text))?;
+        let headers = Headers { traceparent, tracestate };
         let context = TraceContextPropagator::new().extract_with_context(&Context::new(), &headers);
         Self::of_context(&context)
     }
@@ -142,6 +143,12 @@ impl Reference {
         self.0.is_sampled()
     }
 
+    /// Whether the task is in a span that is exported; cheaper than [`current`](Self::current).
+    #[must_use]
+    pub fn is_current() -> bool {
+        is_on() && Context::current().span().span_context().is_sampled()
+    }
+
     /// Makes it the parent of `span`, which must not have been entered yet.
     pub fn adopt(&self, span: &Span) {
         // It fails for a span that is not exported, which has no use for a parent.
@@ -152,6 +159,12 @@ impl Reference {
     pub fn link(&self, span: &Span) {
         span.add_link(self.0.clone());
     }
+}
+
+/// Whether the ids have their full length, which the SDK does not mind.
+fn is_traceparent(text: &str) -> bool {
+    let bytes = text.as_bytes();
+    bytes.len() >= 55 && [2, 35, 52].iter().all(|dash| bytes[*dash] == b'-')
 }
 
 /// Links `span` to the first [`MAX_LINKS`] of `references`.
@@ -173,6 +186,12 @@ pub fn fail(span: &Span, why: impl std::fmt::Display) {
 pub struct Beginning(Option<Reference>);
 
 impl Beginning {
+    /// Nothing: a trace begins.
+    #[must_use]
+    pub const fn of_a_trace() -> Self {
+        Self(None)
+    }
+
     /// Makes what it continues the parent of `span`; with nothing to continue it begins a trace.
     pub fn adopt(&self, span: &Span) {
         match &self.0 {
