@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod cache;
+mod dead_letters;
 mod http;
 mod http_faults;
 mod imports;

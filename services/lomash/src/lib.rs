@@ -7,6 +7,7 @@ pub mod audit;
 pub mod bench;
 pub mod demo;
 pub mod dice;
+pub mod dlq;
 pub mod import;
 pub mod orders;
 pub mod output;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use lomash::{bench, demo, import, orders, rebuild, reconcile, status, token, up, verify};
+use lomash::{bench, demo, dlq, import, orders, rebuild, reconcile, status, token, up, verify};
 use lomash_platform::telemetry::{self, LogFormat};
 
 /// Lomash Inventory: stock that is never oversold, lost or double-counted.
@@ -35,6 +35,9 @@ enum Command {
     Rebuild(rebuild::RebuildArgs),
     /// Correct the stock by the counts of the warehouse.
     Reconcile(reconcile::ReconcileArgs),
+    /// Look through dead letters, bring their messages back, or remove them.
+    #[command(subcommand)]
+    Dlq(dlq::DlqCommand),
     /// Measure this system beside its rivals and the limit of the server.
     Bench(bench::BenchArgs),
     /// Show streams, consumers, lag and checkpoints.
@@ -55,6 +58,7 @@ async fn main() -> ExitCode {
         Command::Verify(args) => verify::run(args).await,
         Command::Rebuild(args) => rebuild::run(args).await,
         Command::Reconcile(args) => reconcile::run(args).await,
+        Command::Dlq(command) => dlq::run(command).await,
         Command::Bench(args) => bench::run(args).await,
         Command::Status(args) => status::run(args).await,
         Command::Token(args) => token::run(&args).map(|()| ExitCode::SUCCESS),

@@ -12,7 +12,7 @@ use async_nats::jetstream::consumer;
 use clap::Args;
 use comfy_table::Cell;
 use futures::TryStreamExt;
-use lomash_ledger::streams;
+use lomash_ledger::{dead_letter, streams};
 use lomash_platform::Secret;
 use serde::Serialize;
 
@@ -282,8 +282,27 @@ pub fn render(status: &Snapshot) -> String {
             text.push_str(&format!("{table}\n"));
         }
     }
+    let letters = messages_in(status, dead_letter::STREAM);
+    if letters > 0 {
+        let letters = output::thousands(letters);
+        text.push_str(&format!("{letters} dead letters wait for somebody to look at them: `lomash dlq list`\n"));
+    }
+    let suspects = messages_in(status, streams::ADVISORIES);
+    if suspects > 0 {
+        let suspects = output::thousands(suspects);
+        text.push_str(&format!("{suspects} messages were delivered too often and wait to be tried alone\n"));
+    }
     for why in unavailable {
         text.push_str(&format!("not available: {why}\n"));
     }
     text
+}
+
+/// Messages in a stream; 0 when that is not known, which is told elsewhere.
+fn messages_in(status: &Snapshot, stream: &str) -> u64 {
+    let found = status.streams.iter().find(|part| part.name == stream);
+    found.map_or(0, |part| match &part.answer {
+        Answer::Found(stream) => stream.messages,
+        Answer::Unavailable(_) => 0,
+    })
 }

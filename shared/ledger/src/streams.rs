@@ -22,6 +22,10 @@ pub const JOBS: &str = "JOBS";
 /// The durable consumer by which reconciliation runs are received, one at a time.
 pub const RECONCILIATION: &str = "reconciliation";
 
+/// Messages that were delivered too often: what the server gave up, and what is to be tried alone. Its consumers are named
+/// after those whose messages they are, see [`crate::suspects`].
+pub const ADVISORIES: &str = "ADVISORIES";
+
 /// How long to wait for JetStream to answer while it starts or elects a leader.
 pub const READY_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -100,6 +104,14 @@ pub fn definitions() -> Vec<Definition> {
         consumers: consumers.iter().map(|(name, text)| ((*name).to_owned(), object(text))).collect(),
     };
     vec![
+        stream(
+            ADVISORIES,
+            include_str!("../../../streams/ADVISORIES.json"),
+            &[
+                (PRODUCT_ORDERS, include_str!("../../../streams/consumers/ADVISORIES.product-orders.json")),
+                (RECONCILIATION, include_str!("../../../streams/consumers/ADVISORIES.reconciliation.json")),
+            ],
+        ),
         stream("DEAD_LETTERS", include_str!("../../../streams/DEAD_LETTERS.json"), &[]),
         stream(INVENTORY, include_str!("../../../streams/INVENTORY.json"), &[]),
         stream(
@@ -114,6 +126,44 @@ pub fn definitions() -> Vec<Definition> {
             &[(PRODUCT_ORDERS, include_str!("../../../streams/consumers/ORDERS.product-orders.json"))],
         ),
     ]
+}
+
+/// Whether the files define this durable consumer.
+#[must_use]
+pub fn is_defined(stream: &str, consumer: &str) -> bool {
+    let mut defined = definitions().into_iter().filter(|definition| definition.name == stream);
+    defined.any(|definition| definition.consumers.iter().any(|(name, _)| name == consumer))
+}
+
+/// Whether the files define a stream of this name that takes messages on this very subject.
+#[must_use]
+pub fn takes(stream: &str, subject: &str) -> bool {
+    let defined = definitions().into_iter().find(|definition| definition.name == stream);
+    let patterns = defined.as_ref().and_then(|defined| defined.config.get("subjects")).and_then(Value::as_array);
+    let mut patterns = patterns.into_iter().flatten().filter_map(Value::as_str);
+    let is_literal = subject.split('.').all(|token| !token.is_empty() && !token.contains(['*', '>', ' ']));
+    is_literal && patterns.any(|pattern| matches(pattern, subject))
+}
+
+/// NATS' own rule: `*` is one token, `>` all that follow.
+fn matches(pattern: &str, subject: &str) -> bool {
+    let mut tokens = subject.split('.');
+    for wanted in pattern.split('.') {
+        match (wanted, tokens.next()) {
+            (">", Some(_)) => return true,
+            ("*", Some(_)) => {}
+            (wanted, Some(token)) if wanted == token => {}
+            _ => return false,
+        }
+    }
+    tokens.next().is_none()
+}
+
+/// Whether the files define this stream as a work queue: what is settled is gone from it.
+#[must_use]
+pub fn is_work_queue(stream: &str) -> bool {
+    let mut defined = definitions().into_iter().filter(|definition| definition.name == stream);
+    defined.any(|definition| definition.config.get("retention").and_then(Value::as_str) == Some("workqueue"))
 }
 
 async fn call(context: &Context, subject: String, body: &Value) -> Result<Value, StreamsError> {
