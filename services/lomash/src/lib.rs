@@ -8,6 +8,7 @@ pub mod bench;
 pub mod demo;
 pub mod dice;
 pub mod import;
+pub mod mail_sink;
 pub mod orders;
 pub mod output;
 pub mod rebuild;

@@ -192,7 +192,8 @@ impl<K: Kind> Server<K> {
         self.kind.note()
     }
 
-    pub(super) fn kind(&self) -> &K {
+    /// What it is, beyond a server.
+    pub fn kind(&self) -> &K {
         &self.kind
     }
 
