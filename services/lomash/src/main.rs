@@ -49,7 +49,7 @@ enum Command {
 #[tokio::main]
 async fn main() -> ExitCode {
     let cli = Cli::parse();
-    telemetry::init(cli.log_format, telemetry::COMMAND_FILTER);
+    let telemetry = telemetry::start("lomash", cli.log_format, telemetry::COMMAND_FILTER);
     let outcome = match cli.command {
         Command::Up(args) => up::run(args).await.map(|()| ExitCode::SUCCESS),
         Command::Demo(args) => demo::run(args).await,
@@ -63,6 +63,7 @@ async fn main() -> ExitCode {
         Command::MailSink(args) => mail_sink::run(args).await.map(|()| ExitCode::SUCCESS),
         Command::Token(args) => token::run(&args).map(|()| ExitCode::SUCCESS),
     };
+    telemetry.stop().await;
     outcome.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");
         ExitCode::FAILURE

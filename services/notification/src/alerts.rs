@@ -21,6 +21,7 @@ use uuid::Uuid;
 
 use crate::books::{AlertKind, Arrival, Books, Changes, Details, Known, NewAlert, NotMailed, Rules, Stock, Verdict};
 use crate::low_stock::MailKind;
+use crate::observed;
 
 /// Alerts that a digest tells at most; it says how many more there are.
 pub const MAX_DIGEST_ALERTS: i64 = 1_000;
@@ -320,6 +321,7 @@ impl Alerts {
         match recorded {
             Ok((verdicts, alerts)) => {
                 if alerts > 0 {
+                    observed::recorded(alerts);
                     self.news.recorded.notify_one();
                     self.news.published.notify_one();
                 }

@@ -6,6 +6,7 @@ pub mod http;
 pub mod low_stock;
 pub mod mail;
 pub mod mailer;
+pub mod observed;
 pub mod publishing;
 pub mod recorder;
 pub mod sending;

@@ -10,10 +10,12 @@ use async_nats::jetstream::Context;
 use bytes::Bytes;
 use lomash_contract::{ContentType, Envelope, EventId, LowStock, Timestamp, Topic, codec};
 use lomash_ledger::header;
+use lomash_platform::trace::{self, Reference};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{Span, info, warn};
 
 use crate::alerts::{Alerts, Unpublished};
+use crate::observed;
 
 /// Alerts that are on their way at once.
 const MAX_IN_FLIGHT: u32 = 200;
@@ -70,12 +72,17 @@ async fn publish(context: &Context, alerts: &[Unpublished]) -> Vec<EventId> {
     let publishing = async {
         let mut confirmations = Vec::with_capacity(alerts.len());
         for alert in alerts {
-            let (headers, payload) = message(alert)?;
+            let span = observed::publish_span(alert);
+            let (headers, payload) = message(alert, &span)?;
             let sent = context.publish_with_headers(Topic::NotificationsLowStock.as_str(), headers, payload).await;
-            confirmations.push((alert.caused_by, sent.map_err(|problem| problem.to_string())?));
+            confirmations.push((alert.caused_by, span, sent.map_err(|problem| problem.to_string())?));
         }
-        for (caused_by, confirmation) in confirmations {
-            confirmation.await.map_err(|problem| problem.to_string())?;
+        for (caused_by, span, confirmation) in confirmations {
+            confirmation
+                .await
+                .map_err(|problem| problem.to_string())
+                .inspect_err(|problem| trace::fail(&span, problem))?;
+            observed::published();
             confirmed.push(caused_by);
         }
         Ok::<(), String>(())
@@ -89,7 +96,7 @@ async fn publish(context: &Context, alerts: &[Unpublished]) -> Vec<EventId> {
     confirmed
 }
 
-fn message(alert: &Unpublished) -> Result<(HeaderMap, Bytes), String> {
+fn message(alert: &Unpublished, span: &Span) -> Result<(HeaderMap, Bytes), String> {
     let payload = LowStock {
         product_id: alert.product_id,
         sku: alert.sku.parse().map_err(|problem| format!("the sku of {}: {problem}", alert.caused_by))?,
@@ -101,7 +108,12 @@ fn message(alert: &Unpublished) -> Result<(HeaderMap, Bytes), String> {
     let envelope = Envelope::new(alert.event_id, Timestamp::new(alert.occurred_at), payload);
     let mut headers = HeaderMap::new();
     headers.insert(async_nats::header::NATS_MESSAGE_ID, alert.event_id.to_string());
-    for (name, value) in [(header::TRACEPARENT, &alert.traceparent), (header::TRACESTATE, &alert.tracestate)] {
+    // Whoever reads it continues the publication or, when that is not traced, the cause.
+    let (traceparent, tracestate) = match Reference::of(span) {
+        Some(published) => (Some(published.traceparent()), published.tracestate()),
+        None => (alert.traceparent.clone(), alert.tracestate.clone()),
+    };
+    for (name, value) in [(header::TRACEPARENT, traceparent), (header::TRACESTATE, tracestate)] {
         if let Some(value) = value {
             headers.insert(name, value.as_str());
         }

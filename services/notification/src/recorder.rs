@@ -21,6 +21,7 @@ use tracing::{info, warn};
 
 use crate::alerts::Alerts;
 use crate::books::{Arrival, Rules, Verdict};
+use crate::observed;
 
 /// Messages in hand at once: all that the consumer delivers without an acknowledgement (`max_ack_pending`), so that what
 /// comes back finds room.
@@ -105,12 +106,14 @@ impl Intake {
         let text = |name| delivery.header(name).filter(|text| is_plain(text)).map(str::to_owned);
         let event =
             parse_stored(&delivery.subject, message_id, &delivery.payload).map_err(|foreign| foreign.to_string());
+        let (traceparent, tracestate) =
+            observed::context_to_keep(text(header::TRACEPARENT).as_deref(), text(header::TRACESTATE).as_deref());
         let arrival = Arrival {
             sequence: delivery.sequence,
             deliveries: delivery.deliveries,
             stored_at: delivery.stored_at,
-            traceparent: text(header::TRACEPARENT),
-            tracestate: text(header::TRACESTATE),
+            traceparent,
+            tracestate,
             event,
         };
         let (answer, verdict) = oneshot::channel();

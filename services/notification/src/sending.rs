@@ -9,11 +9,12 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::{Instrument as _, debug, info, warn};
 
 use crate::alerts::{Alerts, Attempt};
 use crate::mail::{self, Letterhead};
 use crate::mailer::{Connection, Mailer, Outcome};
+use crate::observed;
 
 /// Most tasks: mail servers limit the connections of one client.
 pub const MAX_CONNECTIONS: u32 = 16;
@@ -166,7 +167,10 @@ impl Worker {
                 let mut connection = self.connected().await?;
                 self.shared.pace.lock().await.tick().await;
                 lomash_ledger::crash_point!("notify-before-send");
-                let outcome = connection.send(&written).await;
+                let sending =
+                    observed::Send::begin(&claimed.mail, &written.message_id, &self.shared.mailer.to_string());
+                let outcome = connection.send(&written).instrument(sending.span()).await;
+                sending.end(&outcome);
                 lomash_ledger::crash_point!("notify-after-send");
                 match outcome {
                     Outcome::Accepted { refused } => {

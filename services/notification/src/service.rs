@@ -27,7 +27,7 @@ use crate::low_stock::Policy;
 use crate::mail::Letterhead;
 use crate::mailer::Mailer;
 use crate::sending::{MAX_CONNECTIONS, MAX_RATE, Sending};
-use crate::{publishing, recorder};
+use crate::{observed, publishing, recorder};
 
 /// How long the last acknowledgements may take to leave.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
@@ -122,6 +122,7 @@ pub struct Config {
 /// # Errors
 /// When it cannot start, or finds something that trying again cannot mend.
 pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
+    observed::register();
     let letterhead = letterhead(&config)?;
     let mailer = Mailer::new(&config.smtp_url, config.smtp_ca_file.as_ref())?;
     let pool = postgres::pool(&config.database_url)?;
@@ -241,7 +242,9 @@ impl Checks {
                 State::Connected => self.stream.ready("connected"),
                 state => self.stream.not_ready(format!("no connection to NATS ({state})")),
             }
-            match tokio::time::timeout(CHECK_TIMEOUT, alerts.waiting()).await {
+            let waiting = tokio::time::timeout(CHECK_TIMEOUT, alerts.waiting()).await;
+            observed::waiting(waiting.as_ref().ok().and_then(|waiting| waiting.as_ref().ok()).copied());
+            match waiting {
                 Ok(Ok(waiting)) => self.postgres.ready(format!(
                     "{} to be published, {} to be mailed, {} refused",
                     waiting.to_publish, waiting.to_mail, waiting.failed
