@@ -44,7 +44,7 @@ CREATE TABLE mails (
 COMMENT ON TABLE mails IS 'The outbox. A row is locked while it is being sent, so each mail is sent by one replica; a replica that dies lets go of it.';
 COMMENT ON COLUMN mails.mail_id IS 'The eventId of the cause, or the id of the digest''s period; Message-ID is made of it.';
 COMMENT ON COLUMN mails.sequence IS 'Stream sequence of the (first) cause: mails that are due at once go out in this order.';
-COMMENT ON COLUMN mails.due_at IS 'Not before; null until the notification is published.';
+COMMENT ON COLUMN mails.due_at IS 'Not before; null until the notification is published (a recovery: until those before it are).';
 COMMENT ON COLUMN mails.problem IS 'Why the last attempt did not succeed; of a mail that was sent, which recipients were refused.';
 CREATE INDEX mails_due ON mails (due_at, sequence) WHERE state = 'waiting';
 
@@ -79,10 +79,10 @@ COMMENT ON COLUMN alerts.occurred_at IS 'The timestamp of the cause''s envelope.
 COMMENT ON COLUMN alerts.stored_at IS 'When the server stored the cause.';
 COMMENT ON COLUMN alerts.traceparent IS 'W3C trace context of the cause, for the notification and the mail.';
 COMMENT ON COLUMN alerts.event_id IS 'eventId of the notification, derived from the cause.';
-COMMENT ON COLUMN alerts.published_at IS 'When NOTIFICATIONS confirmed the notification; null while it waits. A recovery is not published.';
+COMMENT ON COLUMN alerts.published_at IS 'When NOTIFICATIONS confirmed the notification; null while it waits. A recovery is not published; then, when it took its turn.';
 COMMENT ON COLUMN alerts.mail_id IS 'The mail that tells it.';
 COMMENT ON COLUMN alerts.not_mailed IS 'Why no mail tells it: `old`, the cause was past when it was first seen; `edge`, the product was low already.';
-CREATE INDEX alerts_unpublished ON alerts (sequence) WHERE published_at IS NULL AND kind = 'lowStock';
+CREATE INDEX alerts_unpublished ON alerts (sequence) WHERE published_at IS NULL;
 CREATE INDEX alerts_of_mail ON alerts (mail_id, sequence);
 -- Lists go from the newest to the oldest.
 CREATE INDEX alerts_by_sequence ON alerts (sequence);

@@ -248,7 +248,7 @@ async fn alerts(url: &Secret) -> anyhow::Result<AlertStatus> {
     let client = lomash_platform::postgres::connect(url).await?;
     let query = "SELECT (SELECT sequence FROM notification.checkpoint),
                         (SELECT count(*) FROM notification.alerts),
-                        (SELECT count(*) FROM notification.alerts WHERE published_at IS NULL AND kind = 'lowStock'),
+                        (SELECT count(*) FROM notification.alerts WHERE published_at IS NULL),
                         (SELECT count(*) FROM notification.mails WHERE state = 'waiting'),
                         (SELECT count(*) FROM notification.mails WHERE state = 'failed')";
     let row = client

@@ -323,7 +323,6 @@ impl Alerts {
                 if alerts > 0 {
                     observed::recorded(alerts);
                     self.news.recorded.notify_one();
-                    self.news.published.notify_one();
                 }
                 Ok(verdicts)
             }
@@ -400,8 +399,8 @@ impl Alerts {
                 event_id, mail_id, not_mailed)
             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19)
             ON CONFLICT DO NOTHING";
-        let mail = "INSERT INTO notification.mails (mail_id, kind, sequence, due_at)
-            VALUES ($1, $2, $3, CASE WHEN $4 THEN now() END) ON CONFLICT DO NOTHING";
+        let mail = "INSERT INTO notification.mails (mail_id, kind, sequence)
+            VALUES ($1, $2, $3) ON CONFLICT DO NOTHING";
         for alert in alerts {
             let (mail_id, not_mailed) = match alert.mail {
                 Ok(MailKind::Digest) => (digest, None),
@@ -443,8 +442,7 @@ impl Alerts {
             if inserted == 1
                 && let (Some(mail_id), Ok(MailKind::LowStock | MailKind::Recovered)) = (mail_id, alert.mail)
             {
-                let is_due = alert.kind == AlertKind::Recovered;
-                transaction.execute_cached(mail, &[&mail_id, &kind, &signed(alert.sequence), &is_due]).await?;
+                transaction.execute_cached(mail, &[&mail_id, &kind, &signed(alert.sequence)]).await?;
             }
         }
         Ok(())
@@ -485,15 +483,18 @@ impl Alerts {
         let mut client = self.client().await?;
         let transaction = claiming(&mut client).await?;
         let next =
-            "SELECT caused_by, event_id, product_id, sku, quantity, threshold, occurred_at, traceparent, tracestate
-            FROM notification.alerts WHERE published_at IS NULL AND kind = 'lowStock'
+            "SELECT caused_by, event_id, product_id, sku, quantity, threshold, occurred_at, traceparent, tracestate, kind
+            FROM notification.alerts WHERE published_at IS NULL
             ORDER BY sequence LIMIT $1 FOR UPDATE SKIP LOCKED";
         let rows = transaction.query(next, &[&i64::from(limit)]).await?;
-        let alerts: Vec<_> = rows.iter().map(unpublished).collect();
-        if alerts.is_empty() {
+        if rows.is_empty() {
             return Ok((0, 0));
         }
-        let published: Vec<Uuid> = publish(&alerts).await.into_iter().map(|id| id.0).collect();
+        // A recovery is not published; it takes its turn all the same, so that its mail follows those before it.
+        let (low, recovered): (Vec<_>, Vec<_>) = rows.iter().partition(|row| row.get::<_, &str>(9) == "lowStock");
+        let alerts: Vec<_> = low.into_iter().map(unpublished).collect();
+        let mut published: Vec<Uuid> = publish(&alerts).await.into_iter().map(|id| id.0).collect();
+        published.extend(recovered.into_iter().map(|row| row.get::<_, Uuid>(0)));
         let record = "UPDATE notification.alerts SET published_at = now() WHERE caused_by = ANY($1)";
         transaction.execute(record, &[&published]).await?;
         let due = "UPDATE notification.mails SET due_at = now()
@@ -501,7 +502,7 @@ impl Alerts {
         transaction.execute(due, &[&published]).await?;
         transaction.commit().await?;
         self.news.published.notify_one();
-        Ok((alerts.len(), published.len()))
+        Ok((rows.len(), published.len()))
     }
 
     // ── Mailing ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -540,8 +541,7 @@ impl Alerts {
     /// [`AlertsError`].
     pub async fn waiting(&self) -> Result<Waiting, AlertsError> {
         let client = self.client().await?;
-        let count =
-            "SELECT (SELECT count(*) FROM notification.alerts WHERE published_at IS NULL AND kind = 'lowStock'),
+        let count = "SELECT (SELECT count(*) FROM notification.alerts WHERE published_at IS NULL),
             (SELECT count(*) FROM notification.mails WHERE state = 'waiting'),
             (SELECT count(*) FROM notification.mails WHERE state = 'failed')";
         match client.query_one(count, &[]).await {
@@ -748,6 +748,7 @@ fn as_told(row: &Row) -> Told {
 fn as_listed(row: &Row) -> Notification {
     let instant = |column| row.get::<_, Option<OffsetDateTime>>(column).map(Timestamp::new);
     let kind: String = row.get(1);
+    let is_published = kind == "lowStock";
     Notification {
         caused_by: row.get(0),
         sequence: unsigned(row, 2),
@@ -763,9 +764,9 @@ fn as_listed(row: &Row) -> Notification {
         updated_by: row.get(11),
         occurred_at: Timestamp::new(row.get(12)),
         recorded_at: Timestamp::new(row.get(13)),
-        event_id: (kind == "lowStock").then(|| row.get(14)),
+        event_id: is_published.then(|| row.get(14)),
         kind,
-        published_at: instant(15),
+        published_at: instant(15).filter(|_| is_published),
         mail: MailState {
             state: row.get(16),
             reason: row.get(17),

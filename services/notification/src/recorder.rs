@@ -43,6 +43,9 @@ const GATHER_PATIENCE: Duration = Duration::from_secs(40);
 /// Pause between two looks at what is outstanding.
 const GATHER_PAUSE: Duration = Duration::from_millis(100);
 
+/// How often a recorder with nothing to do looks whether the schema was dropped.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+
 /// Pauses between tries while Postgres is away, doubling.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(5);
@@ -152,6 +155,13 @@ impl Recorder {
                     return Ok(());
                 },
                 () = std::future::ready(()), if !queued.is_empty() => {}
+                () = tokio::time::sleep(LOOK_EVERY), if queued.is_empty() => {
+                    tokio::select! {
+                        () = stop.cancelled() => return Ok(()),
+                        () = self.look_for_loss() => {}
+                    }
+                    continue;
+                }
             }
             let newest = queued.iter().rev().find_map(|queued| queued.pin.clone());
             if newest != self.pin {
@@ -181,8 +191,7 @@ impl Recorder {
             let pause = tokio::time::sleep(GATHER_PAUSE);
             match self.outstanding().await {
                 Ok(info) => {
-                    if info.ack_floor.consumer_sequence > 0 && self.has_lost_everything().await {
-                        warn!("the schema is new and the consumer is not: reading the ledger again from its beginning");
+                    if self.has_lost_everything(&info).await {
                         self.forget_consumer().await;
                         return false;
                     }
@@ -220,7 +229,20 @@ impl Recorder {
         Ok(consumer.cached_info().clone())
     }
 
-    async fn has_lost_everything(&self) -> bool {
+    /// While nothing comes in: a schema that was dropped is noticed by nobody else.
+    async fn look_for_loss(&self) {
+        if let Ok(info) = self.outstanding().await
+            && self.has_lost_everything(&info).await
+        {
+            self.forget_consumer().await;
+        }
+    }
+
+    /// Whether the schema was dropped: messages were acknowledged, which are recorded before, and none is recorded.
+    async fn has_lost_everything(&self, info: &consumer::Info) -> bool {
+        if info.ack_floor.consumer_sequence == 0 {
+            return false;
+        }
         let mut pause = FIRST_PAUSE;
         loop {
             match self.alerts.checkpoint().await {
@@ -236,6 +258,7 @@ impl Recorder {
 
     /// The receive loop makes it again from its definition, and everything is delivered once more.
     async fn forget_consumer(&self) {
+        warn!("the schema is new and the consumer is not: reading the ledger again from its beginning");
         let deleted = async {
             let stream =
                 self.context.get_stream_no_info(streams::INVENTORY).await.map_err(|problem| problem.to_string())?;
