@@ -126,9 +126,12 @@ fn letters(dir: &Path) -> Result<Vec<Letter>> {
     let letter = |path: PathBuf| {
         let text = std::fs::read_to_string(&path)?;
         let (head, _) = text.split_once("\r\n\r\n").with_context(|| format!("{} has no body", path.display()))?;
-        let headers = head.replace("\r\n ", " ");
-        let headers = headers.split("\r\n").filter_map(|line| line.split_once(": "));
-        Ok(Letter { headers: headers.map(|(name, value)| (name.to_owned(), value.to_owned())).collect(), text })
+        ensure!(text.is_ascii() && text.lines().all(|line| line.len() < 1000), "{} is no mail", path.display());
+        let head = head.replace("\r\n ", " ");
+        let headers = head.split("\r\n").filter_map(|line| line.split_once(": "));
+        let headers = headers.map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+        // Quoted-printable, as far as ASCII needs it.
+        Ok(Letter { headers, text: text.replace("=\r\n", "").replace("=3D", "=") })
     };
     files.into_iter().map(letter).collect()
 }
@@ -194,7 +197,7 @@ async fn settled(world: &World, within: Duration) -> Result<()> {
     received(world, within).await?;
     let database = world.database().await?;
     eventually("everything to be published and mailed", within, async || {
-        let open = "SELECT (SELECT count(*) FROM notification.alerts WHERE published_at IS NULL AND kind = 'lowStock')
+        let open = "SELECT (SELECT count(*) FROM notification.alerts WHERE published_at IS NULL)
                          + (SELECT count(*) FROM notification.mails WHERE state = 'waiting')";
         let open = count(&database, open).await?;
         ensure!(open == 0, "{open} wait");
@@ -353,8 +356,9 @@ async fn ledger_end(world: &World) -> Result<u64> {
 /// The service dies at each point between hearing of a cause and having recorded its mail.
 async fn dies_and_recovers(point: &str) -> Result<()> {
     let mut scene = Scene::set().await?;
-    scene.service.set_env("FAILPOINTS", format!("{point}=3*off->return"));
-    scene.service.set_env("MAIL_DIGEST_SECONDS", "1");
+    // Many are published at once.
+    let passes = if point.ends_with("-publish") { 1 } else { 3 };
+    scene.service.set_env("FAILPOINTS", format!("{point}={passes}*off->return"));
     start_until_ready(&mut scene.service).await?;
     let products = scene.world.register_many(4, 5).await?;
     // One after the other, so that there are several batches.
@@ -372,10 +376,10 @@ async fn dies_and_recovers(point: &str) -> Result<()> {
     scene.service.kill();
     start_until_ready(&mut scene.service).await?;
     scene.settled().await?;
-    let may_be_twice = usize::from(point == "notify-after-send");
-    let causes = scene.check(may_be_twice).await?;
+    // Wherever it dies, another mail may just be on its way.
+    let causes = scene.check(1).await?;
     assert_eq!(causes.len(), 4 * 4);
-    if may_be_twice == 1 {
+    if point == "notify-after-send" {
         assert_eq!(scene.mails()?.len(), 17, "the point is behind the server's answer, so exactly one comes twice");
     }
     scene.end().await
@@ -614,7 +618,7 @@ async fn two_replicas_tell_everything_once() -> Result<()> {
     scene.world.decided(orders.iter().map(|order| order.payload.order_id)).await?;
     settled(&scene.world, TAKEOVER_BOUND).await?;
     let causes = scene.check(1).await?;
-    assert!(causes.len() > 20, "{}", causes.len());
+    assert!(causes.len() > 8, "{}", causes.len());
     start_until_ready(&mut scene.service).await?;
     second.stop().await?;
     // The other one is pinned now.
@@ -683,11 +687,8 @@ async fn names_are_only_names_in_a_mail() -> Result<()> {
         for (name, _) in &mail.headers {
             assert!(known.contains(&name.as_str()), "{name} in\n{}", mail.text);
         }
-        assert!(
-            mail.text.is_ascii() && !mail.text.contains("<script>") && !mail.text.contains("<b>&"),
-            "{}",
-            mail.text
-        );
+        let (_, html) = mail.text.split_once("<!doctype html>").context("no HTML")?;
+        assert!(!html.contains("<script>") && !html.contains("<b>&"), "{html}");
         assert!(mail.text.contains("From: \"Lomash Inventory\" <inventory@lomash.example>"), "{}", mail.text);
     }
     scene.end().await
