@@ -47,6 +47,7 @@ COMMENT ON COLUMN mails.sequence IS 'Stream sequence of the (first) cause: mails
 COMMENT ON COLUMN mails.due_at IS 'Not before; null until the notification is published (a recovery: until those before it are).';
 COMMENT ON COLUMN mails.problem IS 'Why the last attempt did not succeed; of a mail that was sent, which recipients were refused.';
 CREATE INDEX mails_due ON mails (due_at, sequence) WHERE state = 'waiting';
+CREATE INDEX mails_failed ON mails (sequence) WHERE state = 'failed';
 
 CREATE TABLE alerts (
     caused_by         uuid        PRIMARY KEY,

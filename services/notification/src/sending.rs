@@ -34,6 +34,9 @@ const LAST_PAUSE: Duration = Duration::from_secs(30);
 /// How often mails are looked for that became due by themselves, or that another replica recorded.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
+/// How long a mail that is on its way may take once the service stops: a supervisor's patience is limited.
+const STOP_PATIENCE: Duration = Duration::from_secs(5);
+
 /// A connection that had nothing to do for so long is closed.
 const IDLE_CLOSE: Duration = Duration::from_secs(20);
 
@@ -89,7 +92,7 @@ impl Sending {
         *self.condition.lock().unwrap_or_else(PoisonError::into_inner) = Some(condition);
     }
 
-    /// Sends until `stop`. A mail that is on its way then is finished.
+    /// Sends until `stop`. A mail that is on its way then is finished, if the server is not slow.
     ///
     /// # Errors
     /// Never; it is a task of the process like the others.
@@ -118,7 +121,17 @@ impl Sending {
                     pause = (pause * 2).min(LAST_PAUSE);
                 }
             }
-            outcome = worker.turn().await;
+            let patience = async {
+                stop.cancelled().await;
+                tokio::time::sleep(STOP_PATIENCE).await;
+            };
+            outcome = tokio::select! {
+                outcome = worker.turn() => outcome,
+                () = patience => {
+                    warn!("a mail that was on its way is given up and may be sent twice");
+                    break;
+                }
+            };
         }
         if let Some((connection, _)) = worker.connection.take() {
             connection.quit().await;
