@@ -41,7 +41,7 @@ pub struct Written {
     /// Sender and recipients as the server hears them.
     pub envelope: Envelope,
     /// Headers and body; ASCII only.
-    pub bytes: Vec<u8>,
+    pub text: String,
 }
 
 /// Writes a mail.
@@ -78,7 +78,11 @@ pub fn write(letterhead: &Letterhead, mail_id: Uuid, mail: &Mail) -> Result<Writ
     let recipients: Vec<Address> = letterhead.to.iter().map(|recipient| recipient.email.clone()).collect();
     let envelope =
         Envelope::new(Some(letterhead.from.email.clone()), recipients).map_err(|problem| problem.to_string())?;
-    Ok(Written { message_id, envelope, bytes: message.formatted() })
+    let text = String::from_utf8(message.formatted()).map_err(|problem| problem.to_string())?;
+    if !text.is_ascii() {
+        return Err("its encoding is not ASCII".to_owned());
+    }
+    Ok(Written { message_id, envelope, text })
 }
 
 fn date_of(at: OffsetDateTime) -> SystemTime {
@@ -286,7 +290,7 @@ mod tests {
     fn written(told: Told) -> String {
         let written = write(&letterhead(), Uuid::from_u128(1), &Mail::Alert(told)).expect("written");
         assert_eq!(written.envelope.to().len(), 2);
-        String::from_utf8(written.bytes).expect("ASCII")
+        written.text
     }
 
     /// The headers without their folding, one a line.
@@ -355,7 +359,7 @@ mod tests {
         let closed_at = time::macros::datetime!(2026-02-01 00:00 UTC);
         let mail = Mail::Digest { alerts, total: 9, closed_at };
         let written = write(&letterhead(), Uuid::from_u128(1), &mail).expect("written");
-        let text = String::from_utf8(written.bytes).expect("ASCII");
+        let text = written.text;
         assert!(text.contains("Subject: Low stock: 2 products became low"), "{text}");
         assert!(
             text.contains("0 left, threshold 3, 3 changes") && text.contains("3 left, threshold 3, 1 change,"),

@@ -15,7 +15,6 @@ use tokio::{
 };
 
 use super::{FolderLock, Kind};
-use crate::mail_sink::{CA_FILE, TLS_DIR};
 
 /// The program that has the command.
 const PROGRAM: &str = "lomash";
@@ -29,13 +28,6 @@ pub struct MailServer {
     dir: PathBuf,
     /// Unique to this server, so that a probe can tell it from a stranger on the same port.
     name: String,
-}
-
-impl MailServer {
-    /// Whom its clients must trust.
-    pub fn ca_file(&self) -> PathBuf {
-        self.dir.join(TLS_DIR).join(CA_FILE)
-    }
 }
 
 impl Kind for MailServer {

@@ -192,8 +192,7 @@ impl<K: Kind> Server<K> {
         self.kind.note()
     }
 
-    /// What it is, beyond a server.
-    pub fn kind(&self) -> &K {
+    pub(super) fn kind(&self) -> &K {
         &self.kind
     }
 
