@@ -189,6 +189,10 @@ fn letterhead(config: &Config) -> anyhow::Result<Letterhead> {
         (1..=MAX_RECIPIENTS).contains(&recipients),
         "MAIL_TO names 1 to {MAX_RECIPIENTS} recipients, not {recipients}"
     );
+    for mailbox in config.mail_to.iter().chain([&config.mail_from]) {
+        let address: &str = mailbox.email.as_ref();
+        ensure!(address.is_ascii(), "MAIL_FROM and MAIL_TO: write the domain of {address} in its ASCII form (xn--…)");
+    }
     let base = &config.mail_link_base;
     ensure!(matches!(base.scheme(), "http" | "https"), "MAIL_LINK_BASE is an http or https URL, not {base}");
     Ok(Letterhead { from: config.mail_from.clone(), to: config.mail_to.clone(), link_base: base.to_string() })
