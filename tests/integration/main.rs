@@ -7,6 +7,7 @@ mod http;
 mod http_faults;
 mod imports;
 mod ledger_suite;
+mod notification;
 mod openapi;
 mod orders;
 mod projection;

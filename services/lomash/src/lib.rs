@@ -9,6 +9,7 @@ pub mod demo;
 pub mod dice;
 pub mod dlq;
 pub mod import;
+pub mod mail_sink;
 pub mod orders;
 pub mod output;
 pub mod rebuild;

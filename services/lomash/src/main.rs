@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use lomash::{bench, demo, dlq, import, orders, rebuild, reconcile, status, token, up, verify};
+use lomash::{bench, demo, dlq, import, mail_sink, orders, rebuild, reconcile, status, token, up, verify};
 use lomash_platform::telemetry::{self, LogFormat};
 
 /// Lomash Inventory: stock that is never oversold, lost or double-counted.
@@ -20,7 +20,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Start NATS, Postgres, Redis and the services on this machine, until Ctrl-C.
+    /// Start NATS, Postgres, Redis, a mail server and the services on this machine, until Ctrl-C.
     Up(up::UpArgs),
     /// Show the whole way of orders on real servers, check every number, and end.
     Demo(demo::DemoArgs),
@@ -42,6 +42,9 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Show streams, consumers, lag and checkpoints.
     Status(status::StatusArgs),
+    /// Keep mails as files instead of delivering them; `up` starts it.
+    #[command(hide = true)]
+    MailSink(mail_sink::MailSinkArgs),
     /// Mint a bearer token for development.
     Token(token::TokenArgs),
 }
@@ -61,6 +64,7 @@ async fn main() -> ExitCode {
         Command::Dlq(command) => dlq::run(command).await,
         Command::Bench(args) => bench::run(args).await,
         Command::Status(args) => status::run(args).await,
+        Command::MailSink(args) => mail_sink::run(args).await.map(|()| ExitCode::SUCCESS),
         Command::Token(args) => token::run(&args).map(|()| ExitCode::SUCCESS),
     };
     telemetry.stop().await;

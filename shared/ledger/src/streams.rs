@@ -17,6 +17,11 @@ pub const PRODUCT_ORDERS: &str = "product-orders";
 /// Its priority group.
 pub const PRODUCT_ORDERS_GROUP: &str = "orders";
 
+/// The durable consumer by which the notification service receives changes of stock and thresholds.
+pub const NOTIFICATION: &str = "notification";
+/// Its priority group.
+pub const NOTIFICATION_GROUP: &str = "notification";
+
 /// The work queue: schedules and what they start.
 pub const JOBS: &str = "JOBS";
 /// The durable consumer by which reconciliation runs are received, one at a time.
@@ -113,7 +118,11 @@ pub fn definitions() -> Vec<Definition> {
             ],
         ),
         stream("DEAD_LETTERS", include_str!("../../../streams/DEAD_LETTERS.json"), &[]),
-        stream(INVENTORY, include_str!("../../../streams/INVENTORY.json"), &[]),
+        stream(
+            INVENTORY,
+            include_str!("../../../streams/INVENTORY.json"),
+            &[(NOTIFICATION, include_str!("../../../streams/consumers/INVENTORY.notification.json"))],
+        ),
         stream(
             JOBS,
             include_str!("../../../streams/JOBS.json"),
@@ -266,7 +275,8 @@ async fn ensure(
     refusal(&label, &answer).map_or(Ok(Vec::new()), Err)
 }
 
-/// The subject by which the `nats` CLI creates a consumer: its filter is part of it, so that permissions can name it.
+/// The subject by which the `nats` CLI creates a consumer: its filter is part of it, so that permissions can name it. With
+/// several filters there is none in the subject; the server requires that.
 fn consumer_create_subject(stream: &str, consumer: &str, config: &Map<String, Value>) -> String {
     match config.get("filter_subject").and_then(Value::as_str) {
         Some(filter) if !filter.is_empty() => format!("CONSUMER.CREATE.{stream}.{consumer}.{filter}"),
