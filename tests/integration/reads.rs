@@ -24,6 +24,7 @@ use lomash_contract::{
 use lomash_ledger::{AppendError, BatchPosition, Carried, Ledger, Messages, NewMessage, ReadError, StoredMessage};
 use lomash_platform::Secret;
 use lomash_platform::postgres::Schema;
+use lomash_platform::reader::Unreadable;
 use lomash_tests::{Dice, PATIENCE, World, count, eventually, nowhere, order};
 use product_service::projected::{NotYetProjected, Projected, WAIT_TIMEOUT};
 use product_service::projection::{self, AFTER_COMMIT_TIMEOUT, AfterCommit};
@@ -453,7 +454,7 @@ impl Shop {
         let postgres = Postgres::start(&dir.path().join("postgres")).await?;
         let url = Secret::from(postgres.url());
         let pool = lomash_platform::postgres::pool(&url)?;
-        let (stop, projected) = (CancellationToken::new(), Projected::new(pool.clone()));
+        let (stop, projected) = (CancellationToken::new(), Projected::new(pool.clone(), &lomash_platform::postgres::INVENTORY));
         let projecting =
             projection::run(books.told.clone(), pool, url.clone(), projected.clone(), after_commit, stop.clone());
         let projector = tokio::spawn(projecting);
@@ -718,7 +719,7 @@ async fn a_reader_waits_for_what_it_wrote() -> Result<()> {
     shop.caught_up().await?;
     // Another replica, whose projector is not the active one.
     let pool = lomash_platform::postgres::pool(&shop.url)?;
-    let elsewhere = Projected::new(pool.clone());
+    let elsewhere = Projected::new(pool.clone(), &lomash_platform::postgres::INVENTORY);
     assert_eq!(elsewhere.reached(), 0, "nobody asked");
 
     for round in 0..20 {
@@ -767,7 +768,7 @@ async fn a_reader_waits_for_what_it_wrote() -> Result<()> {
     assert_eq!(second.await??, wanted);
 
     // Without Postgres it is "not yet", in time.
-    let lost = Projected::new(lomash_platform::postgres::pool(&nowhere())?);
+    let lost = Projected::new(lomash_platform::postgres::pool(&nowhere())?, &lomash_platform::postgres::INVENTORY);
     let began = Instant::now();
     assert_eq!(lost.wait_for(1).await, Err(NotYetProjected { wanted: 1, reached: 0 }));
     assert!(began.elapsed() < WAIT_TIMEOUT * 3);
@@ -1302,7 +1303,7 @@ async fn reads_go_on_while_schemas_are_swapped() -> Result<()> {
     service.stop().await?;
     world.database().await?.batch_execute("DROP SCHEMA inventory CASCADE").await?;
     let gone = reads.product(products[0]).await.unwrap_err();
-    assert!(matches!(&gone, QueryError::Unavailable { cause, .. } if cause.contains("does not exist")), "{gone}");
+    assert!(matches!(&gone, QueryError::Unavailable(Unreadable { cause, .. }) if cause.contains("does not exist")), "{gone}");
     let service = world.run_service().await?;
     world.quiet().await?;
     let last = world.last_sequence().await?;

@@ -92,10 +92,12 @@ async fn the_server_takes_every_file_as_it_is_and_keeps_every_field() -> Result<
         let file: Map<String, Value> = serde_json::from_str(&text)?;
         let (stream, consumer) = name.split_once('.').expect("STREAM.consumer.json");
         assert_eq!(file["durable_name"], *consumer, "the file is named after its consumer");
-        let filter = file["filter_subject"].as_str().unwrap();
         // The file in the place where the CLI puts it, not read and written again.
         let body = format!("{{\"stream_name\":\"{stream}\",\"config\":{text},\"action\":\"create\"}}");
-        let subject = format!("CONSUMER.CREATE.{stream}.{consumer}.{filter}");
+        let mut subject = format!("CONSUMER.CREATE.{stream}.{consumer}");
+        if let Some(filter) = file.get("filter_subject") {
+            subject = format!("{subject}.{}", filter.as_str().unwrap());
+        }
         let answer = request(&client, subject, body).await?;
         assert_eq!(answer.get("error"), None, "{name} is refused");
         let info = request(&client, format!("CONSUMER.INFO.{stream}.{consumer}"), "").await?;

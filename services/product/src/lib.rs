@@ -13,7 +13,6 @@ pub mod committer;
 pub mod http;
 pub mod inventory;
 pub mod orders;
-pub mod projected;
 pub mod projection;
 pub mod readiness;
 pub mod reads;
@@ -21,3 +20,5 @@ pub mod rebuild;
 pub mod reconciliation;
 pub mod service;
 pub mod warehouse;
+
+pub use lomash_platform::projected;

@@ -17,6 +17,11 @@ pub const PRODUCT_ORDERS: &str = "product-orders";
 /// Its priority group.
 pub const PRODUCT_ORDERS_GROUP: &str = "orders";
 
+/// The durable consumer by which the analytics service receives the events of the ledger.
+pub const ANALYTICS: &str = "analytics";
+/// Its priority group.
+pub const ANALYTICS_GROUP: &str = "analytics";
+
 /// The work queue: schedules and what they start.
 pub const JOBS: &str = "JOBS";
 /// The durable consumer by which reconciliation runs are received, one at a time.
@@ -101,7 +106,11 @@ pub fn definitions() -> Vec<Definition> {
     };
     vec![
         stream("DEAD_LETTERS", include_str!("../../../streams/DEAD_LETTERS.json"), &[]),
-        stream(INVENTORY, include_str!("../../../streams/INVENTORY.json"), &[]),
+        stream(
+            INVENTORY,
+            include_str!("../../../streams/INVENTORY.json"),
+            &[(ANALYTICS, include_str!("../../../streams/consumers/INVENTORY.analytics.json"))],
+        ),
         stream(
             JOBS,
             include_str!("../../../streams/JOBS.json"),

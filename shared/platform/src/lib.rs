@@ -3,6 +3,9 @@
 pub mod nats;
 pub mod postgres;
 pub mod process;
+pub mod projected;
+pub mod reader;
+pub mod schemas;
 pub mod secret;
 pub mod shutdown;
 pub mod telemetry;

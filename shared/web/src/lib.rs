@@ -20,8 +20,10 @@ pub mod extract;
 pub mod health;
 mod jwks;
 pub mod limits;
+pub mod openapi;
 pub mod problem;
 pub mod routes;
+pub mod sequences;
 pub mod server;
 
 pub use auth::{Admin, Caller, Gate, Role, Verifier, Viewer};
