@@ -4,25 +4,25 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use analytics_service::reads::{
-    LevelKey, LowKey, MAX_PAGE, Reads, Sort, StockLevelFilter, StockLevelQuery,
-};
+use analytics_service::reads::{LevelKey, QueryError, Reads, StockLevelFilter, StockLevelQuery};
 use anyhow::{Context as _, Result, ensure};
 use async_nats::HeaderMap;
 use lomash::rebuild::{Comparison, Options, Outcome, Projection, rebuild_of, rollback_of};
-use lomash::stack::{Service, free_port, log_tail};
+use lomash::stack::{Postgres, Service, free_port, log_tail, scratch};
 use lomash::verify::Show;
-use lomash_contract::{LedgerEvent, OrderId, ProductId, Topic, Trigger};
+use lomash_contract::{LedgerEvent, OrderId, ProductId, Topic};
 use lomash_ledger::streams;
+use lomash_platform::Secret;
+use lomash_platform::postgres::{ANALYTICS, migrate_schema};
 use lomash_tests::http::Caller;
-use lomash_tests::{
-    Dice, Fate, JWT_SECRET, PATIENCE, World, count, eventually, order, start_until_ready, token,
-};
+use lomash_tests::{Dice, Fate, JWT_SECRET, PATIENCE, World, count, eventually, order, start_until_ready, token};
 use lomash_web::Role;
 use product_service::inventory::{Action, Amendment};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 use uuid::Uuid;
+
+use crate::reads::{Done, WATCHED, plans};
 
 /// The service as this package builds it, with crash points.
 const PROGRAM: &str = "analytics-service-under-test";
@@ -87,9 +87,10 @@ async fn rows(world: &World, schema: &str) -> Result<String> {
     for (table, but) in
         [("products", ""), ("stock", ""), ("product_days", ""), ("days", ""), ("checkpoint", " - 'updated_at'")]
     {
-        let query =
-            format!("SELECT COALESCE(string_agg((to_jsonb(t){but})::text, E'\n' ORDER BY to_jsonb(t)::text), '')
-                     FROM {schema}.{table} t");
+        let query = format!(
+            "SELECT COALESCE(string_agg((to_jsonb(t){but})::text, E'\n' ORDER BY to_jsonb(t)::text), '')
+                     FROM {schema}.{table} t"
+        );
         all.push_str(&database.query_one(&query, &[]).await?.get::<_, String>(0));
         all.push('\n');
     }
@@ -101,7 +102,8 @@ async fn row_versions(world: &World) -> Result<String> {
     let database = world.database().await?;
     let mut all = String::new();
     for table in ["products", "stock", "product_days", "days", "checkpoint"] {
-        let query = format!("SELECT COALESCE(string_agg(t.xmin::text, ',' ORDER BY t.ctid), '') FROM analytics.{table} t");
+        let query =
+            format!("SELECT COALESCE(string_agg(t.xmin::text, ',' ORDER BY t.ctid), '') FROM analytics.{table} t");
         all.push_str(&database.query_one(&query, &[]).await?.get::<_, String>(0));
     }
     Ok(all)
@@ -157,7 +159,8 @@ async fn assert_counted(world: &World, expected: &Expected) -> Result<()> {
     };
     assert_eq!(by_product("units_sold").await?, expected.sold);
     assert_eq!(by_product("units_refused_insufficient").await?, expected.refused);
-    let of_days = async |column: &str| count(&database, &format!("SELECT sum({column})::bigint FROM analytics.days")).await;
+    let of_days =
+        async |column: &str| count(&database, &format!("SELECT sum({column})::bigint FROM analytics.days")).await;
     assert_eq!(of_days("orders_allocated").await?, expected.allocated);
     assert_eq!(of_days("orders_refused_insufficient").await?, expected.refused_orders);
     assert_eq!(of_days("units_sold").await?, expected.sold.values().sum::<i64>());
@@ -363,9 +366,9 @@ async fn postgres_goes_and_comes_back() -> Result<()> {
     let expected = short_stock(&world, &mut dice, &products, 300).await?;
     eventually("it to say that it is not ready", PATIENCE, async || {
         let answer = caller.get("/readyz").send().await?;
-        let named = answer.json["checks"].as_array().is_some_and(|checks| {
-            checks.iter().any(|check| check["name"] == "metrics" && check["ready"] == false)
-        });
+        let named = answer.json["checks"]
+            .as_array()
+            .is_some_and(|checks| checks.iter().any(|check| check["name"] == "metrics" && check["ready"] == false));
         Ok((answer.status == 503 && named).then_some(()))
     })
     .await?;
@@ -720,5 +723,130 @@ async fn the_lists_the_days_and_the_summary() -> Result<()> {
     assert_eq!(summary["days"][0]["day"], json!(today));
     service.stop().await?;
     world.close();
+    Ok(())
+}
+
+// ── Indexes ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/// A hundred thousand products, of which one in fifty is out of stock and one in ten has sold on each of forty days.
+async fn fill(database: &tokio_postgres::Client) -> Result<()> {
+    let statements = "
+        INSERT INTO analytics.products
+        SELECT md5(n::text)::uuid, 'KIT-' || lpad(n::text, 6, '0'), 'Oak worktop ' || n % 997,
+               CASE WHEN n % 10 > 0 THEN 'category ' || n % 47 END, n % 33 > 0, now() - interval '50 days'
+        FROM generate_series(1, 100000) n;
+        INSERT INTO analytics.stock
+        SELECT md5(n::text)::uuid, CASE WHEN n % 50 = 0 THEN 0 ELSE 1 + n % 5000 END, CASE WHEN n % 70 = 0 THEN 20 END,
+               CASE WHEN n % 50 = 0 THEN now() END, n, now()
+        FROM generate_series(1, 100000) n;
+        INSERT INTO analytics.product_days
+        SELECT md5(n::text)::uuid, CURRENT_DATE - d, 3, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, NULL, 9
+        FROM generate_series(1, 100000) n, generate_series(0, 40) d WHERE n % 10 = 0 OR d = 40;
+        INSERT INTO analytics.days
+        SELECT CURRENT_DATE - d, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1 FROM generate_series(0, 3000) d;
+        UPDATE analytics.checkpoint SET sequence = 1000000;";
+    database.batch_execute(statements).await.context("the products cannot be made")?;
+    database.batch_execute("VACUUM ANALYZE").await.context("they cannot be analysed")?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn every_read_of_a_hundred_thousand_products_comes_by_an_index() -> Result<()> {
+    let dir = scratch()?;
+    let postgres = Postgres::start(&dir.path().join("postgres")).await?;
+    let url = Secret::from(postgres.url());
+    migrate_schema(&url, &ANALYTICS, ANALYTICS.live).await?;
+    let database = lomash_platform::postgres::connect(&url).await?;
+    fill(&database).await?;
+    let busy = "SELECT product_id FROM analytics.products WHERE sku = 'KIT-000050'";
+    let busy = ProductId(database.query_one(busy, &[]).await?.get(0));
+    database.batch_execute(WATCHED).await?;
+    let reads = Reads::new(&url)?;
+    let log = postgres.log();
+    let now = OffsetDateTime::now_utc();
+    let today = now.date();
+    let since = today - time::Duration::days(39);
+
+    let query = |sort: &str, filter: StockLevelFilter| StockLevelQuery {
+        sort: sort.parse().unwrap(),
+        filter,
+        limit: 50,
+        window_days: 28,
+        ..StockLevelQuery::default()
+    };
+    let all = StockLevelFilter::default;
+    let category = || StockLevelFilter { category: Some("category 11".to_owned()), ..all() };
+    let low = || StockLevelFilter { below_threshold: Some(true), ..all() };
+    let none = || StockLevelFilter { available: Some(false), active: Some(true), ..all() };
+    let inactive = || StockLevelFilter { active: Some(false), ..all() };
+    let after = LevelKey { text: "KIT-050000".to_owned(), number: 2_500, product_id: busy };
+    // A page of fifty, each with the days of its window.
+    let page = 51.0 * (2.0 + 28.0) + 60.0;
+    let lists: Vec<(&str, StockLevelQuery, &[&str], f64)> = vec![
+        ("all by sku", query("sku", all()), &["products_sku"], page),
+        (
+            "all by -sku, in the middle",
+            StockLevelQuery { after: Some(after.clone()), ..query("-sku", all()) },
+            &["products_sku"],
+            page,
+        ),
+        ("all by name", query("name", all()), &["products_name"], page),
+        ("all by -quantity", query("-quantity", all()), &["stock_quantity"], page),
+        (
+            "all by quantity, in the middle",
+            StockLevelQuery { after: Some(after), ..query("quantity", all()) },
+            &["stock_quantity"],
+            page,
+        ),
+        ("a category", query("sku", category()), &["products_category"], page),
+        ("low by quantity", query("quantity", low()), &["stock_low", "stock_quantity"], page + 5_000.0),
+        ("low by sku", query("sku", low()), &["stock_low", "products_sku"], 15_000.0),
+        ("none left", query("sku", none()), &["stock_low", "stock_quantity", "products_sku"], 15_000.0),
+        ("inactive", query("sku", inactive()), &["products_inactive"], page),
+    ];
+    let mut problems = Vec::new();
+    let mut judge = |what: &str, from: usize, indexes: &[&str], most: f64| -> Result<()> {
+        let text = std::fs::read_to_string(&log)?;
+        let plans = plans(&text[from..]);
+        ensure!(!plans.is_empty(), "auto_explain logged nothing; is it installed (postgresql-contrib)?");
+        let done = Done::of(&plans.last().unwrap()["Plan"]);
+        if !done.read_whole().is_empty() || done.rows > most || !indexes.iter().any(|index| done.uses(index)) {
+            problems.push(format!("{what}: {done:?}; it should use one of {indexes:?} and look at {most} rows"));
+        }
+        Ok(())
+    };
+    let logged = || std::fs::read_to_string(&log).map(|text| text.len());
+    for (what, query, indexes, most) in &lists {
+        let from = logged()?;
+        assert_eq!(reads.stock_levels(query, now).await?.value.items.len(), 50, "{what}");
+        judge(what, from, indexes, *most)?;
+    }
+
+    // Some 3,000 are low, one in five with a window full of sales.
+    let from = logged()?;
+    let first = reads.low_stock(28, None, 50, now).await?.value;
+    assert_eq!(first.items.len(), 50);
+    judge("the most urgent", from, &["stock_low"], 60_000.0)?;
+    let from = logged()?;
+    let next = reads.low_stock(28, first.next.as_ref(), 50, now).await?.value;
+    assert!(first.items.iter().all(|item| !next.items.contains(item)));
+    judge("the next most urgent", from, &["stock_low"], 60_000.0)?;
+
+    // Prepared statements may get a plan for all values: after five executions at the earliest.
+    let ten = async || {
+        for _ in 0..10 {
+            assert_eq!(reads.daily(busy, (since, today), 200, now).await?.value.items.len(), 40);
+        }
+        Ok::<(), QueryError>(())
+    };
+    let from = logged()?;
+    ten().await?;
+    judge("the days of a product", from, &["product_days_pkey"], 150.0)?;
+    let from = logged()?;
+    for _ in 0..10 {
+        assert_eq!(reads.summary((since, today)).await?.value.days.len(), 40);
+    }
+    judge("the summary", from, &["days_pkey"], 60.0)?;
+    assert!(problems.is_empty(), "{}", problems.join("\n"));
     Ok(())
 }

@@ -274,7 +274,12 @@ impl<L: Ledger> Applier<L> {
     }
 
     /// Applies what the stream has after `checkpoint` up to `upto`; returns where the rows are then.
-    async fn catch_up(&mut self, client: &mut tokio_postgres::Client, checkpoint: u64, upto: u64) -> Result<u64, ProjectionError> {
+    async fn catch_up(
+        &mut self,
+        client: &mut tokio_postgres::Client,
+        checkpoint: u64,
+        upto: u64,
+    ) -> Result<u64, ProjectionError> {
         let mut messages = self.ledger.read(checkpoint).await?;
         let (mut reached, mut batch, mut bytes) = (checkpoint, Vec::new(), 0);
         loop {
@@ -306,7 +311,11 @@ impl<L: Ledger> Applier<L> {
         }
     }
 
-    async fn apply(&mut self, client: &mut tokio_postgres::Client, batch: &[StoredMessage]) -> Result<u64, ProjectionError> {
+    async fn apply(
+        &mut self,
+        client: &mut tokio_postgres::Client,
+        batch: &[StoredMessage],
+    ) -> Result<u64, ProjectionError> {
         let started = Instant::now();
         let Applied { reached, events } = apply(client, ANALYTICS.live, batch).await?;
         crash_point!("analytics-after-commit");

@@ -101,8 +101,7 @@ impl<L: Ledger> Rebuild<L> {
     /// When Postgres fails.
     pub async fn analyze(&self) -> anyhow::Result<()> {
         let tables = ["products", "stock", "product_days", "days"];
-        let statement =
-            format!("ANALYZE {}", tables.map(|table| format!("{}.{table}", ANALYTICS.shadow)).join(", "));
+        let statement = format!("ANALYZE {}", tables.map(|table| format!("{}.{table}", ANALYTICS.shadow)).join(", "));
         self.client.batch_execute(&statement).await.context("the shadow cannot be analysed")
     }
 

@@ -331,11 +331,7 @@ async fn write_product_days(
     Ok(())
 }
 
-async fn write_days(
-    transaction: &Transaction<'_>,
-    schema: &str,
-    rows: &[(Date, &Day)],
-) -> Result<(), ProjectionError> {
+async fn write_days(transaction: &Transaction<'_>, schema: &str, rows: &[(Date, &Day)]) -> Result<(), ProjectionError> {
     if rows.is_empty() {
         return Ok(());
     }

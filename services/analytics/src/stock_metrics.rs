@@ -431,7 +431,8 @@ impl StockMetrics {
             row.stock_outs += 1;
             row.out_of_stock_since = Some(clock);
         }
-        if was_out && !is_out
+        if was_out
+            && !is_out
             && let Some(since) = row.out_of_stock_since.take()
         {
             // Within a day: fits by far.

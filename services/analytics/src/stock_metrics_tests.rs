@@ -178,10 +178,7 @@ fn time_without_stock_belongs_to_the_days_in_which_it_lies() {
     let mut metrics = stocked();
     metrics.add(datetime!(2026-03-02 18:00 UTC), updated(KITCHEN, (10, 0), Trigger::OrderConfirmed, Some(50)));
     // Somebody asks on the second day of it: a row, and no change of stock.
-    metrics.add(
-        datetime!(2026-03-03 8:00 UTC),
-        refused(51, FailureReason::InsufficientStock, &[(KITCHEN, 1)]),
-    );
+    metrics.add(datetime!(2026-03-03 8:00 UTC), refused(51, FailureReason::InsufficientStock, &[(KITCHEN, 1)]));
     let hours = |day: Date, now: OffsetDateTime| on(&metrics, KITCHEN, day).out_of_stock(day, now).whole_hours();
     let later = datetime!(2026-03-05 6:00 UTC);
     assert_eq!(hours(date!(2026 - 03 - 02), later), 6);
@@ -314,7 +311,9 @@ fn stream() -> impl Strategy<Value = Vec<(OffsetDateTime, LedgerEvent)>> {
                     change(product, u32::saturating_sub, units, Trigger::OrderConfirmed, order)
                 }
                 Happening::Set { product, quantity } => change(product, set, quantity, Trigger::AdminUpdate, None),
-                Happening::Corrected { product, quantity } => change(product, set, quantity, Trigger::ScheduledSync, None),
+                Happening::Corrected { product, quantity } => {
+                    change(product, set, quantity, Trigger::ScheduledSync, None)
+                }
                 Happening::Refused { product, units, reason } => {
                     let reason = [
                         FailureReason::InsufficientStock,
@@ -324,8 +323,7 @@ fn stream() -> impl Strategy<Value = Vec<(OffsetDateTime, LedgerEvent)>> {
                     Some(refused(9_000, reason, &[(product.into(), units)]))
                 }
                 Happening::Revised { product, active, threshold } => {
-                    let details =
-                        ProductDetails { active, low_stock_threshold: threshold, ..details(product.into()) };
+                    let details = ProductDetails { active, low_stock_threshold: threshold, ..details(product.into()) };
                     Some(LedgerEvent::ProductRevised(ProductRevised(details)))
                 }
                 Happening::Forged { product, quantity } => {

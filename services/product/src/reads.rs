@@ -23,8 +23,8 @@ use lomash_contract::{
 };
 use lomash_platform::Secret;
 use lomash_platform::postgres::Schema;
-pub use lomash_platform::reader::{READ_TIMEOUT, STATEMENT_TIMEOUT};
 use lomash_platform::reader::{Query, Reader, Unreadable, cut};
+pub use lomash_platform::reader::{READ_TIMEOUT, STATEMENT_TIMEOUT};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use tokio_postgres::Row;

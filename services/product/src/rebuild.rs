@@ -19,12 +19,12 @@ use lomash_platform::Secret;
 use lomash_platform::postgres::{INVENTORY, Schema};
 use lomash_platform::schemas::{self, Swap, Swapped};
 use tokio::sync::mpsc;
-use tokio_postgres::error::SqlState;
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 
 use crate::projection::{
-    Changes, Parsed, ProductRow, ProjectionError, copy_decisions, move_checkpoint, write_counts,
-    write_decisions, write_movements, write_products,
+    Changes, Parsed, ProductRow, ProjectionError, copy_decisions, move_checkpoint, write_counts, write_decisions,
+    write_movements, write_products,
 };
 
 /// Messages after which a transaction of the load is cut at the next end of a batch.

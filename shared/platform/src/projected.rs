@@ -128,7 +128,8 @@ impl Shared {
         let client = self.pool.get().await.map_err(|problem| problem.to_string())?;
         let query = format!("SELECT sequence FROM {}.checkpoint WHERE projection = $1", self.family.live);
         let statement = client.prepare_cached(&query).await.map_err(|problem| problem.to_string())?;
-        let row = client.query_one(&statement, &[&self.family.projection]).await.map_err(|problem| problem.to_string())?;
+        let row =
+            client.query_one(&statement, &[&self.family.projection]).await.map_err(|problem| problem.to_string())?;
         Ok(row.get::<_, i64>(0).unsigned_abs())
     }
 }

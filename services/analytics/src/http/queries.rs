@@ -230,7 +230,8 @@ pub(super) async fn daily(
     let (first, last) = match cursor {
         Some(cursor) => {
             let (first, last): (i32, i32) = cursor::open(&list, &cursor)?;
-            let day = |number| Date::from_julian_day(number).map_err(|_| Problem::invalid_parameter("cursor", "is none"));
+            let day =
+                |number| Date::from_julian_day(number).map_err(|_| Problem::invalid_parameter("cursor", "is none"));
             (day(first)?, day(last)?)
         }
         None => (from, to),

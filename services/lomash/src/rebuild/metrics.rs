@@ -127,10 +127,8 @@ impl<'c> Snapshot<'c> {
 
     /// The rows of a table, as key and text, in the order of their keys.
     async fn rows(&self, table: &str, key: &str, row: &str) -> anyhow::Result<impl Rows> {
-        let query = format!(
-            "SELECT {key}::text COLLATE \"C\", ({row})::text FROM {}.{table} t ORDER BY 1",
-            self.schema
-        );
+        let query =
+            format!("SELECT {key}::text COLLATE \"C\", ({row})::text FROM {}.{table} t ORDER BY 1", self.schema);
         let none: [&str; 0] = [];
         let rows = self.transaction.query_raw(&query, none).await?;
         Ok(rows.map_ok(|row| (row.get(0), row.get(1))).map_err(anyhow::Error::from))
@@ -201,10 +199,7 @@ struct Side {
 }
 
 impl Side {
-    async fn next(
-        &mut self,
-        rows: &mut (impl Rows + Unpin),
-    ) -> anyhow::Result<Option<(String, String)>> {
+    async fn next(&mut self, rows: &mut (impl Rows + Unpin)) -> anyhow::Result<Option<(String, String)>> {
         let Some(row) = rows.next().await else { return Ok(None) };
         let (key, text) = row?;
         self.rows += 1;

@@ -186,7 +186,12 @@ pub(super) async fn products(
         sort.map(|text| text.parse().map_err(|problem| invalid("sort", &problem))).transpose()?.unwrap_or_default();
     let list = ("products", &filter, sort);
     let after: Option<ProductKey> = cursor.map(|cursor| cursor::open(&list, &cursor)).transpose()?;
-    let query = ProductQuery { limit: sequences::page_limit(limit, DEFAULT_PAGE, MAX_PAGE)?, after, sort, filter: filter.clone() };
+    let query = ProductQuery {
+        limit: sequences::page_limit(limit, DEFAULT_PAGE, MAX_PAGE)?,
+        after,
+        sort,
+        filter: filter.clone(),
+    };
     let text = serde_json::to_string(&query).map_err(Problem::internal)?;
     let key = if filter.is_empty() { Key::list(&text) } else { Key::filter(&text) };
     let min = min_sequence(&headers)?;
@@ -274,7 +279,8 @@ pub(super) async fn history(
     let HistoryParameters { trigger, oldest_first, limit, cursor } = parameters;
     let list = ("history", product_id, trigger, oldest_first);
     let after: Option<u64> = cursor.map(|cursor| cursor::open(&list, &cursor)).transpose()?;
-    let query = HistoryQuery { oldest_first, after, trigger, limit: sequences::page_limit(limit, DEFAULT_PAGE, MAX_PAGE)? };
+    let query =
+        HistoryQuery { oldest_first, after, trigger, limit: sequences::page_limit(limit, DEFAULT_PAGE, MAX_PAGE)? };
     let min = min_sequence(&headers)?;
     let page = found(&api, min, || api.reads.history(product_id, &query)).await;
     let At { sequence, value: Page { items, next } } = page.map_err(unanswered)?;
