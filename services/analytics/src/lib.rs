@@ -4,6 +4,7 @@
 //! the tables anew, and [`reads`] answers from them.
 
 pub mod http;
+mod observed;
 pub mod projection;
 pub mod reads;
 pub mod rebuild;

@@ -25,10 +25,10 @@ use lomash_platform::projected::Projected;
 use lomash_platform::{Secret, schemas};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, info, warn};
+use tracing::{Instrument, debug, error, info, warn};
 
-use crate::rows;
 use crate::stock_metrics::{Folded, Parsed, StockMetrics};
+use crate::{observed, rows};
 
 /// Events that one transaction applies at most.
 pub const BATCH_EVENTS: usize = 4_000;
@@ -163,12 +163,15 @@ pub async fn run<L: Ledger>(
                 error!(%problem, "the stock metrics cannot go on");
                 return Err(problem.into());
             }
-            Err(problem) => warn!(
-                %problem,
-                waiting = applier.waiting.len(),
-                pause_ms = applier.pause.as_millis(),
-                "no metrics just now, the events wait; trying again"
-            ),
+            Err(problem) => {
+                observed::failed();
+                warn!(
+                    %problem,
+                    waiting = applier.waiting.len(),
+                    pause_ms = applier.pause.as_millis(),
+                    "no metrics just now, the events wait; trying again"
+                );
+            }
         }
         tokio::select! {
             () = stop.cancelled() => break,
@@ -207,8 +210,7 @@ impl<L: Ledger> Applier<L> {
         // Where the rows were when there was nothing to do.
         let mut stood_at = None;
         loop {
-            self.projected.saw(checkpoint);
-            self.answer_known(checkpoint);
+            self.saw(checkpoint);
             if !self.take_queued().await {
                 let found = rows::checkpoint(&client, ANALYTICS.live).await?;
                 let last = self.ledger.reaches(found).await?;
@@ -255,7 +257,13 @@ impl<L: Ledger> Applier<L> {
         self.waiting.entry(message.sequence).or_insert_with(|| (message, Vec::new())).1.push(applied);
     }
 
-    /// Tells those who wait for what the rows reflect.
+    /// Tells everybody who waits for what the rows reflect.
+    fn saw(&mut self, checkpoint: u64) {
+        observed::saw(checkpoint);
+        self.projected.saw(checkpoint);
+        self.answer_known(checkpoint);
+    }
+
     fn answer_known(&mut self, checkpoint: u64) {
         let later = self.waiting.split_off(&(checkpoint + 1));
         for (_, (_, waiting)) in std::mem::replace(&mut self.waiting, later) {
@@ -280,6 +288,7 @@ impl<L: Ledger> Applier<L> {
         checkpoint: u64,
         upto: u64,
     ) -> Result<u64, ProjectionError> {
+        observed::catches_up();
         let mut messages = self.ledger.read(checkpoint).await?;
         let (mut reached, mut batch, mut bytes) = (checkpoint, Vec::new(), 0);
         loop {
@@ -296,8 +305,7 @@ impl<L: Ledger> Applier<L> {
             if !batch.is_empty() && (is_end || is_full) {
                 let (first, last) = (batch[0].sequence, batch[batch.len() - 1].sequence);
                 reached = self.apply(client, &batch).await?;
-                self.projected.saw(reached);
-                self.answer_known(reached);
+                self.saw(reached);
                 // Another replica is further, or the rows went back: begin again from where they are.
                 if reached > last || reached < first {
                     return Ok(reached);
@@ -316,10 +324,13 @@ impl<L: Ledger> Applier<L> {
         client: &mut tokio_postgres::Client,
         batch: &[StoredMessage],
     ) -> Result<u64, ProjectionError> {
-        let started = Instant::now();
-        let Applied { reached, events } = apply(client, ANALYTICS.live, batch).await?;
+        let since = Instant::now();
+        let span = observed::transaction_span(batch);
+        let applied = apply(client, ANALYTICS.live, batch).instrument(span).await?;
+        observed::applied(batch, applied, since);
         crash_point!("analytics-after-commit");
-        debug!(reached, events, elapsed_ms = started.elapsed().as_millis(), "applied");
+        let Applied { reached, events, .. } = applied;
+        debug!(reached, events, elapsed_ms = since.elapsed().as_millis(), "applied");
         self.pause = FIRST_PAUSE;
         Ok(reached)
     }
@@ -332,6 +343,8 @@ pub(crate) struct Applied {
     pub(crate) reached: u64,
     /// Events of the batch that it applied.
     pub(crate) events: u64,
+    /// Of those, messages that were not ours.
+    pub(crate) skipped: u64,
 }
 
 /// Applies those of a batch that follow the checkpoint of `schema`, and moves it, in one transaction. When the batch begins
@@ -347,11 +360,11 @@ pub(crate) async fn apply(
     // First of all, and with a lock on the table too: who swaps schemas waits for this transaction, and this one finds
     // either the tables from before the swap or those from after it, never some of each.
     let position = rows::lock_position(&transaction, schema).await?;
-    let found = position.sequence;
+    let (found, skipped_before) = (position.sequence, position.skipped);
     let known = batch.partition_point(|message| message.sequence <= found);
     let follows = batch.get(known).is_some_and(|message| message.sequence == found + 1);
     if !follows {
-        return Ok(Applied { reached: found, events: 0 });
+        return Ok(Applied { reached: found, events: 0, skipped: 0 });
     }
     let fresh = || batch[known..].iter();
     let mut metrics = rows::load(&transaction, schema, position, fresh().zip(&parsed[known..])).await?;
@@ -364,5 +377,6 @@ pub(crate) async fn apply(
     crash_point!("analytics-before-commit");
     transaction.commit().await?;
     let StockMetrics { position, .. } = metrics;
-    Ok(Applied { reached: position.sequence, events: position.sequence - found })
+    let (events, skipped) = (position.sequence - found, position.skipped - skipped_before);
+    Ok(Applied { reached: position.sequence, events, skipped })
 }

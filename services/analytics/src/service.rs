@@ -20,7 +20,7 @@ use tracing::{info, warn};
 use crate::http::Api;
 use crate::projection::ProjectionError;
 use crate::reads::Reads;
-use crate::{http, projection, rows};
+use crate::{http, observed, projection, rows};
 
 /// How long the last acknowledgements may take to leave.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
@@ -65,6 +65,7 @@ pub struct Config {
 /// When it cannot start, or finds something that trying again cannot mend.
 pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
     let pool = postgres::pool(&config.database_url)?;
+    observed::begin();
     let mut tasks = Tasks::new();
     let health = Health::new();
     let checks = Checks { stream: health.check("stream", true), metrics: health.check("metrics", true) };

@@ -7,7 +7,7 @@
 use std::convert::Infallible;
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_nats::HeaderMap;
 use async_nats::jetstream::consumer::{PriorityGroupState, PullConsumer, pull};
@@ -21,6 +21,7 @@ use tracing::{Instrument, debug, error, info, warn};
 
 use crate::dead_letter::DeadLetter;
 use crate::jetstream::with_headers;
+use crate::observed::{LagWatch, Observed, process_span, tell_settled};
 use crate::{StoredMessage, streams};
 
 /// How long one pull request waits at the server.
@@ -116,6 +117,8 @@ where
     H: Fn(Delivery) -> F,
     F: Future<Output = Settle> + Send,
 {
+    let observed = Observed::new(&receive);
+    let _lag = LagWatch::start(context.clone(), &receive);
     while !stop.is_cancelled() {
         let opened = tokio::select! {
             () = stop.cancelled() => break,
@@ -124,7 +127,7 @@ where
         match opened {
             Ok(messages) => {
                 info!(stream = receive.stream, consumer = receive.consumer, "receiving");
-                pump(&context, &receive, messages, &stop, &handler).await;
+                pump(&context, &receive, &observed, messages, &stop, &handler).await;
             }
             Err(problem) => warn!(consumer = receive.consumer, problem, "cannot receive yet, trying again"),
         }
@@ -153,6 +156,7 @@ async fn open(context: &Context, receive: &Receive) -> Result<pull::Stream, Stri
 async fn pump<H, F>(
     context: &Context,
     receive: &Receive,
+    observed: &Observed,
     mut messages: pull::Stream,
     stop: &CancellationToken,
     handler: &H,
@@ -179,7 +183,7 @@ async fn pump<H, F>(
                         pin = Some(given.to_string());
                     }
                     bytes_at_work += bytes;
-                    at_work.push(handle(context, receive, message, handler).map(move |()| bytes));
+                    at_work.push(handle(context, receive, observed, message, handler).map(move |()| bytes));
                 }
                 Some(Err(problem)) => {
                     debug!(consumer = receive.consumer, %problem, "pull interrupted");
@@ -226,6 +230,7 @@ async fn hand_over(context: &Context, receive: &Receive, group: &str, pin: &str)
 fn handle<'a, H, F>(
     context: &'a Context,
     receive: &'a Receive,
+    observed: &'a Observed,
     message: jetstream::Message,
     handler: &H,
 ) -> impl Future<Output = ()> + 'a + use<'a, H, F>
@@ -237,6 +242,8 @@ where
         Ok(info) => (info.stream_sequence, u64::try_from(info.delivered).unwrap_or(1), info.published),
         Err(_) => (0, 1, OffsetDateTime::UNIX_EPOCH),
     };
+    let since = Instant::now();
+    let span = process_span(receive, &message, sequence, deliveries);
     let (message, acker) = message.split();
     let delivery = Delivery {
         subject: message.subject.to_string(),
@@ -246,8 +253,8 @@ where
         deliveries,
         stored_at,
     };
-    let handled = std::panic::catch_unwind(AssertUnwindSafe(|| handler(delivery)));
-    let span = tracing::debug_span!("settle", consumer = receive.consumer, sequence);
+    let handled = std::panic::catch_unwind(AssertUnwindSafe(|| span.in_scope(|| handler(delivery))));
+    let told = span.clone();
     async move {
         let outcome = match (handled, receive.in_progress_every) {
             (Ok(future), None) => AssertUnwindSafe(future).catch_unwind().await,
@@ -266,6 +273,8 @@ where
                 Settle::Retry(PANIC_RETRY)
             }
         });
+        observed.settled(&settle, since);
+        tell_settled(&told, &settle);
         let kind = match settle {
             Settle::Done => AckKind::Ack,
             Settle::Retry(pause) => AckKind::Nak(Some(pause)),

@@ -1,5 +1,6 @@
-//! What every process needs and none should write again: logs, connections, migrations, shutdown.
+//! What every process needs and none should write again: logs, traces, metrics, connections, migrations, shutdown.
 
+pub mod metrics;
 pub mod nats;
 pub mod postgres;
 pub mod process;
@@ -9,5 +10,6 @@ pub mod schemas;
 pub mod secret;
 pub mod shutdown;
 pub mod telemetry;
+pub mod trace;
 
 pub use secret::Secret;
