@@ -11,8 +11,8 @@ use lomash::rebuild::{Comparison, Options, Outcome, Projection, rebuild_of, roll
 use lomash::stack::{Postgres, Service, free_port, log_tail, scratch};
 use lomash::verify::Show;
 use lomash_contract::{
-    ContentType, Envelope, EventId, InventoryUpdated, LedgerEvent, OrderId, ProductDetails, ProductId, ProductRegistered,
-    Sku, Timestamp, Topic, Trigger, UpdatedBy, Version, codec,
+    ContentType, Envelope, EventId, InventoryUpdated, LedgerEvent, OrderId, ProductDetails, ProductId,
+    ProductRegistered, Sku, Timestamp, Topic, Trigger, UpdatedBy, Version, codec,
 };
 use lomash_ledger::{Ledger, NewMessage, streams};
 use lomash_platform::Secret;
@@ -329,6 +329,8 @@ async fn of_two_replicas_each_takes_over_and_nothing_is_counted_twice() -> Resul
     let mut dice = Dice::thrown();
     let products = world.register_many(10, 400).await?;
     let mut expected = short_stock(&world, &mut dice, &products, 100).await?;
+    // Not while one of them makes the tables: all wait for that.
+    caught_up(&world).await?;
     // Frozen in the middle of it, killed, and stopped in order: whoever has the pin, the other one goes on.
     for round in 0..6 {
         let victim = round % 2;
@@ -488,7 +490,10 @@ async fn postgres_goes_and_comes_back() -> Result<()> {
     let products = world.register_many(10, 200).await?;
     caught_up(&world).await?;
     let caller = analytics.caller()?;
-    assert_eq!(caller.get("/readyz").send().await?.status, 200);
+    eventually("it to be ready", PATIENCE, async || {
+        Ok((caller.get("/readyz").send().await?.status == 200).then_some(()))
+    })
+    .await?;
 
     world.postgres.as_mut().unwrap().kill();
     let expected = short_stock(&world, &mut dice, &products, 300).await?;
@@ -803,7 +808,7 @@ async fn the_lists_the_days_and_the_summary() -> Result<()> {
 
     let levels = paged(&caller, "/v1/analytics/stock-levels").await?;
     assert_eq!(of(&levels, "sku"), ["A-1", "B-2", "C-3", "D-4", "E-5", "F-6"]);
-    assert_eq!(of(&levels, "quantity"), [3, 9, 0, 2, 49, 0]);
+    assert_eq!(of(&levels, "quantity"), [3, 9, 0, 2, 50, 0]);
     assert_eq!(levels[1]["unitsSoldInWindow"], 21);
     assert_eq!(levels[1]["velocityDays"], 1, "it joined today");
     assert_eq!((&levels[1]["unitsPerDay"], &levels[1]["daysOfCover"]), (&json!(21.0), &json!(0.429)));
@@ -948,15 +953,19 @@ async fn every_read_of_a_hundred_thousand_products_comes_by_an_index() -> Result
         judge(what, from, indexes, *most)?;
     }
 
-    // Some 3,000 are low, one in five with a window full of sales.
+    // Some 3,000 are low, two in three with a window full of sales, each row of which is counted as it is found and as it is
+    // read.
     let from = logged()?;
     let first = reads.low_stock(28, None, 50, now).await?.value;
     assert_eq!(first.items.len(), 50);
-    judge("the most urgent", from, &["stock_low"], 60_000.0)?;
+    judge("the most urgent", from, &["stock_low"], 125_000.0)?;
+    let began = std::time::Instant::now();
+    reads.low_stock(28, None, 50, now).await?;
+    println!("the most urgent, with auto_explain: {:?}", began.elapsed());
     let from = logged()?;
     let next = reads.low_stock(28, first.next.as_ref(), 50, now).await?.value;
     assert!(first.items.iter().all(|item| !next.items.contains(item)));
-    judge("the next most urgent", from, &["stock_low"], 60_000.0)?;
+    judge("the next most urgent", from, &["stock_low"], 125_000.0)?;
 
     // Prepared statements may get a plan for all values: after five executions at the earliest.
     let ten = async || {
@@ -967,7 +976,7 @@ async fn every_read_of_a_hundred_thousand_products_comes_by_an_index() -> Result
     };
     let from = logged()?;
     ten().await?;
-    judge("the days of a product", from, &["product_days_pkey"], 150.0)?;
+    judge("the days of a product", from, &["product_days_pkey"], 300.0)?;
     let from = logged()?;
     for _ in 0..10 {
         assert_eq!(reads.summary((since, today)).await?.value.days.len(), 40);

@@ -61,6 +61,9 @@ pub const IDLE_CHECK: Duration = Duration::from_secs(2);
 /// Longest that one statement may take; a slow database must not hold the checkpoint's lock for ever.
 const STATEMENT_TIMEOUT_MS: u32 = 30_000;
 
+/// Longest that the service may do nothing within a transaction: one that is frozen must not hold the checkpoint's lock.
+const IDLE_TIMEOUT_MS: u32 = 10_000;
+
 /// What the analytics service receives events by.
 #[must_use]
 pub const fn receive() -> Receive {
@@ -203,7 +206,10 @@ impl<L: Ledger> Applier<L> {
         let client = self.pool.get().await.map_err(|error| ProjectionError::Postgres(error.to_string()))?;
         // Taken out of the pool: it has settings of its own.
         let mut client = Client::take(client);
-        client.batch_execute(&format!("SET statement_timeout = {STATEMENT_TIMEOUT_MS}")).await?;
+        let settings = format!(
+            "SET statement_timeout = {STATEMENT_TIMEOUT_MS}; SET idle_in_transaction_session_timeout = {IDLE_TIMEOUT_MS}"
+        );
+        client.batch_execute(&settings).await?;
         let mut checkpoint = rows::checkpoint(&client, ANALYTICS.live).await?;
         let last = self.ledger.reaches(checkpoint).await?;
         info!(checkpoint, last, "applying");

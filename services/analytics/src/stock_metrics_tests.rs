@@ -130,12 +130,18 @@ fn each_event_counts_as_what_it_is() {
                 ..day()
             },
         ),
-        ("an unknown product", refused(60, FailureReason::UnknownProduct, &[(99, 5)]), day()),
+        ("an unknown product", refused(60, FailureReason::UnknownProduct, &[(99, 5)]), ProductDay::default()),
+        (
+            "a known one that is said to be unknown",
+            refused(60, FailureReason::UnknownProduct, &[(KITCHEN, 5)]),
+            ProductDay::default(),
+        ),
     ];
     for (what, event, expected) in table {
         let mut metrics = stocked();
         assert_eq!(metrics.add(datetime!(2026-03-02 12:00 UTC), event), Folded::Taken, "{what}");
-        assert_eq!(on(&metrics, KITCHEN, MONDAY), expected, "{what}");
+        let found = metrics.product_days.get(&(product(KITCHEN), MONDAY)).map(|day| day.row.clone());
+        assert_eq!(found.unwrap_or_default(), expected, "{what}");
         assert!(!metrics.product_days.contains_key(&(product(99), MONDAY)), "{what}: no row for an invented id");
     }
 }
