@@ -5,6 +5,7 @@
 //! well only if every number is as it must be.
 
 mod admin;
+mod downstream;
 
 use std::collections::{BTreeMap, HashMap};
 use std::process::ExitCode;
@@ -16,9 +17,10 @@ use bytes::Bytes;
 use clap::Args;
 use comfy_table::Cell;
 use futures::StreamExt;
+use lomash_contract::limits::LOW_STOCK_THRESHOLD;
 use lomash_contract::{
     ContentType, Envelope, FailureReason, LedgerEvent, LineQuantity, OrderCreated, OrderId, OrderItem, OrderItems,
-    ProductId, Timestamp, Topic, UpdatedBy, codec, subject,
+    ProductId, ProductRegistered, ProductRevised, Timestamp, Topic, Trigger, UpdatedBy, codec, subject,
 };
 use lomash_ledger::{JetStreamLedger, Ledger, StoredMessage, dead_letter, header, streams};
 use lomash_platform::{Secret, nats};
@@ -162,7 +164,7 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
             println!("{text}");
         }
     };
-    tell(&format!("Starting NATS, Postgres, Redis and the product service (seed {}) …", args.seed));
+    tell(&format!("Starting NATS, Postgres, Redis, a mail server and the services (seed {}) …", args.seed));
     let stack = tokio::select! {
         () = stop.cancelled() => return Ok(ExitCode::FAILURE),
         stack = Stack::start(folder.path()) => stack?,
@@ -240,9 +242,20 @@ async fn show(stack: &Stack, args: &DemoArgs) -> anyhow::Result<Vec<Check>> {
         show_letters(&letters);
         show_history(&ledger, &rows);
     }
+    tell("Looking at what became of it in the mails, the analytics and the metrics …");
+    let refused = |reason| ledger.fates.values().filter(|fate| **fate == Fate::Refused(reason)).count() as u64;
+    let expected = downstream::Expected {
+        sequence: ledger.sequence,
+        alerts: ledger.alerts,
+        units_sold: model.units_sold,
+        out_of_stock: model.stock.values().filter(|(stock, _)| *stock == 0).count() as u64,
+        short: refused(FailureReason::InsufficientStock),
+        letters: malformed as u64,
+    };
+    let followed = downstream::tour(stack, &context, &expected, !args.json).await?;
     let report = verify::verify(&context, Some(&database_url), Show::Nothing).await?;
     if !args.json {
-        println!("{}", verify::render(&report));
+        println!("\n{}", verify::render(&report));
     }
 
     let mut checks = Vec::new();
@@ -274,7 +287,7 @@ async fn show(stack: &Stack, args: &DemoArgs) -> anyhow::Result<Vec<Check>> {
     let without_reason = letters.iter().filter(|(_, reason)| reason.is_empty()).count();
     check("dead letters without a reason", "0".to_owned(), without_reason.to_string());
     check("changes heard live on lomash.inventory.updated", ledger.updates.to_string(), heard.to_string());
-    for (what, expected, found) in tour.checks {
+    for (what, expected, found) in tour.checks.into_iter().chain(followed) {
         check(what, expected, found);
     }
     check("verify", "clean".to_owned(), if report.is_clean() { "clean" } else { "violated" }.to_owned());
@@ -404,6 +417,10 @@ struct Told {
     stock: HashMap<ProductId, u32>,
     units_sold: u64,
     updates: u64,
+    /// Events that are a cause for a low-stock alert.
+    alerts: u64,
+    /// The last one read.
+    sequence: u64,
     history: HashMap<ProductId, Vec<(StoredMessage, LedgerEvent)>>,
 }
 
@@ -411,12 +428,17 @@ async fn read_ledger(context: &Context) -> anyhow::Result<Told> {
     let ledger = JetStreamLedger::new(context.clone(), streams::INVENTORY);
     let mut messages = ledger.read(0).await?;
     let mut told = Told::default();
+    let mut thresholds = HashMap::new();
     while let Some(message) = messages.next().await {
         let message = message?;
         let event = message.parse()?.payload;
+        told.sequence = message.sequence;
         match &event {
             LedgerEvent::InventoryUpdated(updated) => {
                 told.updates += 1;
+                let threshold = thresholds.get(&updated.product_id).copied().flatten().unwrap_or(LOW_STOCK_THRESHOLD);
+                let is_cause = updated.new_quantity <= threshold && updated.trigger != Trigger::ScheduledSync;
+                told.alerts += u64::from(is_cause);
                 told.stock.insert(updated.product_id, updated.new_quantity);
                 if let Some(order) = updated.order_id {
                     told.fates.insert(order, Fate::Allocated);
@@ -428,6 +450,11 @@ async fn read_ledger(context: &Context) -> anyhow::Result<Told> {
                 told.fates.insert(failed.order_id, Fate::Refused(failed.reason));
             }
             LedgerEvent::ProductRegistered(_) | LedgerEvent::ProductRevised(_) | LedgerEvent::ProductUpdated(_) => {
+                if let LedgerEvent::ProductRegistered(ProductRegistered(details))
+                | LedgerEvent::ProductRevised(ProductRevised(details)) = &event
+                {
+                    thresholds.insert(details.product_id, details.low_stock_threshold);
+                }
                 told.history.entry(ProductId(event.key())).or_default().push((message, event));
             }
             LedgerEvent::InventoryCounted(_) => {}
