@@ -18,7 +18,7 @@ use lomash_web::Role;
 use product_service::client::ProductClient;
 use product_service::committer::committer;
 use product_service::inventory::{Action, Command, Details, ProductCommand, State};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -235,13 +235,13 @@ impl Bed {
     /// What the server knows of the consumer.
     pub async fn deliveries(&self) -> anyhow::Result<Deliveries> {
         let subject = format!("CONSUMER.INFO.{}.{}", streams::ORDERS, streams::PRODUCT_ORDERS);
-        let answer: Value = self.context.request(subject, &()).await.context("product-orders cannot be read")?;
+        let answer: Value = self.context.request(subject, &json!({})).await.context("product-orders cannot be read")?;
         let number = |pointer: &str| {
             let value = answer.pointer(pointer).and_then(Value::as_u64);
             value.with_context(|| format!("the server does not tell {pointer} of product-orders: {answer}"))
         };
         Ok(Deliveries {
-            delivered: number("/delivered/consumer_seq")?,
+            delivered: number("/delivered/stream_seq")?,
             acknowledged: number("/ack_floor/stream_seq")?,
             open: number("/num_ack_pending")?,
             waiting: number("/num_pending")?,
