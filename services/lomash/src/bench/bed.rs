@@ -13,7 +13,7 @@ use async_nats::{Client, HeaderMap, Subject};
 use futures::{StreamExt, TryStreamExt, stream};
 use lomash_contract::{ContentType, Envelope, OrderCreated, Timestamp, Topic, UpdatedBy, codec};
 use lomash_ledger::{JetStreamLedger, MAX_BATCH_MESSAGES, streams};
-use lomash_platform::{Secret, nats};
+use lomash_platform::{Secret, nats, postgres};
 use lomash_web::Role;
 use product_service::client::ProductClient;
 use product_service::committer::committer;
@@ -54,6 +54,9 @@ const CLIENT_NAME: &str = "lomash bench";
 
 /// The product service's program.
 pub(super) const SERVICE: &str = "product-service";
+
+/// Names of servers and their versions.
+pub(super) type Versions = [(&'static str, String); 2];
 
 /// The servers, the service and what is expected of its books.
 pub(super) struct Bed {
@@ -97,6 +100,13 @@ impl Bed {
         service.stop().await?;
         drop((client, context, ledger));
         stack.stop().await
+    }
+
+    /// What runs here, with its version.
+    pub async fn versions(&self) -> anyhow::Result<Versions> {
+        let client = postgres::connect(&self.database).await?;
+        let row = client.query_one("SHOW server_version", &[]).await.context("Postgres does not tell its version")?;
+        Ok([("NATS", self.client.server_info().version), ("Postgres", row.get(0))])
     }
 
     /// Registers the products and builds their rows.

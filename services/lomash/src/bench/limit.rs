@@ -9,11 +9,12 @@
 //!   bytes are payload).
 //!
 //! In both no sequence is expected (its header's bytes are payload), batches end where those of ours ended in the stream,
-//! one batch is in flight at a time, as with the committer, and every message is made before the clock starts.
+//! one batch is in flight at a time, as with the committer, and every message is made before the clock starts. What the
+//! server then holds must be as large as what it holds of ours.
 
 use std::time::{Duration, Instant};
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use async_nats::header::NATS_MESSAGE_ID;
 use async_nats::jetstream::Context;
 use async_nats::{HeaderMap, Subject};
@@ -34,6 +35,9 @@ const _: () = assert!(
     PREFIX_OF_LIMIT.len() == PREFIX_OF_OURS.len() && PREFIX_OF_BARE.len() == PREFIX_OF_OURS.len(),
     "messages are to be equally large"
 );
+
+/// Of how many bytes one may be missing or too many: numbers in headers are not equally long.
+const SIZE_TOLERANCE: u64 = 100;
 
 /// What a message of ours was, as far as the server's work goes.
 #[derive(Debug)]
@@ -84,8 +88,14 @@ pub(super) async fn shapes(ledger: &JetStreamLedger, after: u64) -> anyhow::Resu
     Ok(shapes)
 }
 
-/// Writes as many messages of those shapes; how long it took from the first to the last confirmation.
-pub(super) async fn run(context: &Context, contestant: Contestant, shapes: &[Shape]) -> anyhow::Result<Duration> {
+/// Writes as many messages of those shapes; how long it took from the first to the last confirmation. Ours took
+/// `ours_bytes` of the server's storage; as large is what is written here, or there is no figure.
+pub(super) async fn run(
+    context: &Context,
+    contestant: Contestant,
+    shapes: &[Shape],
+    ours_bytes: u64,
+) -> anyhow::Result<Duration> {
     let bare = contestant == Contestant::Bare;
     let prefix = if bare { PREFIX_OF_BARE } else { PREFIX_OF_LIMIT };
     batches::configure(context, "CREATE", &stream(prefix, bare)?).await?;
@@ -121,13 +131,29 @@ pub(super) async fn run(context: &Context, contestant: Contestant, shapes: &[Sha
         let sequence = batches::send(&client, batch).await?;
         ensure!(sequence == stored, "a bare batch ends at {sequence} where {stored} was due");
     }
-    Ok(started.elapsed())
+    let taken = started.elapsed();
+    let bytes = stored_bytes(context, name(bare)).await?;
+    ensure!(
+        bytes.abs_diff(ours_bytes) <= ours_bytes / SIZE_TOLERANCE,
+        "the same messages took {bytes} bytes here and {ours_bytes} in the ledger: they are not equally large"
+    );
+    Ok(taken)
+}
+
+/// What a stream's messages take on the server.
+pub(super) async fn stored_bytes(context: &Context, stream: &str) -> anyhow::Result<u64> {
+    let stream = context.get_stream(stream).await.with_context(|| format!("{stream} cannot be read"))?;
+    Ok(stream.cached_info().state.bytes)
+}
+
+fn name(bare: bool) -> &'static str {
+    if bare { "BARE" } else { "LIMIT" }
 }
 
 /// `INVENTORY` under another name; the bare one without what is no part of writing.
 fn stream(prefix: &str, bare: bool) -> anyhow::Result<Value> {
     let mut config = batches::definition(streams::INVENTORY)?;
-    config.insert("name".to_owned(), json!(if bare { "BARE" } else { "LIMIT" }));
+    config.insert("name".to_owned(), json!(name(bare)));
     // As many tokens as ours have, so that what is republished is not stored again.
     config.insert("subjects".to_owned(), json!([format!("{prefix}*.*.*")]));
     let (source, destination) = (format!("{prefix}*.*.*"), format!("{prefix}{{{{wildcard(1)}}}}.{{{{wildcard(2)}}}}"));

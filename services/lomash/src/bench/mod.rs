@@ -233,7 +233,8 @@ pub async fn bench(args: &BenchArgs, show: Show) -> anyhow::Result<Report> {
     if !workloads.is_empty() {
         let outcome = races::run(workloads, scratch.path(), args.rounds(), show).await?;
         let (postgres, redis) = (outcome.facts.postgres, outcome.facts.redis);
-        versions.extend([("NATS", outcome.nats_version), ("Postgres", postgres.version), ("Redis", redis.version)]);
+        versions.extend([("Postgres", postgres.version), ("Redis", redis.version)]);
+        versions.extend(outcome.versions.into_iter().flatten());
         settings.extend([
             ("Postgres fsync", postgres.fsync),
             ("synchronous_commit", postgres.synchronous_commit),
@@ -250,7 +251,8 @@ pub async fn bench(args: &BenchArgs, show: Show) -> anyhow::Result<Report> {
         seed: args.seed,
         show,
     };
-    let studies = studies::run(&chosen, scratch.path(), effort).await?;
+    let (studies, versions_of_studies) = studies::run(&chosen, scratch.path(), effort).await?;
+    versions.extend(versions_of_studies.into_iter().flatten());
     Ok(Report::new(scenarios, studies, machine, versions, settings))
 }
 

@@ -18,7 +18,7 @@ use anyhow::{Context as _, ensure};
 use futures::{StreamExt, stream};
 use lomash_ledger::{Ledger, streams};
 
-use super::bed::Bed;
+use super::bed::{Bed, Versions};
 use super::limit;
 use super::report::Contestant;
 use super::workload::Workload;
@@ -32,8 +32,8 @@ const IN_FLIGHT: usize = 1_000;
 pub(super) struct Measured {
     /// The figures, or why there are none.
     pub figures: Result<Figures, String>,
-    /// Version of the NATS server.
-    pub nats_version: String,
+    /// Of the servers.
+    pub versions: Versions,
 }
 
 /// The figures of a run whose books are in order.
@@ -57,10 +57,10 @@ pub(super) async fn run(
     show: Show,
 ) -> anyhow::Result<Measured> {
     let mut bed = Bed::start(folder).await?;
-    let nats_version = bed.client.server_info().version;
+    let versions = bed.versions().await?;
     let figures = on(&mut bed, workload, round, what, show).await?;
     bed.stop().await?;
-    Ok(Measured { figures, nats_version })
+    Ok(Measured { figures, versions })
 }
 
 async fn on(
@@ -72,6 +72,7 @@ async fn on(
 ) -> anyhow::Result<Result<Figures, String>> {
     bed.fill(&workload.products, what, show).await?;
     let prepared = bed.ledger.last_sequence().await?;
+    let prepared_bytes = limit::stored_bytes(&bed.context, streams::INVENTORY).await?;
     let last_order = put(bed, workload, what, show).await?;
 
     bed.service.start()?;
@@ -83,12 +84,13 @@ async fn on(
         return Ok(Err(problem));
     }
     let shapes = limit::shapes(&bed.ledger, prepared).await?;
+    let bytes = limit::stored_bytes(&bed.context, streams::INVENTORY).await? - prepared_bytes;
     let mut limits = [(Contestant::Limit, Duration::ZERO), (Contestant::Bare, Duration::ZERO)];
     if round % 2 == 1 {
         limits.reverse();
     }
     for (contestant, taken) in &mut limits {
-        *taken = limit::run(&bed.context, *contestant, &shapes).await?;
+        *taken = limit::run(&bed.context, *contestant, &shapes, bytes).await?;
     }
     Ok(Ok(Figures {
         ours,

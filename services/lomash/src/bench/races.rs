@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use super::bed::Versions;
 use super::ours;
 use super::report::{Contestant, ContestantReport, Record, ScenarioReport};
 use super::rivals::{self, Arena, Facts, Variant};
@@ -22,7 +23,7 @@ const STARTERS: [Contestant; 4] = [Contestant::Ours, Contestant::Rival1, Contest
 /// What the races came to.
 pub(super) struct Outcome {
     pub reports: Vec<ScenarioReport>,
-    pub nats_version: String,
+    pub versions: Option<Versions>,
     pub facts: Facts,
 }
 
@@ -30,7 +31,7 @@ pub(super) struct Outcome {
 pub(super) async fn run(workloads: Vec<Workload>, folder: &Path, rounds: u32, show: Show) -> anyhow::Result<Outcome> {
     let (arena, facts) = Arena::start(&folder.join("rivals")).await?;
     let entries = workloads.into_iter().map(Entry::new).collect();
-    let mut plan = Plan { folder, arena, rounds, show, entries, nats_version: String::new(), runs: 0 };
+    let mut plan = Plan { folder, arena, rounds, show, entries, versions: None, runs: 0 };
     plan.examine().await?;
     plan.try_variants().await?;
     for round in 0..rounds {
@@ -41,9 +42,9 @@ pub(super) async fn run(workloads: Vec<Workload>, folder: &Path, rounds: u32, sh
             }
         }
     }
-    let Plan { arena, entries, nats_version, .. } = plan;
+    let Plan { arena, entries, versions, .. } = plan;
     arena.stop().await?;
-    Ok(Outcome { reports: entries.into_iter().map(Entry::into_report).collect(), nats_version, facts })
+    Ok(Outcome { reports: entries.into_iter().map(Entry::into_report).collect(), versions, facts })
 }
 
 /// A scenario with what was gathered of everybody.
@@ -90,7 +91,7 @@ struct Plan<'p> {
     rounds: u32,
     show: Show,
     entries: Vec<Entry>,
-    nats_version: String,
+    versions: Option<Versions>,
     /// Runs of ours so far; each has a folder of its own.
     runs: u32,
 }
@@ -158,7 +159,7 @@ impl Plan<'_> {
         let measured = ours::run(&entry.workload, &folder, round, &what, self.show).await?;
         // What is left behind goes with the whole folder at the end.
         let _ = std::fs::remove_dir_all(&folder);
-        self.nats_version = measured.nats_version;
+        self.versions = Some(measured.versions);
         match measured.figures {
             Ok(ours::Figures { ours, limits, messages, batches }) => {
                 let (count, of) = (output::thousands(messages), output::thousands(batches));

@@ -398,7 +398,12 @@ impl Report {
             };
             table.add_row(vec![Cell::new(name), right(measured), right(target.to_string()), Cell::new(verdict)]);
         }
-        for (name, ratio) in self.ratios.iter().filter(|(name, _)| !self.targets.contains_key(name.as_str())) {
+        // The others of the races and the latencies stand in their tables.
+        let stands_above = |name: &str| {
+            name.contains("_ms_at_") || self.scenarios.iter().any(|race| race.ratios().any(|(known, _)| known == name))
+        };
+        let others = self.ratios.iter().filter(|(name, _)| !self.targets.contains_key(name.as_str()));
+        for (name, ratio) in others.filter(|(name, _)| !stands_above(name)) {
             table.add_row(vec![Cell::new(name), right(number(*ratio)), right("-".to_owned()), Cell::new("")]);
         }
         let _ = writeln!(text, "{table}\n\nmachine: {}", self.machine);

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use super::bed::Bed;
+use super::bed::{Bed, Versions};
 use super::report::Study;
 use super::scenario::Scenario;
 use super::workload::{Extent, Source};
@@ -23,13 +23,19 @@ pub(super) struct Effort {
 }
 
 /// Runs those of `chosen` that are studies; in `folder` they may leave what they like.
-pub(super) async fn run(chosen: &[Scenario], folder: &Path, effort: Effort) -> anyhow::Result<Vec<Study>> {
+pub(super) async fn run(
+    chosen: &[Scenario],
+    folder: &Path,
+    effort: Effort,
+) -> anyhow::Result<(Vec<Study>, Option<Versions>)> {
     let chosen: Vec<Scenario> = chosen.iter().copied().filter(|scenario| !scenario.is_race()).collect();
     let mut studies = Vec::new();
+    let mut versions = None;
     let mut costs = cost::Costs::default();
     if chosen.iter().any(|scenario| scenario.is_small()) {
         let products = effort.extent.products;
         let (mut bed, mut source) = prepare(&folder.join("small"), products, effort).await?;
+        versions = Some(bed.versions().await?);
         for scenario in chosen.iter().filter(|scenario| scenario.is_small()) {
             let study = match scenario {
                 Scenario::Projection => projection::run(&mut bed, &mut source, effort).await?,
@@ -47,6 +53,7 @@ pub(super) async fn run(chosen: &[Scenario], folder: &Path, effort: Effort) -> a
     if chosen.iter().any(|scenario| scenario.is_large()) {
         let products = effort.extent.many_products;
         let (mut bed, mut source) = prepare(&folder.join("large"), products, effort).await?;
+        versions = Some(bed.versions().await?);
         if chosen.contains(&Scenario::Cost) {
             costs.measure(&mut bed, &mut source, effort.extent.history, effort).await?;
             studies.push(costs.into_study());
@@ -57,7 +64,7 @@ pub(super) async fn run(chosen: &[Scenario], folder: &Path, effort: Effort) -> a
         }
         bed.stop().await?;
     }
-    Ok(studies)
+    Ok((studies, versions))
 }
 
 async fn prepare(folder: &Path, products: usize, effort: Effort) -> anyhow::Result<(Bed, Source)> {
