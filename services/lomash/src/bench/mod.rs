@@ -48,6 +48,7 @@ pub use self::scenario::Scenario;
 pub use self::targets::{TARGETS, Target};
 pub use self::workload::{MAX_HISTORY, MAX_ORDERS};
 
+use self::races::Pains;
 use self::studies::Effort;
 use self::targets::FULL_PRODUCTS;
 use self::workload::{Extent, Workload};
@@ -69,6 +70,8 @@ const TINY_MANY_PRODUCTS: usize = 300;
 const TINY_PRODUCTS: usize = 100;
 const TINY_ORDERS: usize = 300;
 const TINY_LEVEL: Duration = Duration::from_millis(400);
+/// And variants of a rival: all of them pass the exam in a test of their own.
+const TINY_VARIANTS: usize = 2;
 
 /// Most repeats.
 const MAX_REPEATS: u32 = 25;
@@ -159,6 +162,10 @@ impl BenchArgs {
         if self.tiny { 1 } else { self.repeat }
     }
 
+    fn pains(&self) -> Pains {
+        Pains { rounds: self.rounds(), variants: if self.tiny { TINY_VARIANTS } else { usize::MAX } }
+    }
+
     fn scenarios(&self) -> Vec<Scenario> {
         let mut chosen = self.scenario.clone();
         if chosen.is_empty() {
@@ -231,7 +238,7 @@ pub async fn bench(args: &BenchArgs, show: Show) -> anyhow::Result<Report> {
     ]);
     let mut scenarios = Vec::new();
     if !workloads.is_empty() {
-        let outcome = races::run(workloads, scratch.path(), args.rounds(), show).await?;
+        let outcome = races::run(workloads, scratch.path(), args.pains(), show).await?;
         let (postgres, redis) = (outcome.facts.postgres, outcome.facts.redis);
         versions.extend([("Postgres", postgres.version), ("Redis", redis.version)]);
         versions.extend(outcome.versions.into_iter().flatten());

@@ -31,10 +31,10 @@ pub(super) struct Outcome {
 pub(super) async fn run(workloads: Vec<Workload>, folder: &Path, rounds: u32, show: Show) -> anyhow::Result<Outcome> {
     let (arena, facts) = Arena::start(&folder.join("rivals")).await?;
     let entries = workloads.into_iter().map(Entry::new).collect();
-    let mut plan = Plan { folder, arena, rounds, show, entries, versions: None, runs: 0 };
+    let mut plan = Plan { folder, arena, pains, show, entries, versions: None, runs: 0 };
     plan.examine().await?;
     plan.try_variants().await?;
-    for round in 0..rounds {
+    for round in 0..pains.rounds {
         for entry in 0..plan.entries.len() {
             for place in 0..STARTERS.len() {
                 let starter = STARTERS[(place + round as usize) % STARTERS.len()];
@@ -66,9 +66,10 @@ impl Entry {
         self.records.entry(contestant).or_default()
     }
 
-    /// Its rivals with the ways in which they may be run.
-    fn variants(&self) -> Vec<(Contestant, Variant)> {
-        let variants = |contestant| rivals::variants(contestant).into_iter().map(move |variant| (contestant, variant));
+    /// Its rivals with the ways in which they may be run, so many of each at most.
+    fn variants(&self, most: usize) -> Vec<(Contestant, Variant)> {
+        let variants =
+            |contestant| rivals::variants(contestant).into_iter().take(most).map(move |variant| (contestant, variant));
         self.records.keys().copied().flat_map(variants).collect()
     }
 
@@ -88,7 +89,7 @@ impl Entry {
 struct Plan<'p> {
     folder: &'p Path,
     arena: Arena,
-    rounds: u32,
+    pains: Pains,
     show: Show,
     entries: Vec<Entry>,
     versions: Option<Versions>,
@@ -103,7 +104,7 @@ impl Plan<'_> {
             return Ok(());
         }
         for contestant in Contestant::RIVALS {
-            for variant in rivals::variants(contestant) {
+            for variant in rivals::variants(contestant).into_iter().take(self.pains.variants) {
                 if let Err(problem) = self.arena.exam(variant).await? {
                     for entry in self.entries.iter_mut().filter(|entry| entry.workload.scenario.has_rivals()) {
                         entry.record(contestant).withheld = Some(format!("it failed the exam as {variant}: {problem}"));
@@ -119,7 +120,7 @@ impl Plan<'_> {
         for entry in &mut self.entries {
             let limit = entry.workload.orders.len().div_ceil(TRIAL_DIVISOR);
             let mut fastest: BTreeMap<Contestant, f64> = BTreeMap::new();
-            for (contestant, variant) in entry.variants() {
+            for (contestant, variant) in entry.variants(self.pains.variants) {
                 let what = format!("{}: trying {}", entry.workload.scenario.key(), contestant.title());
                 let rate = match self.arena.run(&entry.workload, variant, limit, &what, self.show).await? {
                     Ok(taken) => limit as f64 / taken.as_secs_f64(),
@@ -142,7 +143,7 @@ impl Plan<'_> {
     /// One run of one starter.
     async fn contest(&mut self, entry: usize, starter: Contestant, round: u32) -> anyhow::Result<()> {
         let entry = &mut self.entries[entry];
-        let what = format!("{} {}/{}", entry.workload.scenario.key(), round + 1, self.rounds);
+        let what = format!("{} {}/{}", entry.workload.scenario.key(), round + 1, self.pains.rounds);
         if starter != Contestant::Ours {
             // None when it takes no part, or its books were wrong in every trial.
             let Some(variant) = entry.chosen.get(&starter).copied() else { return Ok(()) };
