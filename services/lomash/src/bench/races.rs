@@ -27,8 +27,16 @@ pub(super) struct Outcome {
     pub facts: Facts,
 }
 
-/// Runs all workloads, `rounds` times.
-pub(super) async fn run(workloads: Vec<Workload>, folder: &Path, rounds: u32, show: Show) -> anyhow::Result<Outcome> {
+/// How often, and in how many ways, rivals run.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pains {
+    pub rounds: u32,
+    /// Most variants of a rival that are tried.
+    pub variants: usize,
+}
+
+/// Runs all workloads.
+pub(super) async fn run(workloads: Vec<Workload>, folder: &Path, pains: Pains, show: Show) -> anyhow::Result<Outcome> {
     let (arena, facts) = Arena::start(&folder.join("rivals")).await?;
     let entries = workloads.into_iter().map(Entry::new).collect();
     let mut plan = Plan { folder, arena, pains, show, entries, versions: None, runs: 0 };
