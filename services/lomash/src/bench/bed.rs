@@ -88,10 +88,15 @@ impl Bed {
         Self::service_of(&self.stack)
     }
 
-    /// What one caller may send is not what is measured.
+    /// What one caller may send is not what is measured, and nothing that goes by the clock may begin meanwhile.
     fn service_of(stack: &Stack) -> anyhow::Result<Service> {
-        let service = stack.service(SERVICE)?;
-        Ok(service.env("HTTP_READS_PER_SECOND", "0").env("HTTP_WRITES_PER_SECOND", "0"))
+        let without = [
+            ("HTTP_READS_PER_SECOND", "0"),
+            ("HTTP_WRITES_PER_SECOND", "0"),
+            ("RECONCILIATION_SCHEDULE", "off"),
+            ("SNAPSHOT_SCHEDULE", "off"),
+        ];
+        Ok(without.into_iter().fold(stack.service(SERVICE)?, |service, (name, value)| service.env(name, value)))
     }
 
     /// Ends everything. Connections end before their server does: one that is left would go on looking for it.

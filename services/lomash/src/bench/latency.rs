@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
-use async_nats::{Client, HeaderMap, Message, Subscriber};
+use async_nats::{Client, ConnectOptions, HeaderMap, Message, Subscriber};
 use bytes::Bytes;
 use futures::stream::SelectAll;
 use futures::{FutureExt, StreamExt};
@@ -77,14 +77,17 @@ const SAMPLE_EVERY: Duration = Duration::from_millis(100);
 const LEAD: Duration = Duration::from_millis(100);
 
 /// How long the last decision, and the projection, may take after the last arrival.
-const LATE: Duration = Duration::from_secs(600);
+const LATE: Duration = Duration::from_secs(180);
+
+/// Events that wait to be heard in this process: all of a level's, for one that is dropped is never heard.
+const EVENTS_HELD: usize = 1 << 20;
 
 /// Measures on the bed.
 pub(super) async fn run(bed: &mut Bed, source: &mut Source, effort: Effort) -> anyhow::Result<Study> {
     batches::let_orders_take_batches(&bed.context).await?;
     bed.start_service().await?;
     let admin = bed.admin(&bed.service)?;
-    let mut ears = Ears::open(&bed.client).await?;
+    let mut ears = Ears::open(&bed.stack.nats.url()).await?;
     hasten(bed, source, &mut ears, WARM_UP).await?;
     let taken = hasten(bed, source, &mut ears, effort.extent.one_line).await?;
     let capacity = per_second(effort.extent.one_line as u64, taken);
@@ -101,7 +104,7 @@ pub(super) async fn run(bed: &mut Bed, source: &mut Source, effort: Effort) -> a
         let at = format!("at {percent} % ({}/s)", output::thousands(rate.round() as i64));
         for (what, name, taken) in [
             ("order → decision", "decision", found.decided),
-            ("PATCH → answer", "patch", found.answered),
+            ("PATCH → answer", "patch", found.answered.taken),
             ("event → projected", "projection_lag", found.projected),
         ] {
             let mut sorted = taken.clone();
@@ -114,6 +117,10 @@ pub(super) async fn run(bed: &mut Bed, source: &mut Source, effort: Effort) -> a
                 }
             }
             study.rows.push(Row::new(format!("{what}, {at}"), percentiles(taken)));
+        }
+        if let Some(first) = found.answered.failed.first() {
+            let failed = found.answered.failed.len();
+            study.notes.push(format!("At {percent} % {failed} PATCHes failed, the first with {first}."));
         }
         if percent == OVERLOAD {
             let growth = found.growth_mb.context("memory was not looked at")?;
@@ -151,7 +158,7 @@ async fn hasten(bed: &mut Bed, source: &mut Source, ears: &mut Ears, count: usiz
 /// What was found at a level.
 struct Found {
     decided: Vec<Duration>,
-    answered: Vec<Duration>,
+    answered: Answers,
     projected: Vec<Duration>,
     /// Of the service, when it was looked at.
     growth_mb: Option<f64>,
@@ -254,8 +261,16 @@ async fn arrive(client: Client, orders: Vec<Bytes>, schedule: Schedule, name: St
     Ok(())
 }
 
-/// Changes stocks by the schedule; how long after its scheduled time each was answered.
-async fn patch(admin: Api, products: Vec<String>, schedule: Schedule, count: usize) -> anyhow::Result<Vec<Duration>> {
+/// What changes over HTTP came to.
+struct Answers {
+    /// How long after its scheduled time each was answered.
+    taken: Vec<Duration>,
+    /// What the others were answered, for those that did not succeed.
+    failed: Vec<String>,
+}
+
+/// Changes stocks by the schedule.
+async fn patch(admin: Api, products: Vec<String>, schedule: Schedule, count: usize) -> anyhow::Result<Answers> {
     let mut under_way = JoinSet::new();
     for number in 0..count.max(1) {
         sleep_until(schedule.of(number)).await;
@@ -263,16 +278,19 @@ async fn patch(admin: Api, products: Vec<String>, schedule: Schedule, count: usi
         let path = format!("/v1/products/{}/inventory", products[number % products.len()]);
         under_way.spawn(async move {
             let body = json!({ "quantity": PATCHED_TO - number });
-            let answer = admin.send(Method::PATCH, &path, &[], Some(body)).await?;
-            ensure!(answer.status.is_success(), "a PATCH was answered {}: {}", answer.status, answer.body);
-            Ok(due.elapsed())
+            let answer = admin.send(Method::PATCH, &path, &[], Some(body)).await;
+            (due.elapsed(), answer)
         });
     }
-    let mut answered = Vec::with_capacity(count);
+    let mut answers = Answers { taken: Vec::with_capacity(count), failed: Vec::new() };
     while let Some(done) = under_way.join_next().await {
-        answered.push(done.context("a PATCH panicked")??);
+        match done.context("a PATCH panicked")? {
+            (taken, Ok(answer)) if answer.status.is_success() => answers.taken.push(taken),
+            (_, Ok(answer)) => answers.failed.push(format!("{}: {}", answer.status, answer.body)),
+            (_, Err(problem)) => answers.failed.push(format!("{problem:#}")),
+        }
     }
-    Ok(answered)
+    Ok(answers)
 }
 
 /// A look at the checkpoint: what it was, and when.
@@ -372,7 +390,10 @@ struct ToldOrder {
 }
 
 impl Ears {
-    async fn open(client: &Client) -> anyhow::Result<Self> {
+    /// On a connection of its own: what is published does not hold up what is heard.
+    async fn open(url: &str) -> anyhow::Result<Self> {
+        let options = ConnectOptions::new().name("lomash bench, listening").subscription_capacity(EVENTS_HELD);
+        let client = options.connect(url).await.context("NATS cannot be reached")?;
         let mut messages = SelectAll::new();
         for topic in [Topic::InventoryUpdated, Topic::InventoryUpdateFailed] {
             messages.push(client.subscribe(topic.as_str()).await.context("decisions cannot be listened to")?);

@@ -4,15 +4,16 @@
 //! A start is timed from outside, from the start of the process to its first answer, so the fold's rate has everything else
 //! of a start in it. The projection is up to date before, and has nothing to do.
 //!
-//! Snapshots are an object store of the service: while there is none, there is no figure of it. Whatever object stores
-//! there are taken away before a start that is to fold.
+//! Snapshots are an object store that the service makes and fills upon a tick in `JOBS`. A service that makes none has no
+//! figure of a start from one. Whatever object stores there are is taken away before a start that is to fold.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use async_nats::jetstream::Context;
+use bytes::Bytes;
 use futures::TryStreamExt;
-use lomash_ledger::Ledger;
+use lomash_ledger::{Ledger, streams};
 
 use super::bed::Bed;
 use super::cost::megabytes;
@@ -28,13 +29,23 @@ use crate::output;
 /// What the server calls the stream of an object store, before its name.
 const OBJECT_STORE: &str = "OBJ_";
 
+/// The tick upon which the service writes a snapshot, and how few events make one worth it here.
+const SNAPSHOT_TICK: &str = "lomash.jobs.snapshot";
+const SNAPSHOT_AFTER: (&str, &str) = ("SNAPSHOT_AFTER_EVENTS", "1");
+
+/// How long writing a snapshot may take, and how often it is looked whether it is written.
+const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(600);
+const SNAPSHOT_PAUSE: Duration = Duration::from_millis(50);
+
 /// Measures on the bed after the orders of the history were decided, as far as they are missing.
 pub(super) async fn run(bed: &mut Bed, source: &mut Source, effort: Effort) -> anyhow::Result<Study> {
     let Effort { extent, rounds, show, .. } = effort;
     let missing = extent.history.saturating_sub((bed.due.0 + bed.due.1) as usize);
+    bed.service.set_env(SNAPSHOT_AFTER.0, SNAPSHOT_AFTER.1);
     bed.start_service().await?;
     bed.put(source, missing, "start", show).await?;
     bed.quiet().await?;
+    let has_snapshot = write_snapshot(bed).await?;
     let mut memory = resident(bed)?;
     bed.stop_service().await?;
     let events = bed.ledger.last_sequence().await?;
@@ -63,7 +74,7 @@ pub(super) async fn run(bed: &mut Bed, source: &mut Source, effort: Effort) -> a
         anyhow::Ok(spread.median)
     };
     let mut from_snapshot = None;
-    if !object_stores(&bed.context).await?.is_empty() {
+    if has_snapshot {
         let mut started = Vec::new();
         for _ in 0..rounds {
             started.push(bed.start_service().await?);
@@ -108,6 +119,25 @@ pub(super) async fn run(bed: &mut Bed, source: &mut Source, effort: Effort) -> a
 fn resident(bed: &Bed) -> anyhow::Result<f64> {
     let pid = bed.service.pid().context("the service does not run")?;
     Ok(megabytes(Usage::of(pid)?.resident_bytes))
+}
+
+/// Has the service write a snapshot, if it writes any: its tick is gone when it has.
+async fn write_snapshot(bed: &Bed) -> anyhow::Result<bool> {
+    if object_stores(&bed.context).await?.is_empty() {
+        return Ok(false);
+    }
+    let tick = bed.context.publish(SNAPSHOT_TICK, Bytes::new()).await.context("the tick cannot be sent")?;
+    tick.await.context("the stream JOBS does not take the tick")?;
+    let jobs = bed.context.get_stream(streams::JOBS).await.context("JOBS cannot be read")?;
+    let deadline = Instant::now() + SNAPSHOT_TIMEOUT;
+    let written = async {
+        while jobs.get_last_raw_message_by_subject(SNAPSHOT_TICK).await.is_ok() {
+            ensure!(Instant::now() < deadline, "no snapshot within {} s", SNAPSHOT_TIMEOUT.as_secs());
+            tokio::time::sleep(SNAPSHOT_PAUSE).await;
+        }
+        Ok(true)
+    };
+    bed.while_running(written).await
 }
 
 async fn object_stores(context: &Context) -> anyhow::Result<Vec<String>> {

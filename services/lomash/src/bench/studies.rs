@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::time::Duration;
 
+use anyhow::Context as _;
+
 use super::bed::{Bed, Versions};
 use super::report::Study;
 use super::scenario::Scenario;
@@ -28,53 +30,87 @@ pub(super) async fn run(
     folder: &Path,
     effort: Effort,
 ) -> anyhow::Result<(Vec<Study>, Option<Versions>)> {
-    let chosen: Vec<Scenario> = chosen.iter().copied().filter(|scenario| !scenario.is_race()).collect();
     let mut studies = Vec::new();
     let mut versions = None;
     let mut costs = cost::Costs::default();
-    if chosen.iter().any(|scenario| scenario.is_small()) {
-        let products = effort.extent.products;
-        let (mut bed, mut source) = prepare(&folder.join("small"), products, effort).await?;
-        versions = Some(bed.versions().await?);
-        for scenario in chosen.iter().filter(|scenario| scenario.is_small()) {
-            let study = match scenario {
-                Scenario::Projection => projection::run(&mut bed, &mut source, effort).await?,
-                Scenario::Latency => latency::run(&mut bed, &mut source, effort).await?,
-                Scenario::Reads => reads::run(&mut bed, &source, effort).await?,
-                _ => {
-                    costs.measure(&mut bed, &mut source, 0, effort).await?;
-                    continue;
+    // Servers are shared until a study fails: what it left behind is nobody's to go on with.
+    let mut ready: Option<(Size, Bed, Source)> = None;
+    let mut folders = (1..).map(|number| folder.join(format!("studies-{number}")));
+    for (scenario, size) in steps(chosen) {
+        let (bed, source) = match &mut ready {
+            Some((there, bed, source)) if *there == size => (bed, source),
+            _ => {
+                if let Some((_, bed, _)) = ready.take() {
+                    bed.stop().await?;
                 }
-            };
-            studies.push(study.checked(bed.problem().await?));
+                let folder = folders.next().context("there are no more numbers")?;
+                let (bed, source) = size.prepare(&folder, effort).await?;
+                versions = Some(bed.versions().await?);
+                let (_, bed, source) = ready.insert((size, bed, source));
+                (bed, source)
+            }
+        };
+        let study = match (scenario, size) {
+            (Scenario::Projection, _) => projection::run(bed, source, effort).await,
+            (Scenario::Latency, _) => latency::run(bed, source, effort).await,
+            (Scenario::Reads, _) => reads::run(bed, source, effort).await,
+            (Scenario::Cost, Size::Small) => match costs.measure(bed, source, 0, effort).await {
+                Ok(()) => continue,
+                Err(problem) => Err(problem),
+            },
+            (Scenario::Cost, Size::Large) => costs
+                .measure(bed, source, effort.extent.history, effort)
+                .await
+                .map(|()| std::mem::take(&mut costs).into_study()),
+            (_, _) => start::run(bed, source, effort).await,
+        };
+        match study {
+            Ok(study) => studies.push(study.checked(bed.problem().await?)),
+            Err(problem) => {
+                ready = None;
+                let study = Study::new(scenario, format!("{} ({} products)", scenario.key(), size.products(effort)));
+                studies.push(study.checked(Some(format!("it did not come to an end: {problem:#}"))));
+            }
         }
-        bed.stop().await?;
     }
-    if chosen.iter().any(|scenario| scenario.is_large()) {
-        let products = effort.extent.many_products;
-        let (mut bed, mut source) = prepare(&folder.join("large"), products, effort).await?;
-        versions = Some(bed.versions().await?);
-        if chosen.contains(&Scenario::Cost) {
-            costs.measure(&mut bed, &mut source, effort.extent.history, effort).await?;
-            studies.push(costs.into_study());
-        }
-        if chosen.contains(&Scenario::Start) {
-            let study = start::run(&mut bed, &mut source, effort).await?;
-            studies.push(study.checked(bed.problem().await?));
-        }
+    if let Some((_, bed, _)) = ready {
         bed.stop().await?;
     }
     Ok((studies, versions))
 }
 
-async fn prepare(folder: &Path, products: usize, effort: Effort) -> anyhow::Result<(Bed, Source)> {
-    let bed = Bed::start(folder).await?;
-    let source = Source::new(products, effort.seed)?;
-    bed.fill(&source.products, "studies", effort.show).await?;
-    Ok((bed, source))
+/// How many products a study has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Size {
+    Small,
+    Large,
 }
 
-/// A count or a duration as figures have it.
+/// The chosen studies in an order in which those of one size follow each other; one of both sizes is done in two steps.
+fn steps(chosen: &[Scenario]) -> Vec<(Scenario, Size)> {
+    let of = |size, is_it: fn(Scenario) -> bool| {
+        chosen.iter().copied().filter(move |scenario| is_it(*scenario)).map(move |scenario| (scenario, size))
+    };
+    of(Size::Small, Scenario::is_small).chain(of(Size::Large, Scenario::is_large)).collect()
+}
+
+impl Size {
+    fn products(self, effort: Effort) -> usize {
+        match self {
+            Self::Small => effort.extent.products,
+            Self::Large => effort.extent.many_products,
+        }
+    }
+
+    async fn prepare(self, folder: &Path, effort: Effort) -> anyhow::Result<(Bed, Source)> {
+        let bed = Bed::start(folder).await?;
+        let source = Source::new(self.products(effort), effort.seed)?;
+        bed.fill(&source.products, "studies", effort.show).await?;
+        Ok((bed, source))
+    }
+}
+
+/// A rate.
 pub(super) fn per_second(count: u64, taken: Duration) -> f64 {
     count as f64 / taken.as_secs_f64().max(f64::MIN_POSITIVE)
 }
