@@ -73,6 +73,9 @@ const PATCHED_TO: usize = 890_000;
 const CHECKPOINT_EVERY: Duration = Duration::from_millis(3);
 const SAMPLE_EVERY: Duration = Duration::from_millis(100);
 
+/// Fewest samples of memory: one for each quarter. A machine that is at something else may get to few in a short level.
+const MIN_SAMPLES: usize = 4;
+
 /// Until the first arrival of a level, so that everybody is ready.
 const LEAD: Duration = Duration::from_millis(100);
 
@@ -210,8 +213,7 @@ async fn level(
     let answered = patching.await.context("patching panicked")??;
     goal.store(heard.events.iter().map(|(sequence, _)| *sequence).max().unwrap_or(1), Ordering::Relaxed);
     let looks = bed.while_running(async { looking.await.context("looking panicked")? }).await?;
-    let (growth_mb, most_waiting) =
-        samples.map_or((None, 0), |samples| (growth(&samples, level), most_waiting(&samples)));
+    let (growth_mb, most_waiting) = samples.map_or((None, 0), |samples| (growth(&samples), most_waiting(&samples)));
     Ok(Found { decided: heard.decided, answered, projected: lags(&heard.events, &looks), growth_mb, most_waiting })
 }
 
@@ -328,7 +330,6 @@ fn lags(events: &[(u64, Instant)], looks: &[Look]) -> Vec<Duration> {
 
 /// Memory of the service and orders that waited in the stream, at a moment of a level.
 struct Sample {
-    after: Duration,
     resident: u64,
     waiting: u64,
 }
@@ -337,23 +338,20 @@ async fn sample(bed: &Bed, first: Instant, level: Duration) -> anyhow::Result<Ve
     let mut samples = Vec::new();
     let pid = bed.service.pid().context("the service does not run")?;
     sleep_until(first).await;
-    while first.elapsed() < level {
+    while first.elapsed() < level || samples.len() < MIN_SAMPLES {
         let resident = Usage::of(pid)?.resident_bytes;
         let waiting = bed.deliveries().await?.waiting;
-        samples.push(Sample { after: first.elapsed(), resident, waiting });
+        samples.push(Sample { resident, waiting });
         sleep(SAMPLE_EVERY.min(level / 20)).await;
     }
     Ok(samples)
 }
 
-fn growth(samples: &[Sample], level: Duration) -> Option<f64> {
-    let quarter = |number: u32| {
-        let (from, to) = (level * number / 4, level * (number + 1) / 4);
-        let mut found: Vec<u64> = samples
-            .iter()
-            .filter(|sample| sample.after >= from && sample.after < to)
-            .map(|sample| sample.resident)
-            .collect();
+/// In megabytes, from the second quarter of the samples to the last.
+fn growth(samples: &[Sample]) -> Option<f64> {
+    let quarter = |number: usize| {
+        let of = samples.get(samples.len() * number / 4..samples.len() * (number + 1) / 4)?;
+        let mut found: Vec<u64> = of.iter().map(|sample| sample.resident).collect();
         found.sort_unstable();
         found.get(found.len() / 2).copied().map(megabytes)
     };
@@ -454,9 +452,10 @@ mod tests {
 
     #[test]
     fn growth_is_late_memory_less_early_memory() {
-        let sample = |after, resident| Sample { after: Duration::from_secs(after), resident, waiting: after };
-        let samples: Vec<Sample> = (0..8).map(|second| sample(second, 100_000_000 + second * 1_000_000)).collect();
-        assert_eq!(growth(&samples, Duration::from_secs(8)), Some(4.0));
+        let samples: Vec<Sample> =
+            (0..8).map(|second| Sample { resident: 100_000_000 + second * 1_000_000, waiting: second }).collect();
+        assert_eq!(growth(&samples), Some(4.0));
+        assert_eq!(growth(&samples[..MIN_SAMPLES]), Some(2.0));
         assert_eq!(most_waiting(&samples), 7);
     }
 }
