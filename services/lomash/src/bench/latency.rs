@@ -12,9 +12,10 @@
 //! - an event heard on its exact topic → the projection's checkpoint has reached its sequence, seen by polling Postgres
 //!   every [`CHECKPOINT_EVERY`]; what that adds is to our disadvantage.
 //!
-//! **Arrivals.** Up to [`ONE_BY_ONE_UP_TO`] orders a second are published one by one. The server syncs each of those, so one
-//! stream takes no more than some thousands a second; beyond that, what is due is published as one batch, and the next when
-//! it is stored, as a busy publisher would. Waiting for the batch counts.
+//! **Arrivals.** The server syncs every single publish, so one by one a stream on one node takes a few thousand orders a
+//! second at best. How many it takes here is measured first; a level of up to half of that arrives one by one. Beyond, what
+//! is due is published as one batch, and the next when it is stored, as a busy publisher would. Waiting for the batch
+//! counts.
 //!
 //! **Growth at 120 %** is the service's memory late in the level, less its memory early in it, when its buffers were full
 //! already: medians of the samples of the second and of the last quarter.
@@ -55,12 +56,14 @@ use crate::output;
 const LEVELS: [u32; 4] = [10, 50, 80, OVERLOAD];
 const OVERLOAD: u32 = 120;
 
-/// Rate of arrival up to which orders are published one by one.
-const ONE_BY_ONE_UP_TO: f64 = 3_000.0;
+/// Of the rate that `ORDERS` takes one by one: up to which part orders arrive so. At more, what is measured would be how
+/// publishers wait for each other.
+const ONE_BY_ONE_SHARE: f64 = 0.5;
 
-/// Orders of a batch when capacity is measured, and orders before that, so that nothing is cold.
+/// Orders of a batch when capacity is measured. Orders before that, so that nothing is cold, and to measure publishing one by
+/// one.
 const CAPACITY_BATCH: usize = 1_000;
-const WARM_UP: usize = 200;
+const WARM_UP: usize = 300;
 
 /// Changes of stock over HTTP, and how many products they are spread over.
 const PATCHES_A_SECOND: f64 = 20.0;
@@ -91,8 +94,10 @@ pub(super) async fn run(bed: &mut Bed, source: &mut Source, effort: Effort) -> a
     bed.start_service().await?;
     let admin = bed.admin(&bed.service)?;
     let mut ears = Ears::open(&bed.stack.nats.url()).await?;
-    hasten(bed, source, &mut ears, WARM_UP).await?;
-    let taken = hasten(bed, source, &mut ears, effort.extent.one_line).await?;
+    hasten(bed, source, &mut ears, WARM_UP, Way::Batches).await?;
+    let taken = hasten(bed, source, &mut ears, WARM_UP, Way::OneByOne).await?;
+    let one_by_one = per_second(WARM_UP as u64, taken);
+    let taken = hasten(bed, source, &mut ears, effort.extent.one_line, Way::Batches).await?;
     let capacity = per_second(effort.extent.one_line as u64, taken);
     let title = format!(
         "latency: open loop, {} s each, of a capacity of {} orders/s",
@@ -101,10 +106,16 @@ pub(super) async fn run(bed: &mut Bed, source: &mut Source, effort: Effort) -> a
     );
     let mut study = Study::new(Scenario::Latency, title);
     study.ratio("capacity_orders_per_second", capacity);
+    study.notes.push(format!(
+        "Published one by one, {} orders a second were stored and decided; a level of more than half of that arrives in \
+         batches.",
+        output::thousands(one_by_one.round() as i64)
+    ));
     for percent in LEVELS {
         let rate = capacity * f64::from(percent) / 100.0;
-        let found = level(bed, source, &mut ears, &admin, percent, rate, effort).await?;
-        let at = format!("at {percent} % ({}/s)", output::thousands(rate.round() as i64));
+        let way = if rate <= one_by_one * ONE_BY_ONE_SHARE { Way::OneByOne } else { Way::Batches };
+        let found = level(bed, source, &mut ears, &admin, Level { percent, rate, way }, effort).await?;
+        let at = format!("at {percent} % ({}/s, {way})", output::thousands(rate.round() as i64));
         for (what, name, taken) in [
             ("order → decision", "decision", found.decided),
             ("PATCH → answer", "patch", found.answered.taken),
@@ -139,8 +150,40 @@ pub(super) async fn run(bed: &mut Bed, source: &mut Source, effort: Effort) -> a
     Ok(study)
 }
 
+/// How orders are published.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    OneByOne,
+    Batches,
+}
+
+impl std::fmt::Display for Way {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::OneByOne => "one by one",
+            Self::Batches => "in batches",
+        })
+    }
+}
+
+/// A rate of arrival.
+#[derive(Clone, Copy, Debug)]
+struct Level {
+    /// Of capacity.
+    percent: u32,
+    /// Orders a second.
+    rate: f64,
+    way: Way,
+}
+
 /// Publishes orders as fast as `ORDERS` takes them; how long it took until the last decision was heard.
-async fn hasten(bed: &mut Bed, source: &mut Source, ears: &mut Ears, count: usize) -> anyhow::Result<Duration> {
+async fn hasten(
+    bed: &mut Bed,
+    source: &mut Source,
+    ears: &mut Ears,
+    count: usize,
+    way: Way,
+) -> anyhow::Result<Duration> {
     let Orders { orders, refused } = source.take(count)?;
     bed.expect(orders.len() as u64, refused);
     let started = Instant::now();
@@ -148,6 +191,12 @@ async fn hasten(bed: &mut Bed, source: &mut Source, ears: &mut Ears, count: usiz
     let made: Vec<Batched> = orders.iter().map(|order| (subject(), HeaderMap::new(), encoded(order))).collect();
     let client = bed.client.clone();
     let publishing = async move {
+        if way == Way::OneByOne {
+            for (subject, _, order) in made {
+                client.publish(subject, order).await.context("an order could not be sent")?;
+            }
+            return Ok(());
+        }
         for (number, batch) in made.chunks(CAPACITY_BATCH).enumerate() {
             send(&client, batch.to_vec(), &format!("hasten-{count}-{number}")).await?;
         }
@@ -173,8 +222,7 @@ async fn level(
     source: &mut Source,
     ears: &mut Ears,
     admin: &Api,
-    percent: u32,
-    rate: f64,
+    Level { percent, rate, way }: Level,
     effort: Effort,
 ) -> anyhow::Result<Found> {
     let Effort { level, show, .. } = effort;
@@ -193,7 +241,7 @@ async fn level(
     let goal = Arc::new(AtomicU64::new(0));
     let mut tasks = JoinSet::new();
     let looking = tokio::spawn(look(bed.database.clone(), goal.clone(), first + level + LATE));
-    tasks.spawn(arrive(bed.client.clone(), payloads, schedule, format!("at-{percent}")));
+    tasks.spawn(arrive(bed.client.clone(), payloads, schedule, way));
     let patches = Schedule { first, rate: PATCHES_A_SECOND };
     let patching =
         tokio::spawn(patch(admin.clone(), patched, patches, (PATCHES_A_SECOND * level.as_secs_f64()) as usize));
@@ -239,7 +287,7 @@ impl Schedule {
 }
 
 /// Publishes the orders by the schedule.
-async fn arrive(client: Client, orders: Vec<Bytes>, schedule: Schedule, name: String) -> anyhow::Result<()> {
+async fn arrive(client: Client, orders: Vec<Bytes>, schedule: Schedule, way: Way) -> anyhow::Result<()> {
     let mut sent = 0;
     while sent < orders.len() {
         let due = schedule.due(Instant::now()).min(orders.len());
@@ -247,7 +295,7 @@ async fn arrive(client: Client, orders: Vec<Bytes>, schedule: Schedule, name: St
             sleep_until(schedule.of(sent)).await;
             continue;
         }
-        if schedule.rate <= ONE_BY_ONE_UP_TO {
+        if way == Way::OneByOne {
             // One that is lost is missed by who waits for its decision.
             for order in &orders[sent..due] {
                 client.publish(subject(), order.clone()).await.context("an order could not be sent")?;
@@ -256,7 +304,7 @@ async fn arrive(client: Client, orders: Vec<Bytes>, schedule: Schedule, name: St
         } else {
             let until = due.min(sent + MAX_BATCH_MESSAGES);
             let batch = orders[sent..until].iter().map(|order| (subject(), HeaderMap::new(), order.clone()));
-            send(&client, batch.collect(), &format!("{name}-{sent}")).await?;
+            send(&client, batch.collect(), &format!("arriving-{sent}")).await?;
             sent = until;
         }
     }
