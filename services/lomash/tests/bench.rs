@@ -123,7 +123,6 @@ async fn the_tiny_benchmark_works_and_all_books_are_in_order() {
 
     let table = report.render();
     assert!(table.contains("uniform_over_rival_1") && table.contains("min – max"), "{table}");
-    println!("{table}");
     let picture = draw(&report);
     assert!(picture.starts_with("<svg ") && picture.trim_end().ends_with("</svg>"), "{picture}");
     assert_eq!(picture.matches("<rect x=").count(), 4 * 6 + 3, "a bar for each contestant of each race");
