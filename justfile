@@ -75,7 +75,7 @@ status *ARGS: _programs
 token *ARGS: _programs
     @exec '{{ lomash }}' token {{ ARGS }}
 
-# Measure this system beside its rivals and the limit of the server, optimised, on servers of its own (some 15 minutes)
+# Measure this system beside its rivals and the limit of the server, optimised, on servers of its own (some 35 minutes)
 [group('operate')]
 bench *ARGS: _setup
     cargo build --release --locked -p lomash -p lomash-product

@@ -6,11 +6,31 @@
 use std::path::PathBuf;
 
 use clap::Parser;
-use lomash::bench::{BenchArgs, Contestant, Scenario, bench, draw};
+use lomash::bench::{BenchArgs, Contestant, Scenario, TARGETS, bench, draw};
 use lomash::verify::Show;
 
-/// Ratios are made of these, in every scenario.
-const OTHERS: [&str; 3] = ["limit", "rival_1", "rival_2"];
+/// Ratios are made of these, in every race but that of a million products, which the rivals sit out.
+const OTHERS: [&str; 5] = ["limit", "bare", "rival_1", "rival_2", "rival_3"];
+
+/// Numbers of the studies.
+const OF_STUDIES: [&str; 16] = [
+    "capacity_orders_per_second",
+    "catching_up_over_slower_of_read_and_copy",
+    "cost_cpu_many_products_over_few",
+    "decision_p50_ms_at_10_percent",
+    "decision_p99_ms_at_50_percent",
+    "decision_p99_9_ms_at_80_percent",
+    "memory_growth_mb_at_120_percent",
+    "million_over_bare",
+    "million_over_limit",
+    "million_over_uniform",
+    "page_reads_cached_over_postgres",
+    "patch_p99_ms_at_50_percent",
+    "product_reads_cached_over_postgres",
+    "projection_lag_p99_ms_at_50_percent",
+    "rebuild_over_slower_of_read_and_copy",
+    "start_folding_over_bare_read",
+];
 
 #[derive(Parser)]
 struct Command {
@@ -41,11 +61,17 @@ fn order_file(folder: &std::path::Path) -> PathBuf {
 
 #[test]
 fn nonsense_is_refused_before_anything_starts() {
-    for words in [&["--orders-count", "5"][..], &["--repeat", "0"], &["--tiny", "--repeat", "2"], &["--scenario", "no"]]
-    {
+    for words in [
+        &["--orders-count", "5"][..],
+        &["--repeat", "0"],
+        &["--history", "1000000000"],
+        &["--tiny", "--repeat", "2"],
+        &["--tiny", "--products", "2000"],
+        &["--scenario", "no"],
+    ] {
         assert!(arguments(words).is_err(), "{words:?}");
     }
-    assert!(arguments(&["--scenario", "hot,lines-14"]).is_ok());
+    assert!(arguments(&["--scenario", "hot,lines-14,start"]).is_ok());
 }
 
 #[tokio::test]
@@ -66,10 +92,15 @@ async fn the_tiny_benchmark_works_and_all_books_are_in_order() {
     let withheld: Vec<String> = report.withheld().collect();
     assert!(withheld.is_empty(), "{withheld:?}");
     let scenarios: Vec<Scenario> = report.scenarios.iter().map(|scenario| scenario.scenario).collect();
-    assert_eq!(scenarios, [Scenario::Uniform, Scenario::Hot, Scenario::Lines14, Scenario::Real]);
+    let studies = report.studies.iter().map(|study| study.scenario);
+    assert_eq!(scenarios.iter().copied().chain(studies).collect::<Vec<_>>(), Scenario::ALL);
     for scenario in &report.scenarios {
         let contestants: Vec<Contestant> = scenario.results.iter().map(|result| result.contestant).collect();
-        assert_eq!(contestants, Contestant::ALL, "{}", scenario.title);
+        assert_eq!(contestants, Contestant::of(scenario.scenario), "{}", scenario.title);
+    }
+    for study in &report.studies {
+        let figures: Vec<_> = study.rows.iter().flat_map(|row| &row.figures).collect();
+        assert!(!figures.is_empty() && figures.iter().all(|(_, figure)| figure.is_finite()), "{study:?}");
     }
 
     let json = serde_json::to_value(&report).expect("JSON");
@@ -80,7 +111,12 @@ async fn the_tiny_benchmark_works_and_all_books_are_in_order() {
             assert!(ratios.get(&name).and_then(serde_json::Value::as_f64).is_some_and(|ratio| ratio > 0.0), "{name}");
         }
     }
-    assert_eq!(ratios.len(), 4 * OTHERS.len());
+    for name in OF_STUDIES {
+        assert!(ratios.get(name).and_then(serde_json::Value::as_f64).is_some_and(|ratio| ratio >= 0.0), "{name}");
+    }
+    // Every target is about a number of that name. Two are about sizes that only a large run reaches.
+    let missing: Vec<&str> = TARGETS.iter().map(|(name, _)| *name).filter(|name| !ratios.contains_key(*name)).collect();
+    assert_eq!(missing, ["product_memory_mb", "start_from_snapshot_seconds"]);
     for part in ["machine", "versions", "settings", "targets"] {
         assert!(json[part].as_object().is_some_and(|part| !part.is_empty()), "{part}");
     }
@@ -89,5 +125,5 @@ async fn the_tiny_benchmark_works_and_all_books_are_in_order() {
     assert!(table.contains("uniform_over_rival_1") && table.contains("min – max"), "{table}");
     let picture = draw(&report);
     assert!(picture.starts_with("<svg ") && picture.trim_end().ends_with("</svg>"), "{picture}");
-    assert_eq!(picture.matches("<rect x=").count(), 16, "a bar for each contestant of each scenario");
+    assert_eq!(picture.matches("<rect x=").count(), 4 * 6 + 3, "a bar for each contestant of each race");
 }

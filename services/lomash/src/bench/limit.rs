@@ -1,50 +1,78 @@
 //! The limit of the server: as many messages, as large, in as many atomic batches as the product service stored, written
-//! to a stream of the same configuration on the same server, without reading, deciding or acknowledging anything.
+//! to the same server without reading, deciding or acknowledging anything.
 //!
-//! Given an advantage where the two cannot be equal: nothing is republished, no message id is looked up (its bytes are
-//! payload here), no sequence is expected, and every message is made before the clock starts. One batch is in flight at a
-//! time, as with the committer.
+//! There are two, for "as large" and "the same server" can be read in two ways:
+//! - [`Contestant::Limit`]: a stream of the very configuration of `INVENTORY`, so it republishes what it stores and looks
+//!   message ids up, and messages that carry an id each. That is what the contract asks of the server for these messages,
+//!   whoever writes them.
+//! - [`Contestant::Bare`]: the least that the server can be asked: nothing is republished and no message has an id (its
+//!   bytes are payload).
+//!
+//! In both no sequence is expected (its header's bytes are payload), batches end where those of ours ended in the stream,
+//! one batch is in flight at a time, as with the committer, and every message is made before the clock starts. What the
+//! server then holds must be as large as what it holds of ours.
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, anyhow, bail, ensure};
-use async_nats::header::{NATS_BATCH_COMMIT, NATS_BATCH_COMMIT_FINAL, NATS_BATCH_ID, NATS_BATCH_SEQUENCE};
+use anyhow::{Context as _, ensure};
+use async_nats::header::NATS_MESSAGE_ID;
 use async_nats::jetstream::Context;
-use async_nats::{HeaderMap, Request, Subject};
+use async_nats::{HeaderMap, Subject};
 use bytes::Bytes;
 use futures::StreamExt;
-use lomash_ledger::{APPEND_TIMEOUT, JetStreamLedger, Ledger, StoredMessage, streams};
+use lomash_ledger::{JetStreamLedger, Ledger, StoredMessage, header, streams};
 use serde_json::{Value, json};
+use uuid::Uuid;
 
-/// The stream that is written to.
-const STREAM: &str = "BENCH";
+use super::batches::{self, Message};
+use super::report::Contestant;
 
 /// What its subjects begin with, as long as what it stands for.
-const PREFIX: &str = "bench0.";
 const PREFIX_OF_OURS: &str = "lomash.";
-const _: () = assert!(PREFIX.len() == PREFIX_OF_OURS.len(), "messages are to be equally large");
+const PREFIX_OF_LIMIT: &str = "limit0.";
+const PREFIX_OF_BARE: &str = "bench0.";
+const _: () = assert!(
+    PREFIX_OF_LIMIT.len() == PREFIX_OF_OURS.len() && PREFIX_OF_BARE.len() == PREFIX_OF_OURS.len(),
+    "messages are to be equally large"
+);
+
+/// Of how many bytes one may be missing or too many: numbers in headers are not equally long.
+const SIZE_TOLERANCE: u64 = 100;
 
 /// What a message of ours was, as far as the server's work goes.
 #[derive(Debug)]
 pub(super) struct Shape {
-    subject: Subject,
-    /// Payload, and the headers that the bare message goes without.
+    /// Without its prefix.
+    subject: String,
+    /// Payload, and the headers that no bare message has.
     bytes: usize,
+    /// Bytes of its id; 0 when it had none.
+    id_bytes: usize,
     /// Whether its batch ends with it.
     pub ends_batch: bool,
 }
 
+/// Bytes of a header line.
+fn line(name: &str, value: usize) -> usize {
+    name.len() + ": \r\n".len() + value
+}
+
 impl Shape {
     fn of(message: &StoredMessage) -> Self {
-        let line = |name: &str, value: usize| name.len() + ": \r\n".len() + value;
-        let id = message.message_id.as_ref().map_or(0, |id| line("Nats-Msg-Id", id.len()));
-        let expected = message
-            .expected_last_sequence
-            .map_or(0, |expected| line("Nats-Expected-Last-Sequence", expected.to_string().len()));
-        let rest = message.subject.strip_prefix(PREFIX_OF_OURS).unwrap_or(&message.subject);
+        let expected = message.expected_last_sequence.map(|expected| expected.to_string().len());
+        let text = |value: &Option<String>| value.as_ref().map(String::len);
+        let carried = [
+            ("Nats-Expected-Last-Sequence", expected),
+            (header::TRACEPARENT, text(&message.carried.traceparent)),
+            (header::TRACESTATE, text(&message.carried.tracestate)),
+            (header::REASON, text(&message.carried.reason)),
+            (header::COMMAND, text(&message.carried.command)),
+        ];
+        let carried: usize = carried.into_iter().filter_map(|(name, value)| Some(line(name, value?))).sum();
         Self {
-            subject: format!("{PREFIX}{rest}").into(),
-            bytes: message.payload.len() + id + expected,
+            subject: message.subject.strip_prefix(PREFIX_OF_OURS).unwrap_or(&message.subject).to_owned(),
+            bytes: message.payload.len() + carried,
+            id_bytes: message.message_id.as_ref().map_or(0, String::len),
             ends_batch: message.ends_batch(),
         }
     }
@@ -60,63 +88,81 @@ pub(super) async fn shapes(ledger: &JetStreamLedger, after: u64) -> anyhow::Resu
     Ok(shapes)
 }
 
-/// Writes as many messages of those shapes; how long it took from the first to the last confirmation.
-pub(super) async fn run(context: &Context, shapes: &[Shape]) -> anyhow::Result<Duration> {
-    create_stream(context).await?;
-    let largest = shapes.iter().map(|shape| shape.bytes).max().unwrap_or(0);
+/// Writes as many messages of those shapes; how long it took from the first to the last confirmation. Ours took
+/// `ours_bytes` of the server's storage; as large is what is written here, or there is no figure.
+pub(super) async fn run(
+    context: &Context,
+    contestant: Contestant,
+    shapes: &[Shape],
+    ours_bytes: u64,
+) -> anyhow::Result<Duration> {
+    let bare = contestant == Contestant::Bare;
+    let prefix = if bare { PREFIX_OF_BARE } else { PREFIX_OF_LIMIT };
+    batches::configure(context, "CREATE", &stream(prefix, bare)?).await?;
+    let id_line = |shape: &Shape| if shape.id_bytes == 0 { 0 } else { line("Nats-Msg-Id", shape.id_bytes) };
+    let largest = shapes.iter().map(|shape| shape.bytes + id_line(shape)).max().unwrap_or(0);
     let payload = Bytes::from(vec![b'x'; largest]);
-    let mut batches: Vec<Vec<(Subject, HeaderMap, Bytes)>> = vec![Vec::new()];
+    let mut made: Vec<Vec<Message>> = vec![Vec::new()];
     for shape in shapes {
-        let id = format!("bench-{}", batches.len());
-        let Some(batch) = batches.last_mut() else { break };
+        // As long as the ids of our batches.
+        let id = format!("{prefix}batch-{}", made.len());
+        let Some(batch) = made.last_mut() else { break };
         let mut headers = HeaderMap::new();
-        headers.insert(NATS_BATCH_ID, id);
-        headers.insert(NATS_BATCH_SEQUENCE, (batch.len() + 1).to_string());
-        if shape.ends_batch {
-            headers.insert(NATS_BATCH_COMMIT, NATS_BATCH_COMMIT_FINAL);
+        let mut bytes = shape.bytes;
+        if bare {
+            bytes += id_line(shape);
+        } else if shape.id_bytes > 0 {
+            // Ids of ours are UUIDs; another length would be another message's.
+            headers.insert(NATS_MESSAGE_ID, Uuid::new_v4().to_string());
         }
-        batch.push((shape.subject.clone(), headers, payload.slice(..shape.bytes)));
+        batch.push((Subject::from(format!("{prefix}{}", shape.subject)), headers, payload.slice(..bytes)));
         if shape.ends_batch {
-            batches.push(Vec::new());
+            batches::mark(batch, &id);
+            made.push(Vec::new());
         }
     }
-    ensure!(batches.pop().is_some_and(|rest| rest.is_empty()), "the ledger ends in the middle of a batch");
+    ensure!(made.pop().is_some_and(|rest| rest.is_empty()), "the ledger ends in the middle of a batch");
 
     let client = context.client();
     let started = Instant::now();
     let mut stored = 0;
-    for mut batch in batches {
-        let size = batch.len() as u64;
-        let Some((subject, headers, payload)) = batch.pop() else { continue };
-        for (subject, headers, payload) in batch {
-            client.publish_with_headers(subject, headers, payload).await.context("a bare batch could not be sent")?;
-        }
-        let commit = Request::new().headers(headers).payload(payload).timeout(Some(APPEND_TIMEOUT));
-        let answer = client.send_request(subject, commit).await.context("a bare batch was not confirmed")?;
-        let answer: Value = serde_json::from_slice(&answer.payload).context("a bare batch was answered strangely")?;
-        stored += size;
-        if answer.get("seq").and_then(Value::as_u64) != Some(stored) {
-            bail!("a bare batch was not stored as it should be: {answer}");
-        }
+    for batch in made {
+        stored += batch.len() as u64;
+        let sequence = batches::send(&client, batch).await?;
+        ensure!(sequence == stored, "a bare batch ends at {sequence} where {stored} was due");
     }
-    Ok(started.elapsed())
+    let taken = started.elapsed();
+    let bytes = stored_bytes(context, name(bare)).await?;
+    ensure!(
+        bytes.abs_diff(ours_bytes) <= ours_bytes / SIZE_TOLERANCE,
+        "the same messages took {bytes} bytes here and {ours_bytes} in the ledger: they are not equally large"
+    );
+    Ok(taken)
 }
 
-/// `INVENTORY` under another name, without what is no part of writing.
-async fn create_stream(context: &Context) -> anyhow::Result<()> {
-    let ours = streams::definitions().into_iter().find(|definition| definition.name == streams::INVENTORY);
-    let mut config = ours.context("INVENTORY has no definition")?.config;
-    config.insert("name".to_owned(), json!(STREAM));
-    config.insert("subjects".to_owned(), json!([format!("{PREFIX}>")]));
-    for field in ["republish", "metadata", "description"] {
+/// What a stream's messages take on the server.
+pub(super) async fn stored_bytes(context: &Context, stream: &str) -> anyhow::Result<u64> {
+    let stream = context.get_stream(stream).await.with_context(|| format!("{stream} cannot be read"))?;
+    Ok(stream.cached_info().state.bytes)
+}
+
+fn name(bare: bool) -> &'static str {
+    if bare { "BARE" } else { "LIMIT" }
+}
+
+/// `INVENTORY` under another name; the bare one without what is no part of writing.
+fn stream(prefix: &str, bare: bool) -> anyhow::Result<Value> {
+    let mut config = batches::definition(streams::INVENTORY)?;
+    config.insert("name".to_owned(), json!(name(bare)));
+    // As many tokens as ours have, so that what is republished is not stored again.
+    config.insert("subjects".to_owned(), json!([format!("{prefix}*.*.*")]));
+    let (source, destination) = (format!("{prefix}*.*.*"), format!("{prefix}{{{{wildcard(1)}}}}.{{{{wildcard(2)}}}}"));
+    config.insert("republish".to_owned(), json!({ "src": source, "dest": destination }));
+    for field in ["metadata", "description"] {
         config.remove(field);
     }
-    let answer: Value = context
-        .request(format!("STREAM.CREATE.{STREAM}"), &config)
-        .await
-        .map_err(|problem| anyhow!("the stream {STREAM} could not be made: {problem}"))?;
-    match answer.get("error") {
-        None => Ok(()),
-        Some(error) => bail!("the server refused the stream {STREAM}: {error}"),
+    if bare {
+        config.remove("republish");
     }
+    Ok(Value::Object(config))
 }

@@ -1,38 +1,56 @@
 //! `lomash bench`: this system, the designs one would otherwise have built, and the limit of the server, side by side in
 //! one run on one machine.
 //!
-//! Owns the plan: what runs, in which order, how often. Everything runs on servers that are started here, with `fsync` on,
-//! in a folder that is removed afterwards. Contestants are interleaved and change places from round to round, so that a
-//! machine that slows down slows all of them. Nothing of another run is at work while one is timed.
+//! Owns the arguments, and what runs: first the races, in which contestants get the same orders (`races.rs`), then the
+//! studies, each of one property (`studies.rs`). Everything runs on servers that are started here, with `fsync` on, in a
+//! folder that is removed afterwards.
 //!
-//! A further scenario is a variant of [`Scenario`]; a further contestant one of [`Contestant`] with an arm in
-//! `Plan::contest`. Measurements of another kind (projection, latency, reads, cost) get a section of their own in
-//! [`Report`] and add to its `ratios`.
+//! A further kind of orders is a variant of [`Scenario`] and a workload; a further rival a variant of [`Contestant`] with its
+//! variants in `rivals.rs`; a further study a variant of [`Scenario`] and a file that makes a [`Study`].
 //!
 //! Assumes that `./just setup` has run and that the product service's program lies beside this one, in the same profile.
 
+mod batches;
+mod bed;
+mod books;
+mod cost;
+mod latency;
 mod limit;
 mod machine;
 mod ours;
 mod picture;
 mod postgres;
+mod projection;
+mod races;
+mod reads;
+mod redis;
 mod report;
+mod rivals;
+mod scenario;
+mod start;
+mod studies;
+mod targets;
+mod usage;
 mod workload;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
 
 pub use self::machine::Machine;
 pub use self::picture::draw;
-pub use self::report::{Contestant, ContestantReport, Report, ScenarioReport, Spread, target};
-pub use self::workload::{MAX_ORDERS, Scenario};
+pub use self::report::{Contestant, ContestantReport, Report, Row, ScenarioReport, Spread, Study};
+pub use self::scenario::Scenario;
+pub use self::targets::{TARGETS, Target};
+pub use self::workload::{MAX_HISTORY, MAX_ORDERS};
 
-use self::postgres::{Arena, Rival, Variant};
-use self::report::Record;
+use self::races::Pains;
+use self::studies::Effort;
+use self::targets::FULL_PRODUCTS;
 use self::workload::{Extent, Workload};
 use crate::output;
 use crate::stack;
@@ -44,18 +62,22 @@ const PRODUCTS: usize = 10_000;
 /// Orders of many lines are so many times fewer.
 const MANY_LINES_DIVISOR: usize = 10;
 
-/// `--tiny`: products and orders of one line; of many lines a third.
+/// How long a rate of arrival is kept up, and how long reads go on.
+const LEVEL: Duration = Duration::from_secs(10);
+
+/// `--tiny`: products (many, and others), orders of one line (of many lines a third, as history twice), and a level.
+const TINY_MANY_PRODUCTS: usize = 300;
 const TINY_PRODUCTS: usize = 100;
 const TINY_ORDERS: usize = 300;
-
-/// A rival's variants are tried out with this part of the orders.
-const TRIAL_DIVISOR: usize = 5;
+const TINY_LEVEL: Duration = Duration::from_millis(400);
+/// And variants of a rival: all of them pass the exam in a test of their own.
+const TINY_VARIANTS: usize = 2;
 
 /// Most repeats.
 const MAX_REPEATS: u32 = 25;
 
-/// Places that change from round to round: ours with its limit, and two rivals.
-const STARTERS: [Starter; 3] = [Starter::Ours, Starter::Rival(Rival::Transactions), Starter::Rival(Rival::Sets)];
+/// Most products, where there are to be many.
+const MAX_PRODUCTS: u32 = 5_000_000;
 
 /// Arguments of `lomash bench`.
 #[derive(Clone, Debug, Args)]
@@ -68,6 +90,23 @@ pub struct BenchArgs {
         value_parser = clap::value_parser!(u32).range(i64::from(MIN_ORDERS)..=i64::from(MAX_ORDERS))
     )]
     pub orders_count: u32,
+    /// Products where there are to be many: in `million`, `cost` and `start`.
+    #[arg(
+        long,
+        default_value_t = FULL_PRODUCTS as u32,
+        value_name = "N",
+        value_parser = clap::value_parser!(u32).range(i64::from(MIN_ORDERS)..=i64::from(MAX_PRODUCTS))
+    )]
+    pub products: u32,
+    /// Orders decided before, where there are to be many: in `cost` and `start`. Ten million take half an hour and some
+    /// 20 GB of disk.
+    #[arg(
+        long,
+        default_value_t = 200_000,
+        value_name = "N",
+        value_parser = clap::value_parser!(u32).range(i64::from(MIN_ORDERS)..=i64::from(MAX_HISTORY))
+    )]
+    pub history: u32,
     /// How often everything is measured.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_REPEATS)))]
     pub repeat: u32,
@@ -91,7 +130,7 @@ pub struct BenchArgs {
     #[arg(long)]
     pub json: bool,
     /// A few hundred orders, once: whether everything works, not how fast.
-    #[arg(long, conflicts_with_all = ["orders_count", "repeat"])]
+    #[arg(long, conflicts_with_all = ["orders_count", "products", "history", "repeat"])]
     pub tiny: bool,
 }
 
@@ -101,21 +140,37 @@ const MIN_ORDERS: u32 = 1_000;
 impl BenchArgs {
     fn extent(&self) -> Extent {
         if self.tiny {
-            return Extent { products: TINY_PRODUCTS, one_line: TINY_ORDERS, many_lines: TINY_ORDERS / 3 };
+            return Extent {
+                products: TINY_PRODUCTS,
+                one_line: TINY_ORDERS,
+                many_lines: TINY_ORDERS / 3,
+                many_products: TINY_MANY_PRODUCTS,
+                history: 2 * TINY_ORDERS,
+            };
         }
         let one_line = self.orders_count as usize;
-        Extent { products: PRODUCTS, one_line, many_lines: one_line / MANY_LINES_DIVISOR }
+        Extent {
+            products: PRODUCTS,
+            one_line,
+            many_lines: one_line / MANY_LINES_DIVISOR,
+            many_products: self.products as usize,
+            history: self.history as usize,
+        }
     }
 
     fn rounds(&self) -> u32 {
         if self.tiny { 1 } else { self.repeat }
     }
 
+    fn pains(&self) -> Pains {
+        Pains { rounds: self.rounds(), variants: if self.tiny { TINY_VARIANTS } else { usize::MAX } }
+    }
+
     fn scenarios(&self) -> Vec<Scenario> {
         let mut chosen = self.scenario.clone();
         if chosen.is_empty() {
-            chosen = vec![Scenario::Uniform, Scenario::Hot, Scenario::Lines14];
-            chosen.extend(self.orders.is_some().then_some(Scenario::Real));
+            chosen = Scenario::ALL.to_vec();
+            chosen.retain(|scenario| *scenario != Scenario::Real || self.orders.is_some());
         }
         chosen.sort_unstable();
         chosen.dedup();
@@ -151,10 +206,11 @@ pub async fn run(args: BenchArgs) -> anyhow::Result<ExitCode> {
 /// When a server does not start or a run takes too long. Wrong books are no error but part of the report.
 pub async fn bench(args: &BenchArgs, show: Show) -> anyhow::Result<Report> {
     let machine = Machine::here();
-    let workloads: Vec<Workload> = args
-        .scenarios()
-        .into_iter()
-        .map(|scenario| Workload::of(scenario, args.extent(), args.seed, args.orders.as_deref()))
+    let chosen = args.scenarios();
+    let workloads: Vec<Workload> = chosen
+        .iter()
+        .filter(|scenario| scenario.is_race())
+        .map(|scenario| Workload::of(*scenario, args.extent(), args.seed, args.orders.as_deref()))
         .collect::<anyhow::Result<_>>()?;
     let scratch = match &args.data {
         None => stack::scratch().context("no temporary folder could be made")?,
@@ -172,193 +228,40 @@ pub async fn bench(args: &BenchArgs, show: Show) -> anyhow::Result<Report> {
         "{} is kept in memory, where syncing does nothing and figures mean nothing; name a folder on a disk with --data",
         scratch.path().display()
     );
-    let (arena, facts) = Arena::start(&scratch.path().join("rivals")).await?;
-    let mut plan = Plan {
-        folder: scratch.path(),
-        arena,
-        rounds: args.rounds(),
-        show,
-        entries: workloads.into_iter().map(Entry::new).collect(),
-        nats_version: String::new(),
-        runs: 0,
-    };
-    plan.examine().await?;
-    plan.try_variants().await?;
-    for round in 0..plan.rounds {
-        for entry in 0..plan.entries.len() {
-            for place in 0..STARTERS.len() {
-                let starter = STARTERS[(place + round as usize) % STARTERS.len()];
-                plan.contest(entry, starter, round).await?;
-            }
-        }
-    }
-    let versions = BTreeMap::from([
-        ("lomash", env!("CARGO_PKG_VERSION").to_owned()),
-        ("NATS", plan.nats_version),
-        ("Postgres", facts.version),
-    ]);
-    let settings = BTreeMap::from([
+    let mut versions = BTreeMap::from([("lomash", env!("CARGO_PKG_VERSION").to_owned())]);
+    let mut settings = BTreeMap::from([
         ("build", PROFILE.to_owned()),
-        ("rounds", plan.rounds.to_string()),
+        ("rounds", args.rounds().to_string()),
         ("seed", args.seed.to_string()),
         ("NATS sync_interval", "always, one node".to_owned()),
-        ("Postgres fsync", facts.fsync),
-        ("synchronous_commit", facts.synchronous_commit),
-        ("wal_sync_method", facts.wal_sync_method),
-        ("shared_buffers", facts.shared_buffers),
         ("projection", "Postgres projects while ours is timed; no order waits for it".to_owned()),
     ]);
-    plan.arena.stop().await?;
-    let scenarios = plan.entries.into_iter().map(Entry::into_report).collect();
-    Ok(Report::new(scenarios, machine, versions, settings))
+    let mut scenarios = Vec::new();
+    if !workloads.is_empty() {
+        let outcome = races::run(workloads, scratch.path(), args.pains(), show).await?;
+        let (postgres, redis) = (outcome.facts.postgres, outcome.facts.redis);
+        versions.extend([("Postgres", postgres.version), ("Redis", redis.version)]);
+        versions.extend(outcome.versions.into_iter().flatten());
+        settings.extend([
+            ("Postgres fsync", postgres.fsync),
+            ("synchronous_commit", postgres.synchronous_commit),
+            ("wal_sync_method", postgres.wal_sync_method),
+            ("shared_buffers", postgres.shared_buffers),
+            ("Redis appendfsync of rival 3", redis.appendfsync),
+        ]);
+        scenarios = outcome.reports;
+    }
+    let effort = Effort {
+        extent: args.extent(),
+        rounds: args.rounds(),
+        level: if args.tiny { TINY_LEVEL } else { LEVEL },
+        seed: args.seed,
+        show,
+    };
+    let (studies, versions_of_studies) = studies::run(&chosen, scratch.path(), effort).await?;
+    versions.extend(versions_of_studies.into_iter().flatten());
+    Ok(Report::new(scenarios, studies, machine, versions, settings))
 }
 
 /// The profile of this program, and so of the product service beside it.
 const PROFILE: &str = if cfg!(debug_assertions) { "debug: figures of ours are too low" } else { "release" };
-
-/// Who starts at a place. The limit runs right after ours, on ours' server.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Starter {
-    Ours,
-    Rival(Rival),
-}
-
-/// A scenario with what was gathered of everybody.
-struct Entry {
-    workload: Workload,
-    records: BTreeMap<Contestant, Record>,
-    /// The variant of each rival that was the fastest in the trial.
-    chosen: Vec<Variant>,
-}
-
-impl Entry {
-    fn new(workload: Workload) -> Self {
-        let records = Contestant::ALL.into_iter().map(|contestant| (contestant, Record::default())).collect();
-        Self { workload, records, chosen: Vec::new() }
-    }
-
-    fn record(&mut self, contestant: Contestant) -> &mut Record {
-        self.records.entry(contestant).or_default()
-    }
-
-    fn into_report(self) -> ScenarioReport {
-        let Workload { scenario, title, orders, lines, .. } = self.workload;
-        let orders = orders.len() as u64;
-        let results = self
-            .records
-            .into_iter()
-            .map(|(contestant, record)| record.into_report(contestant, orders, lines))
-            .collect();
-        ScenarioReport { scenario, title, orders, lines, results }
-    }
-}
-
-/// The benchmark while it runs.
-struct Plan<'p> {
-    folder: &'p Path,
-    arena: Arena,
-    rounds: u32,
-    show: Show,
-    entries: Vec<Entry>,
-    nats_version: String,
-    /// Runs of ours so far; each has a folder of its own.
-    runs: u32,
-}
-
-const RIVALS: [(Rival, Contestant); 2] = [(Rival::Transactions, Contestant::Rival1), (Rival::Sets, Contestant::Rival2)];
-
-impl Plan<'_> {
-    /// A rival that sells what it does not have, or twice, has no figures anywhere.
-    async fn examine(&mut self) -> anyhow::Result<()> {
-        for (rival, contestant) in RIVALS {
-            for variant in rival.variants() {
-                if let Err(problem) = self.arena.exam(variant).await? {
-                    for entry in &mut self.entries {
-                        entry.record(contestant).withheld = Some(format!("it failed the exam as {variant}: {problem}"));
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Finds the fastest variant of each rival for each scenario.
-    async fn try_variants(&mut self) -> anyhow::Result<()> {
-        for entry in &mut self.entries {
-            for (rival, contestant) in RIVALS {
-                let limit = entry.workload.orders.len().div_ceil(TRIAL_DIVISOR);
-                let mut best: Option<(f64, Variant)> = None;
-                for variant in rival.variants() {
-                    let what = format!("{}: trying {}", entry.workload.scenario.key(), contestant.title());
-                    let rate = match self.arena.run(&entry.workload, variant, limit, &what, self.show).await? {
-                        Ok(taken) => limit as f64 / taken.as_secs_f64(),
-                        Err(problem) => {
-                            entry.record(contestant).withheld = Some(format!("{variant}: {problem}"));
-                            continue;
-                        }
-                    };
-                    entry.record(contestant).tried.push((variant.to_string(), rate));
-                    if best.is_none_or(|(fastest, _)| rate > fastest) {
-                        best = Some((rate, variant));
-                    }
-                }
-                if let Some((_, variant)) = best {
-                    entry.record(contestant).setting = variant.to_string();
-                    entry.chosen.push(variant);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// One run of one starter.
-    async fn contest(&mut self, entry: usize, starter: Starter, round: u32) -> anyhow::Result<()> {
-        let entry = &mut self.entries[entry];
-        let key = entry.workload.scenario.key();
-        let what = format!("{key} {}/{}", round + 1, self.rounds);
-        match starter {
-            Starter::Ours => {
-                self.runs += 1;
-                let folder = self.folder.join(format!("ours-{}", self.runs));
-                let measured = ours::run(&entry.workload, &folder, &what, self.show).await?;
-                // What is left behind goes with the whole folder at the end.
-                let _ = std::fs::remove_dir_all(&folder);
-                self.nats_version = measured.nats_version;
-                match measured.figures {
-                    Ok(ours::Figures { ours, limit, messages, batches }) => {
-                        let setting = format!(
-                            "{} messages in {} batches",
-                            output::thousands(messages),
-                            output::thousands(batches)
-                        );
-                        for (contestant, taken) in [(Contestant::Ours, ours), (Contestant::Limit, limit)] {
-                            let record = entry.record(contestant);
-                            record.runs.push(taken);
-                            record.messages = Some(messages);
-                            record.setting.clone_from(&setting);
-                        }
-                    }
-                    Err(problem) => {
-                        entry.record(Contestant::Limit).withheld = Some("ours has no figure".to_owned());
-                        entry.record(Contestant::Ours).withheld = Some(problem);
-                    }
-                }
-            }
-            Starter::Rival(rival) => {
-                let Some((_, contestant)) = RIVALS.into_iter().find(|(known, _)| *known == rival) else {
-                    return Ok(());
-                };
-                let Some(variant) = entry.chosen.iter().copied().find(|variant| variant.is_of(rival)) else {
-                    return Ok(());
-                };
-                let what = format!("{what}: {}", contestant.title());
-                let orders = entry.workload.orders.len();
-                match self.arena.run(&entry.workload, variant, orders, &what, self.show).await? {
-                    Ok(taken) => entry.record(contestant).runs.push(taken),
-                    Err(problem) => entry.record(contestant).withheld = Some(problem),
-                }
-            }
-        }
-        Ok(())
-    }
-}

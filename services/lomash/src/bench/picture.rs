@@ -19,8 +19,10 @@ const fn colour(contestant: Contestant) -> &'static str {
     match contestant {
         Contestant::Ours => "#1f6f8b",
         Contestant::Limit => "#9aa5ad",
+        Contestant::Bare => "#c3cad0",
         Contestant::Rival1 => "#c98b4f",
         Contestant::Rival2 => "#a4553a",
+        Contestant::Rival3 => "#7d3f5c",
     }
 }
 

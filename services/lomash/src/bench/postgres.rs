@@ -23,27 +23,18 @@ use anyhow::{Context as _, anyhow, ensure};
 use futures::future::{try_join, try_join3};
 use hashbrown::{HashMap, HashSet};
 use lomash_platform::Secret;
-use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 use tokio_postgres::{Client, Statement};
 use uuid::Uuid;
 
-use super::workload::{PlainOrder, Workload};
+use super::books::{Books, Decision};
+use super::rivals::watch;
+use super::workload::PlainOrder;
 use crate::stack::Postgres;
 use crate::verify::Show;
 
-/// How long one run may take.
-const RUN_TIMEOUT: Duration = Duration::from_secs(900);
-
 /// Rows of the outbox that are checked at once.
 const AUDIT_PAGE: i64 = 10_000;
-
-/// How often progress is looked at.
-const PROGRESS_EVERY: Duration = Duration::from_millis(100);
-
-/// Orders and stock of the exam: one unit each of too little.
-const EXAM_ORDERS: usize = 300;
-const EXAM_STOCK: i64 = 100;
 
 /// Pages of `products` are left half empty: a new version of a row then stays on its page and no index is touched.
 const SCHEMA: &str = "
@@ -78,13 +69,6 @@ impl std::fmt::Display for Variant {
     }
 }
 
-impl Variant {
-    /// Whether it is one of `rival`.
-    pub fn is_of(self, rival: Rival) -> bool {
-        self.rival == rival
-    }
-}
-
 impl Rival {
     /// What is tried out: connections × orders a transaction.
     pub fn variants(self) -> Vec<Variant> {
@@ -115,8 +99,7 @@ pub(super) struct Arena {
 }
 
 /// What the server says of itself.
-#[derive(Clone, Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
+#[derive(Clone, Debug)]
 pub(super) struct Facts {
     pub version: String,
     pub fsync: String,
@@ -151,56 +134,8 @@ impl Arena {
         self.server.stop().await
     }
 
-    /// Runs the first `limit` orders of the workload once; how long it took, or what is wrong with the rival's books.
-    pub async fn run(
-        &self,
-        workload: &Workload,
-        variant: Variant,
-        limit: usize,
-        what: &str,
-        show: Show,
-    ) -> anyhow::Result<Result<Duration, String>> {
-        let products = workload.products.iter().map(|product| (product.id.0, i64::from(product.stock))).collect();
-        let mut orders = workload.as_rivals_see_it();
-        orders.truncate(limit);
-        let all = orders.len() == workload.orders.len();
-        let (taken, books) = self.race(&products, Arc::new(orders), variant, what, show).await?;
-        let due = (workload.allocated, workload.refused);
-        Ok(match books {
-            Err(problem) => Err(problem),
-            Ok(books) if all && books != due => Err(format!(
-                "{} orders were allocated and {} refused where {} and {} were due",
-                books.0, books.1, due.0, due.1
-            )),
-            Ok(_) => Ok(taken),
-        })
-    }
-
-    /// Whether the variant refuses short stock and repeats when everybody wants the same: what is left decides then.
-    pub async fn exam(&self, variant: Variant) -> anyhow::Result<Result<(), String>> {
-        let product = Uuid::from_u128(1);
-        let plenty = Uuid::from_u128(2);
-        // Every third order comes twice; every other one has a second line, which must not be taken when the first fails.
-        let orders: Vec<PlainOrder> = (0..EXAM_ORDERS)
-            .flat_map(|index| {
-                let products = if index % 2 == 0 { vec![product] } else { vec![product, plenty] };
-                let quantities = vec![1; products.len()];
-                let order = PlainOrder { id: Uuid::from_u128(1_000 + index as u128), products, quantities };
-                std::iter::repeat_n(order, if index % 3 == 0 { 2 } else { 1 })
-            })
-            .collect();
-        let stock = HashMap::from([(product, EXAM_STOCK), (plenty, EXAM_ORDERS as i64)]);
-        let (_, books) = self.race(&stock, Arc::new(orders), variant, "exam", Show::Nothing).await?;
-        let due = (EXAM_STOCK as u64, EXAM_ORDERS as u64 - EXAM_STOCK as u64);
-        Ok(match books {
-            Err(problem) => Err(problem),
-            Ok(books) if books != due => Err(format!("{books:?} orders were allocated and refused, not {due:?}")),
-            Ok(_) => Ok(()),
-        })
-    }
-
     /// Sets the tables up, runs the orders, and checks the books: orders allocated and refused, or what is wrong.
-    async fn race(
+    pub async fn race(
         &self,
         stock: &HashMap<Uuid, i64>,
         orders: Arc<Vec<PlainOrder>>,
@@ -223,32 +158,12 @@ impl Arena {
             workers.push(Worker::connect(&self.url, variant).await?);
         }
         let next = Arc::new(AtomicUsize::new(0));
-        let mut progress = show.progress(what, orders.len() as u64);
         let started = Instant::now();
         let mut running = JoinSet::new();
         for worker in workers {
             running.spawn(worker.run(orders.clone(), next.clone()));
         }
-        let all_done = async {
-            while let Some(ended) = running.join_next().await {
-                ended.context("a rival's worker panicked")?.context("a rival's transaction failed")?;
-            }
-            anyhow::Ok(started.elapsed())
-        };
-        let watched = async {
-            loop {
-                tokio::time::sleep(PROGRESS_EVERY).await;
-                let taken = next.load(Ordering::Relaxed).min(orders.len()) as u64;
-                progress.inc(taken.saturating_sub(progress.done()));
-            }
-        };
-        let taken = tokio::select! {
-            taken = tokio::time::timeout(RUN_TIMEOUT, all_done) => taken.map_err(|_| {
-                anyhow!("a rival took longer than {} s; take fewer with --orders-count", RUN_TIMEOUT.as_secs())
-            })??,
-            () = watched => unreachable!("watching never ends"),
-        };
-        progress.finish();
+        let taken = watch(running, started, &next, orders.len(), show.progress(what, orders.len() as u64)).await?;
         Ok((taken, audit(&admin, stock, &orders).await?))
     }
 }
@@ -393,49 +308,7 @@ impl Worker {
     }
 }
 
-/// What an order came to, as the outbox tells it: about what our events of one order hold.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Decision {
-    order_id: Uuid,
-    allocated: bool,
-    lines: Vec<DecidedLine>,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct DecidedLine {
-    product_id: Uuid,
-    previous_quantity: i64,
-    new_quantity: i64,
-}
-
-impl Decision {
-    /// All lines or none; what is allocated is taken from `stock`.
-    fn of(order: &PlainOrder, stock: &mut HashMap<Uuid, i64>) -> Self {
-        let available = |product: &Uuid| stock.get(product).copied().unwrap_or(0);
-        let allocated = order.lines().all(|(product, quantity)| available(&product) >= quantity);
-        let lines = order
-            .lines()
-            .map(|(product_id, quantity)| {
-                let previous_quantity = available(&product_id);
-                let new_quantity = if allocated { previous_quantity - quantity } else { previous_quantity };
-                DecidedLine { product_id, previous_quantity, new_quantity }
-            })
-            .collect::<Vec<_>>();
-        if allocated {
-            stock.extend(lines.iter().map(|line| (line.product_id, line.new_quantity)));
-        }
-        Self { order_id: order.id, allocated, lines }
-    }
-
-    fn to_json(&self) -> anyhow::Result<String> {
-        serde_json::to_string(self).context("a decision cannot be written as JSON")
-    }
-}
-
-/// Judges a rival's books by the outbox: every order decided once, each decision right by the stock of its moment, each
-/// product's quantities a chain from its first stock to what the table holds now.
+/// Reads the outbox in its order and lets the books judge it.
 ///
 /// A row gets its number while its products are locked, so the numbers order the decisions about each product.
 async fn audit(
@@ -443,10 +316,7 @@ async fn audit(
     initial: &HashMap<Uuid, i64>,
     orders: &[PlainOrder],
 ) -> anyhow::Result<Result<(u64, u64), String>> {
-    let mut open: HashMap<Uuid, &PlainOrder> = orders.iter().map(|order| (order.id, order)).collect();
-    let due = open.len() as u64;
-    let mut stock = initial.clone();
-    let (mut allocated, mut refused) = (0, 0);
+    let mut books = Books::new(initial, orders);
     let page = client.prepare("SELECT id, payload FROM outbox WHERE id > $1 ORDER BY id LIMIT $2").await?;
     let mut last = 0_i64;
     loop {
@@ -455,47 +325,26 @@ async fn audit(
         last = end.get(0);
         for row in &rows {
             let found: Decision = serde_json::from_str(row.get(1)).context("the rival's outbox holds no decision")?;
-            let Some(order) = open.remove(&found.order_id) else {
-                return Ok(Err(format!("order {} was decided twice", found.order_id)));
-            };
-            let right = Decision::of(order, &mut stock);
-            if right.to_json()? != found.to_json()? {
-                return Ok(Err(format!("order {} was decided wrongly: {found:?} instead of {right:?}", order.id)));
-            }
-            if found.allocated {
-                allocated += 1;
-            } else {
-                refused += 1;
+            if let Err(problem) = books.judge(&found) {
+                return Ok(Err(problem));
             }
         }
     }
-    if let Some(id) = open.keys().next() {
-        return Ok(Err(format!("{} orders were not decided, among them {id}", open.len())));
-    }
     let decided: i64 = client.query_one("SELECT count(*) FROM decided", &[]).await?.get(0);
-    if decided != due as i64 {
-        return Ok(Err(format!("{decided} orders are noted as decided where {due} were published")));
-    }
     let rows = client.query("SELECT id, quantity FROM products", &[]).await.context("the stock cannot be read")?;
-    let held: HashMap<Uuid, i64> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
-    if held != stock {
-        return Ok(Err("the stock in the table is not what the outbox adds up to".to_owned()));
-    }
-    Ok(Ok((allocated, refused)))
+    let held = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+    Ok(books.close(decided.unsigned_abs(), &held))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Whatever is wrong with a rival's books, it is noticed; and every variant passes the exam.
+    /// Whatever is wrong with a rival's books, it is noticed.
     #[tokio::test(flavor = "multi_thread")]
     async fn wrong_books_are_noticed() {
         let folder = crate::stack::scratch().expect("a folder");
         let (arena, _) = Arena::start(folder.path()).await.expect("Postgres starts; `./just setup` installs it");
-        for variant in Rival::Transactions.variants().into_iter().chain(Rival::Sets.variants()) {
-            assert_eq!(arena.exam(variant).await.expect("it runs"), Ok(()), "{variant}");
-        }
         let products: Vec<Uuid> = (0..5).map(Uuid::from_u128).collect();
         let stock: HashMap<Uuid, i64> = products.iter().map(|product| (*product, 100)).collect();
         let order = |id| PlainOrder { id: Uuid::from_u128(id), products: products.clone(), quantities: vec![1; 5] };

@@ -1,46 +1,64 @@
 //! What a benchmark came to: figures, ratios and where they are from; as a table and as JSON.
 //!
-//! Owns the names of the ratios. They are stable, and `docs/performance.md` lists them: `<scenario>_over_<contestant>`,
-//! our median rate divided by that of the contestant. A contestant whose books were wrong in any run has no figure at all,
-//! and no ratio is made with it.
+//! Owns the names of the races' ratios. They are stable, and `docs/performance.md` lists them:
+//! `<scenario>_over_<contestant>`, our median rate divided by that of the contestant. Studies name theirs themselves. A
+//! contestant whose books were wrong in any run has no figure at all, no ratio is made with it, and a study whose books were
+//! wrong has none.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::Duration;
 
 use comfy_table::{Cell, CellAlignment};
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use super::machine::Machine;
-use super::workload::Scenario;
+use super::scenario::Scenario;
+use super::targets::{TARGETS, Target};
 use crate::output;
 
-/// Who takes part in the scenarios of orders.
+/// Who takes part in the races.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Contestant {
     /// The product service.
     Ours,
-    /// Bare batches of the same messages on the same server.
+    /// The same messages in the same batches, on a stream like `INVENTORY`.
     Limit,
+    /// The same without ids, on a stream that republishes nothing.
+    Bare,
     /// Postgres, an order a transaction.
     Rival1,
     /// Postgres, several hundred orders a transaction.
     Rival2,
+    /// Redis, a script.
+    Rival3,
 }
 
 impl Contestant {
     /// All of them, in the order of tables.
-    pub const ALL: [Self; 4] = [Self::Ours, Self::Limit, Self::Rival1, Self::Rival2];
+    pub const ALL: [Self; 6] = [Self::Ours, Self::Limit, Self::Bare, Self::Rival1, Self::Rival2, Self::Rival3];
+
+    /// Those that are another design.
+    pub const RIVALS: [Self; 3] = [Self::Rival1, Self::Rival2, Self::Rival3];
+
+    /// Those that take part in a race.
+    #[must_use]
+    pub fn of(scenario: Scenario) -> Vec<Self> {
+        let takes_part = |contestant: &Self| scenario.has_rivals() || !Self::RIVALS.contains(contestant);
+        Self::ALL.into_iter().filter(takes_part).collect()
+    }
 
     /// As tables and pictures call it.
     #[must_use]
     pub const fn title(self) -> &'static str {
         match self {
             Self::Ours => "product service",
-            Self::Limit => "limit: bare batches",
+            Self::Limit => "limit: same batches, no service",
+            Self::Bare => "bare: no ids, no republishing",
             Self::Rival1 => "rival 1: Postgres, order a transaction",
             Self::Rival2 => "rival 2: Postgres, sets of orders",
+            Self::Rival3 => "rival 3: Redis, synced always",
         }
     }
 
@@ -50,24 +68,11 @@ impl Contestant {
         match self {
             Self::Ours => None,
             Self::Limit => Some("limit"),
+            Self::Bare => Some("bare"),
             Self::Rival1 => Some("rival_1"),
             Self::Rival2 => Some("rival_2"),
+            Self::Rival3 => Some("rival_3"),
         }
-    }
-}
-
-/// What a ratio is to be at least, where there is a target.
-#[must_use]
-pub const fn target(scenario: Scenario, contestant: Contestant) -> Option<f64> {
-    match (scenario, contestant) {
-        (_, Contestant::Limit) => Some(0.7),
-        (Scenario::Uniform, Contestant::Rival1) => Some(5.0),
-        (Scenario::Uniform, Contestant::Rival2) => Some(1.2),
-        (Scenario::Hot, Contestant::Rival1) => Some(8.0),
-        (Scenario::Hot, Contestant::Rival2) => Some(0.8),
-        (Scenario::Real, Contestant::Rival1) => Some(1.3),
-        (Scenario::Real, Contestant::Rival2) => Some(1.5),
-        (Scenario::Lines14, Contestant::Rival1 | Contestant::Rival2) | (_, Contestant::Ours) => None,
     }
 }
 
@@ -75,12 +80,15 @@ pub const fn target(scenario: Scenario, contestant: Contestant) -> Option<f64> {
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Report {
-    /// Our median rate over that of another, by `<scenario>_over_<contestant>`.
+    /// One number for each name: ratios of medians, and what a target is about in milliseconds, seconds or megabytes, as
+    /// its name says.
     pub ratios: BTreeMap<String, f64>,
-    /// What they are to be at least, for those that have a target.
-    pub targets: BTreeMap<String, f64>,
-    /// The figures that the ratios are made of.
+    /// What is aimed at, measured now or not.
+    pub targets: BTreeMap<&'static str, Target>,
+    /// The figures that the races' ratios are made of.
     pub scenarios: Vec<ScenarioReport>,
+    /// What else was measured.
+    pub studies: Vec<Study>,
     /// Where it ran.
     pub machine: Machine,
     /// Of what.
@@ -123,6 +131,108 @@ pub struct ContestantReport {
     pub withheld: Option<String>,
     /// What was tried out before, and how many orders a second it reached.
     pub tried: Vec<(String, f64)>,
+}
+
+/// A study: a table, and what of it is compared from run to run.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Study {
+    /// Which.
+    pub scenario: Scenario,
+    /// As the report calls it.
+    pub title: String,
+    /// The figures, none when the books were wrong.
+    pub rows: Vec<Row>,
+    /// What a reader of the figures should know.
+    pub notes: Vec<String>,
+    /// Its part of the report's `ratios`.
+    pub ratios: BTreeMap<String, f64>,
+    /// Why there are no figures.
+    pub withheld: Option<String>,
+}
+
+/// A row of a study.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Row {
+    /// What was measured.
+    pub what: String,
+    /// Its figures, each with its name and unit.
+    #[serde(serialize_with = "as_object")]
+    pub figures: Vec<(&'static str, f64)>,
+}
+
+fn as_object<S: Serializer>(figures: &[(&'static str, f64)], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(figures.iter().map(|(name, figure)| (name, figure)))
+}
+
+impl Row {
+    /// A row.
+    pub(super) fn new(what: impl Into<String>, figures: Vec<(&'static str, f64)>) -> Self {
+        Self { what: what.into(), figures }
+    }
+
+    /// Median and extremes of a rate.
+    pub(super) fn of_rates(what: impl Into<String>, unit: &'static str, spread: Spread) -> Self {
+        Self::new(what, vec![(unit, spread.median), ("min", spread.min), ("max", spread.max)])
+    }
+}
+
+impl Study {
+    /// One without figures yet.
+    pub(super) fn new(scenario: Scenario, title: impl Into<String>) -> Self {
+        let title = title.into();
+        Self { scenario, title, rows: Vec::new(), notes: Vec::new(), ratios: BTreeMap::new(), withheld: None }
+    }
+
+    /// Adds a number that is compared from run to run.
+    pub(super) fn ratio(&mut self, name: &str, value: f64) {
+        self.ratios.insert(name.to_owned(), value);
+    }
+
+    /// The study, or what is left of it when the books are wrong: the reason.
+    pub(super) fn checked(self, problem: Option<String>) -> Self {
+        match problem {
+            None => self,
+            Some(problem) => Self { withheld: Some(problem), ..Self::new(self.scenario, self.title) },
+        }
+    }
+
+    fn render(&self) -> String {
+        let mut columns: Vec<&str> = Vec::new();
+        for (name, _) in self.rows.iter().flat_map(|row| &row.figures) {
+            if !columns.contains(name) {
+                columns.push(name);
+            }
+        }
+        let header: Vec<&str> = std::iter::once("").chain(columns.iter().copied()).collect();
+        let mut table = output::table(&header);
+        for row in &self.rows {
+            let figure = |column: &&str| {
+                let found = row.figures.iter().find(|(name, _)| name == column);
+                let text = found.map_or_else(|| "-".to_owned(), |(_, figure)| number(*figure));
+                Cell::new(text).set_alignment(CellAlignment::Right)
+            };
+            table.add_row(std::iter::once(Cell::new(&row.what)).chain(columns.iter().map(figure)).collect::<Vec<_>>());
+        }
+        let mut text = format!("{}\n", self.title);
+        if !self.rows.is_empty() {
+            let _ = writeln!(text, "{table}");
+        }
+        for note in &self.notes {
+            let _ = writeln!(text, "{note}");
+        }
+        text
+    }
+}
+
+/// A figure with as many digits as are worth reading.
+fn number(figure: f64) -> String {
+    match figure.abs() {
+        100.0.. => output::thousands(figure.round() as i64),
+        10.0.. => format!("{figure:.1}"),
+        _ => format!("{figure:.2}"),
+    }
 }
 
 /// Median and extremes of the repeats.
@@ -191,42 +301,52 @@ impl ScenarioReport {
         self.results.iter().find(|result| result.contestant == contestant)
     }
 
-    /// The ratios of this scenario: name, value, target.
-    fn ratios(&self) -> impl Iterator<Item = (String, f64, Option<f64>)> + '_ {
-        let rate = |contestant| Some(self.result(contestant)?.orders_per_second?.median);
-        let ours = rate(Contestant::Ours);
+    /// Our median rate.
+    fn ours(&self) -> Option<f64> {
+        Some(self.result(Contestant::Ours)?.orders_per_second?.median)
+    }
+
+    /// The ratios of this scenario.
+    fn ratios(&self) -> impl Iterator<Item = (String, f64)> + '_ {
+        let ours = self.ours();
         Contestant::ALL.into_iter().filter_map(move |contestant| {
             let name = format!("{}_over_{}", self.scenario.key(), contestant.key()?);
-            Some((name, ours? / rate(contestant)?, target(self.scenario, contestant)))
+            Some((name, ours? / self.result(contestant)?.orders_per_second?.median))
         })
     }
 }
 
 impl Report {
-    /// The report of these scenarios, with its ratios.
+    /// The report of these races and studies, with its ratios.
     pub(super) fn new(
         scenarios: Vec<ScenarioReport>,
+        studies: Vec<Study>,
         machine: Machine,
         versions: BTreeMap<&'static str, String>,
         settings: BTreeMap<&'static str, String>,
     ) -> Self {
-        let mut ratios = BTreeMap::new();
-        let mut targets = BTreeMap::new();
-        for (name, ratio, target) in scenarios.iter().flat_map(ScenarioReport::ratios) {
-            targets.extend(target.map(|target| (name.clone(), target)));
-            ratios.insert(name, ratio);
+        let mut ratios: BTreeMap<String, f64> = scenarios.iter().flat_map(ScenarioReport::ratios).collect();
+        let ours = |scenario| scenarios.iter().find(|race| race.scenario == scenario).and_then(ScenarioReport::ours);
+        if let (Some(million), Some(uniform)) = (ours(Scenario::Million), ours(Scenario::Uniform)) {
+            ratios.insert("million_over_uniform".to_owned(), million / uniform);
         }
-        Self { ratios, targets, scenarios, machine, versions, settings }
+        ratios.extend(studies.iter().flat_map(|study| study.ratios.clone()));
+        Self { ratios, targets: TARGETS.into(), scenarios, studies, machine, versions, settings }
     }
 
-    /// Why figures are missing: one sentence for each contestant whose books were wrong.
+    /// Why figures are missing: one sentence for each contestant or study whose books were wrong.
     pub fn withheld(&self) -> impl Iterator<Item = String> + '_ {
-        self.scenarios.iter().flat_map(|scenario| {
+        let of_races = self.scenarios.iter().flat_map(|scenario| {
             scenario.results.iter().filter_map(|result| {
                 let why = result.withheld.as_ref()?;
                 Some(format!("{}, {}: no figure, because {why}", scenario.title, result.contestant.title()))
             })
-        })
+        });
+        let of_studies = self.studies.iter().filter_map(|study| {
+            let why = study.withheld.as_ref()?;
+            Some(format!("{}: no figure, because {why}", study.title))
+        });
+        of_races.chain(of_studies)
     }
 
     /// The report for a terminal.
@@ -266,13 +386,25 @@ impl Report {
             }
             let _ = writeln!(text, "{table}\n");
         }
-        let mut table = output::table(&["ratio", "measured", "at least", ""]);
-        for (name, ratio) in &self.ratios {
-            let target = self.targets.get(name);
-            let met = target.map_or("", |target| if ratio >= target { "met" } else { "falls short" });
-            let target = target.map_or_else(|| "-".to_owned(), f64::to_string);
-            let right = |text: String| Cell::new(text).set_alignment(CellAlignment::Right);
-            table.add_row(vec![Cell::new(name), right(format!("{ratio:.2}")), right(target), Cell::new(met)]);
+        for study in &self.studies {
+            let _ = writeln!(text, "{}", study.render());
+        }
+        let mut table = output::table(&["", "measured", "target", ""]);
+        let right = |text: String| Cell::new(text).set_alignment(CellAlignment::Right);
+        for (name, target) in TARGETS {
+            let (measured, verdict) = match self.ratios.get(name) {
+                Some(ratio) => (number(*ratio), if target.is_met_by(*ratio) { "met" } else { "missed" }),
+                None => ("-".to_owned(), "not measured"),
+            };
+            table.add_row(vec![Cell::new(name), right(measured), right(target.to_string()), Cell::new(verdict)]);
+        }
+        // The others of the races and the latencies stand in their tables.
+        let stands_above = |name: &str| {
+            name.contains("_ms_at_") || self.scenarios.iter().any(|race| race.ratios().any(|(known, _)| known == name))
+        };
+        let others = self.ratios.iter().filter(|(name, _)| !self.targets.contains_key(name.as_str()));
+        for (name, ratio) in others.filter(|(name, _)| !stands_above(name)) {
+            table.add_row(vec![Cell::new(name), right(number(*ratio)), right("-".to_owned()), Cell::new("")]);
         }
         let _ = writeln!(text, "{table}\n\nmachine: {}", self.machine);
         for (what, values) in [("versions", &self.versions), ("settings", &self.settings)] {
@@ -315,9 +447,32 @@ mod tests {
                 record(100, Some("two orders were decided twice")).into_report(Contestant::Rival2, 1_000, 1_000),
             ],
         };
-        let report = Report::new(vec![scenario], Machine::here(), BTreeMap::new(), BTreeMap::new());
+        let report = Report::new(vec![scenario], Vec::new(), Machine::here(), BTreeMap::new(), BTreeMap::new());
         assert_eq!(report.ratios, BTreeMap::from([("hot_over_rival_1".to_owned(), 2.0)]));
         assert_eq!(report.withheld().count(), 1);
         assert!(report.render().contains("WITHHELD"));
+    }
+
+    #[test]
+    fn a_study_with_wrong_books_has_no_figure() {
+        let mut study = Study::new(Scenario::Latency, "latency");
+        study.rows.push(Row::new("at 10 %", vec![("p50 ms", 3.0)]));
+        study.ratio("decision_p50_ms_at_10_percent", 3.0);
+        let report = |problem: Option<&str>| {
+            let study = study.clone().checked(problem.map(str::to_owned));
+            Report::new(Vec::new(), vec![study], Machine::here(), BTreeMap::new(), BTreeMap::new())
+        };
+        let fine = report(None);
+        assert_eq!(fine.ratios.len(), 1);
+        let line = |report: &Report| {
+            let text = report.render();
+            let line = text.lines().find(|line| line.contains("decision_p50_ms_at_10")).map(str::to_owned);
+            line.expect("every target has a line")
+        };
+        assert!(line(&fine).contains(" met"), "{}", line(&fine));
+        let wrong = report(Some("an order was decided twice"));
+        assert!(wrong.ratios.is_empty() && wrong.studies[0].rows.is_empty());
+        assert!(line(&wrong).contains("not measured"), "{}", line(&wrong));
+        assert_eq!(wrong.withheld().count(), 1);
     }
 }

@@ -1,6 +1,6 @@
 //! What every contestant is given: the same products and the same orders, in the same sequence.
 //!
-//! Owns the scenarios. Every outcome is certain before the race, whatever the interleaving: a product has more stock than
+//! Every outcome is certain before the race, whatever the interleaving: a product has more stock than
 //! all good orders together want of it, and an order that must be refused wants more than there ever was. Each contestant's
 //! books can therefore be held to [`Workload::allocated`] and [`Workload::refused`].
 
@@ -8,15 +8,14 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
 use anyhow::{Context as _, bail, ensure};
-use clap::ValueEnum;
 use hashbrown::HashMap;
 use lomash_contract::limits::{MAX_LINE_QUANTITY, MAX_STOCK};
 use lomash_contract::{
     Envelope, EventId, LineQuantity, OrderCreated, OrderId, OrderItem, OrderItems, ProductId, Sku, Timestamp,
 };
-use serde::Serialize;
 use uuid::Uuid;
 
+use super::scenario::Scenario;
 use crate::dice::Dice;
 use crate::retail;
 
@@ -38,39 +37,23 @@ const SPARE_STOCK: u32 = 1_000;
 /// Most orders of one run: their envelopes and what they came to are held in memory.
 pub const MAX_ORDERS: u32 = 400_000;
 
+/// Most orders of a study's history: what they are made of is made piece by piece, so only disk and patience count.
+pub const MAX_HISTORY: u32 = 10_000_000;
+
+/// Units of a product of a study. With the fewest products (100 in the tiny run, 10,000 otherwise) far more than they are
+/// ordered, and still fewer than an order wants that must be refused.
+const PLENTY: u64 = 900_000;
+
+const _: () = assert!(
+    PLENTY + (SPARE_STOCK as u64) < MAX_LINE_QUANTITY as u64
+        && MAX_HISTORY as u64 * MAX_QUANTITY / 10_000 * 10 < PLENTY,
+    "a study's good orders are served and its bad ones are not"
+);
+
 const _: () = assert!(
     MAX_ORDERS as u64 * MAX_QUANTITY + (SPARE_STOCK as u64) < MAX_LINE_QUANTITY as u64,
     "an order that must be refused wants more than any stock"
 );
-
-/// A kind of orders. Later ones (a million products) are further variants and nothing else.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub enum Scenario {
-    /// One line, spread over all products.
-    Uniform,
-    /// One line, always of the same product.
-    Hot,
-    /// Fourteen lines, spread over all products.
-    #[value(name = "lines-14")]
-    #[serde(rename = "lines_14")]
-    Lines14,
-    /// The orders of a file.
-    Real,
-}
-
-impl Scenario {
-    /// Its name in the ratios; stable.
-    #[must_use]
-    pub const fn key(self) -> &'static str {
-        match self {
-            Self::Uniform => "uniform",
-            Self::Hot => "hot",
-            Self::Lines14 => "lines_14",
-            Self::Real => "real",
-        }
-    }
-}
 
 /// How large a run is.
 #[derive(Clone, Copy, Debug)]
@@ -81,6 +64,10 @@ pub(super) struct Extent {
     pub one_line: usize,
     /// Orders of many lines, also at most so many of a file.
     pub many_lines: usize,
+    /// Products where there are to be many.
+    pub many_products: usize,
+    /// Orders that were decided before, where there are to be many.
+    pub history: usize,
 }
 
 /// A product to begin with.
@@ -117,11 +104,13 @@ impl Workload {
         let (products, orders, lines) = match scenario {
             Scenario::Uniform => (extent.products, extent.one_line, 1),
             Scenario::Hot => (1, extent.one_line, 1),
+            Scenario::Million => (extent.many_products, extent.one_line, 1),
             Scenario::Lines14 => (extent.products, extent.many_lines, LINES),
             Scenario::Real => {
                 let file = file.context("the scenario `real` needs a file of orders; name it with --orders FILE")?;
                 return Self::of_file(file, extent.many_lines);
             }
+            _ => bail!("`{}` is no race", scenario.key()),
         };
         Self::made_up(scenario, products, orders, lines, seed)
     }
@@ -166,7 +155,12 @@ impl Workload {
         let products: Vec<Stocked> = ids
             .into_iter()
             .enumerate()
-            .map(|(index, id)| stocked(id, &format!("BENCH-{index}"), wanted.get(&id).copied().unwrap_or(0)))
+            .map(|(index, id)| {
+                let product = stocked(id, &sku(index), wanted.get(&id).copied().unwrap_or(0))?;
+                // Of a million most are not ordered; without stock they are one event each and not two.
+                let is_idle = scenario == Scenario::Million && !wanted.contains_key(&id);
+                Ok(if is_idle { Stocked { stock: 0, ..product } } else { product })
+            })
             .collect::<anyhow::Result<_>>()?;
         let title = match scenario {
             Scenario::Hot => "one line, one hot product".to_owned(),
@@ -224,6 +218,59 @@ impl Workload {
     }
 }
 
+/// The unit of a made-up product.
+fn sku(index: usize) -> String {
+    format!("BENCH-{index}")
+}
+
+/// Products for a study, and any number of orders of one line for them, each once. One in fifty must be refused, as in the
+/// made-up workloads.
+#[derive(Debug)]
+pub(super) struct Source {
+    dice: Dice,
+    /// The products.
+    pub products: Vec<Stocked>,
+    made: usize,
+}
+
+/// Orders of a study.
+#[derive(Debug, Default)]
+pub(super) struct Orders {
+    /// In the sequence in which they arrive.
+    pub orders: Vec<Envelope<OrderCreated>>,
+    /// How many of them must be refused; all others must be allocated.
+    pub refused: u64,
+}
+
+impl Source {
+    /// Every product has enough for [`MAX_HISTORY`] orders, as long as they are spread evenly.
+    pub fn new(products: usize, seed: u64) -> anyhow::Result<Self> {
+        let mut dice = Dice(seed);
+        let products = (0..products)
+            .map(|index| stocked(ProductId(dice.uuid()), &sku(index), PLENTY))
+            .collect::<anyhow::Result<_>>()?;
+        Ok(Self { dice, products, made: 0 })
+    }
+
+    /// The next orders.
+    pub fn take(&mut self, count: usize) -> anyhow::Result<Orders> {
+        let mut taken = Orders::default();
+        for _ in 0..count {
+            self.made += 1;
+            let short = self.made.is_multiple_of(REFUSED_EVERY);
+            taken.refused += u64::from(short);
+            let quantity = if short { MAX_LINE_QUANTITY } else { 1 + self.dice.below(MAX_QUANTITY) as u32 };
+            let quantity = LineQuantity::new(quantity).context("a line's quantity is out of range")?;
+            let product_id = self.products[self.dice.index(self.products.len())].id;
+            let items = OrderItems::new(vec![OrderItem { product_id, sku: None, quantity }]);
+            let items = items.context("an order has no lines")?;
+            let order = OrderCreated { order_id: OrderId(self.dice.uuid()), customer_id: None, items };
+            taken.orders.push(Envelope::new(EventId(self.dice.uuid()), Timestamp::now(), order));
+        }
+        Ok(taken)
+    }
+}
+
 /// A product with enough for `wanted` units and some to spare.
 fn stocked(id: ProductId, sku: &str, wanted: u64) -> anyhow::Result<Stocked> {
     let stock = u32::try_from(wanted).ok().and_then(|wanted| wanted.checked_add(SPARE_STOCK));
@@ -261,11 +308,11 @@ impl PlainOrder {
 mod tests {
     use super::*;
 
-    const EXTENT: Extent = Extent { products: 30, one_line: 300, many_lines: 200 };
+    const EXTENT: Extent = Extent { products: 30, one_line: 300, many_lines: 200, many_products: 1_000, history: 0 };
 
     #[test]
     fn outcomes_do_not_depend_on_the_interleaving() {
-        for scenario in [Scenario::Uniform, Scenario::Hot, Scenario::Lines14] {
+        for scenario in [Scenario::Uniform, Scenario::Hot, Scenario::Million, Scenario::Lines14] {
             let workload = Workload::of(scenario, EXTENT, 7, None).expect("made up");
             let stock: HashMap<_, _> = workload.products.iter().map(|p| (p.id.0, i64::from(p.stock))).collect();
             let mut seen = HashSet::new();
