@@ -16,6 +16,7 @@ pub mod retail;
 mod snapshot;
 pub mod stack;
 pub mod status;
+pub mod streams;
 pub mod token;
 pub mod up;
 pub mod verify;

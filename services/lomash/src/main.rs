@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use lomash::{bench, demo, import, orders, rebuild, reconcile, status, token, up, verify};
+use lomash::{bench, demo, import, orders, rebuild, reconcile, status, streams, token, up, verify};
 use lomash_platform::telemetry::{self, LogFormat};
 
 /// Lomash Inventory: stock that is never oversold, lost or double-counted.
@@ -37,6 +37,9 @@ enum Command {
     Reconcile(reconcile::ReconcileArgs),
     /// Measure this system beside its rivals and the limit of the server.
     Bench(bench::BenchArgs),
+    /// Compare streams and consumers with their definitions, and bring them to it.
+    #[command(subcommand)]
+    Streams(streams::StreamsCommand),
     /// Show streams, consumers, lag and checkpoints.
     Status(status::StatusArgs),
     /// Mint a bearer token for development.
@@ -56,6 +59,7 @@ async fn main() -> ExitCode {
         Command::Rebuild(args) => rebuild::run(args).await,
         Command::Reconcile(args) => reconcile::run(args).await,
         Command::Bench(args) => bench::run(args).await,
+        Command::Streams(command) => streams::run(command).await,
         Command::Status(args) => status::run(args).await,
         Command::Token(args) => token::run(&args).map(|()| ExitCode::SUCCESS),
     };

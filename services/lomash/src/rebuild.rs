@@ -39,6 +39,9 @@ pub struct RebuildArgs {
     /// The NATS server or servers.
     #[arg(long, env = "NATS_URL", hide_env_values = true, default_value = "nats://127.0.0.1:4222")]
     pub nats_url: String,
+    /// Who asks.
+    #[command(flatten)]
+    pub nats_identity: lomash_platform::nats::Identity,
     /// The Postgres database of the projection.
     #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
     pub database_url: Secret,
@@ -138,7 +141,7 @@ impl Comparison {
 /// # Errors
 /// When it cannot be carried out; the live projection is then as it was.
 pub async fn run(args: RebuildArgs) -> anyhow::Result<ExitCode> {
-    let client = lomash_platform::nats::connect(&args.nats_url, CLIENT_NAME).await?;
+    let (client, _) = lomash_platform::nats::connect_as(&args.nats_url, &args.nats_identity, CLIENT_NAME).await?;
     let context = async_nats::jetstream::new(client);
     if args.rollback {
         let swap = rollback(&context, &args.database_url).await?;
@@ -170,7 +173,7 @@ pub async fn rebuild(
     options: Options,
     show: Show,
 ) -> anyhow::Result<Outcome> {
-    let ledger = JetStreamLedger::new(context.clone(), streams::INVENTORY);
+    let ledger = JetStreamLedger::read_only(context.clone(), streams::INVENTORY);
     let database = postgres::connect(database_url).await?;
     let mut shadow = Rebuild::begin(ledger.clone(), database_url).await?;
 
@@ -238,7 +241,7 @@ pub async fn rebuild(
 /// # Errors
 /// When it cannot be carried out; the live projection is then as it was.
 pub async fn rollback(context: &Context, database_url: &Secret) -> anyhow::Result<Swap> {
-    let ledger = JetStreamLedger::new(context.clone(), streams::INVENTORY);
+    let ledger = JetStreamLedger::read_only(context.clone(), streams::INVENTORY);
     let swapped = roll_back(&ledger, database_url).await?;
     Ok(Swap {
         checkpoint: swapped.checkpoint,

@@ -6,10 +6,12 @@
 //! faults happen on demand.
 
 pub mod dead_letter;
+pub mod direct;
 mod jetstream;
 mod memory;
 pub mod receive;
 pub mod streams;
+pub mod upkeep;
 
 use std::future::Future;
 use std::sync::Arc;

@@ -77,7 +77,8 @@ pub enum StreamsError {
     },
     /// A stream that must exist does not.
     #[error(
-        "{0} does not exist; start a product service, which creates it, or run `nats stream add --config streams/{0}.json`"
+        "{0} does not exist; an administrator makes it with `lomash streams apply`. A product service without a key of its \
+         own creates it when it starts"
     )]
     Missing(String),
 }
@@ -116,14 +117,14 @@ pub fn definitions() -> Vec<Definition> {
     ]
 }
 
-async fn call(context: &Context, subject: String, body: &Value) -> Result<Value, StreamsError> {
+pub(crate) async fn call(context: &Context, subject: String, body: &Value) -> Result<Value, StreamsError> {
     context
         .request(subject, body)
         .await
         .map_err(|error: async_nats::jetstream::context::RequestError| StreamsError::Unavailable(error.to_string()))
 }
 
-fn refusal(name: &str, answer: &Value) -> Option<StreamsError> {
+pub(crate) fn refusal(name: &str, answer: &Value) -> Option<StreamsError> {
     let error = answer.get("error")?;
     Some(StreamsError::Refused {
         name: name.to_owned(),
@@ -133,7 +134,7 @@ fn refusal(name: &str, answer: &Value) -> Option<StreamsError> {
 }
 
 /// The configuration the server holds, or `None` when there is no such stream or consumer.
-async fn actual(context: &Context, subject: String, name: &str) -> Result<Option<Map<String, Value>>, StreamsError> {
+pub(crate) async fn actual(context: &Context, subject: String, name: &str) -> Result<Option<Map<String, Value>>, StreamsError> {
     let answer = call(context, subject, &json!({})).await?;
     if answer.pointer("/error/code").and_then(Value::as_u64) == Some(NOT_FOUND) {
         return Ok(None);
@@ -187,6 +188,27 @@ pub async fn apply(context: &Context, replicas: u32) -> Result<Vec<Difference>, 
     Ok(found)
 }
 
+/// Compares every stream and consumer with its definition with `replicas` copies, and makes nothing: for a service whose
+/// identity may only look.
+///
+/// # Errors
+/// [`StreamsError`]; [`StreamsError::Missing`] when one does not exist.
+pub async fn check(context: &Context, replicas: u32) -> Result<Vec<Difference>, StreamsError> {
+    let mut found = Vec::new();
+    for Definition { name, consumers, .. } in definitions() {
+        found.extend(compare(context, &name, replicas).await?);
+        for (consumer, config) in consumers {
+            let label = format!("{name}/{consumer}");
+            let subject = format!("CONSUMER.INFO.{name}.{consumer}");
+            let Some(actual) = actual(context, subject, &label).await? else {
+                return Err(StreamsError::Missing(label));
+            };
+            found.extend(differences(&label, &config, &actual));
+        }
+    }
+    Ok(found)
+}
+
 /// Creates the durable consumer `consumer` of `stream` from its definition if it is missing. One that was deleted comes
 /// back as new and delivers from the stream's beginning; whoever handles messages bears seeing them again.
 ///
@@ -217,7 +239,7 @@ async fn ensure(
 }
 
 /// The subject by which the `nats` CLI creates a consumer: its filter is part of it, so that permissions can name it.
-fn consumer_create_subject(stream: &str, consumer: &str, config: &Map<String, Value>) -> String {
+pub(crate) fn consumer_create_subject(stream: &str, consumer: &str, config: &Map<String, Value>) -> String {
     match config.get("filter_subject").and_then(Value::as_str) {
         Some(filter) if !filter.is_empty() => format!("CONSUMER.CREATE.{stream}.{consumer}.{filter}"),
         _ => format!("CONSUMER.CREATE.{stream}.{consumer}"),
@@ -254,7 +276,7 @@ fn is_absent(value: &Value) -> bool {
 
 /// Compares both ways: a field that the definition does not name (a mirror, a subject transform, a seal) must not be
 /// set on the server either. Consumers are compared only in what their definition names.
-fn differences(name: &str, defined: &Map<String, Value>, actual: &Map<String, Value>) -> Vec<Difference> {
+pub(crate) fn differences(name: &str, defined: &Map<String, Value>, actual: &Map<String, Value>) -> Vec<Difference> {
     let is_stream = !name.contains('/');
     let unnamed = actual.keys().filter(|field| is_stream && !defined.contains_key(*field));
     defined
