@@ -35,6 +35,11 @@ up *ARGS: _programs
 demo *ARGS: _programs
     exec '{{ lomash }}' demo {{ ARGS }}
 
+# Start three NATS nodes with TLS and identities, and the services against them; `--check` kills each under load, verifies and ends
+[group('start')]
+cluster *ARGS: _programs
+    exec '{{ lomash }}' cluster {{ ARGS }}
+
 # Import a catalogue: sku,name,category,quantity,threshold
 [group('operate')]
 import CATALOG *ARGS: _programs
@@ -64,6 +69,11 @@ reconcile *ARGS: _programs
 [group('operate')]
 status *ARGS: _programs
     exec '{{ lomash }}' status {{ ARGS }}
+
+# Compare streams and consumers with streams/ (`diff`), or bring them to it (`apply`)
+[group('operate')]
+streams *ARGS: _programs
+    exec '{{ lomash }}' streams {{ ARGS }}
 
 # Print a bearer token for development, for the stack that `just up` runs: `--role ADMIN` for one that may write
 [group('operate')]

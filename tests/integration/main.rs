@@ -4,6 +4,7 @@
 mod cache;
 mod http;
 mod http_faults;
+mod identities;
 mod imports;
 mod ledger_suite;
 mod openapi;

@@ -5,6 +5,7 @@
 pub mod api;
 pub mod audit;
 pub mod bench;
+pub mod cluster;
 pub mod demo;
 pub mod dice;
 pub mod import;

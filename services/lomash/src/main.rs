@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use lomash::{bench, demo, import, orders, rebuild, reconcile, status, streams, token, up, verify};
+use lomash::{bench, cluster, demo, import, orders, rebuild, reconcile, status, streams, token, up, verify};
 use lomash_platform::telemetry::{self, LogFormat};
 
 /// Lomash Inventory: stock that is never oversold, lost or double-counted.
@@ -22,6 +22,8 @@ struct Cli {
 enum Command {
     /// Start NATS, Postgres, Redis and the services on this machine, until Ctrl-C.
     Up(up::UpArgs),
+    /// Start three NATS nodes with TLS and identities, and the services against them; `--check` kills them under load.
+    Cluster(cluster::ClusterArgs),
     /// Show the whole way of orders on real servers, check every number, and end.
     Demo(demo::DemoArgs),
     /// Import a catalogue of products.
@@ -52,6 +54,7 @@ async fn main() -> ExitCode {
     telemetry::init(cli.log_format, telemetry::COMMAND_FILTER);
     let outcome = match cli.command {
         Command::Up(args) => up::run(args).await.map(|()| ExitCode::SUCCESS),
+        Command::Cluster(args) => cluster::run(args).await,
         Command::Demo(args) => demo::run(args).await,
         Command::Import(args) => import::run(args).await,
         Command::Orders(command) => orders::run(command).await.map(|()| ExitCode::SUCCESS),

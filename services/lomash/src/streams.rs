@@ -80,7 +80,9 @@ pub async fn run(command: StreamsCommand) -> anyhow::Result<ExitCode> {
             let steps = upkeep::plan(&context, server.replicas).await?;
             if apply {
                 for step in &steps {
-                    upkeep::carry_out(&context, step).await.with_context(|| format!("{} stays as it was", step.name))?;
+                    upkeep::carry_out(&context, step)
+                        .await
+                        .with_context(|| format!("{} stays as it was", step.name))?;
                 }
             }
             anyhow::Ok(steps)

@@ -239,7 +239,8 @@ async fn prepare_streams(
     has_identity: bool,
 ) -> Result<Vec<Difference>, streams::StreamsError> {
     streams::wait_until_ready(context).await?;
-    let found = if has_identity { streams::check(context, replicas).await } else { streams::apply(context, replicas).await };
+    let found =
+        if has_identity { streams::check(context, replicas).await } else { streams::apply(context, replicas).await };
     for difference in found? {
         warn!(%difference, "the server differs from streams/");
     }

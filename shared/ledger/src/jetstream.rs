@@ -80,7 +80,13 @@ impl JetStreamLedger {
     #[must_use]
     pub fn new(context: Context, stream: &str) -> Self {
         let unique = uuid::Uuid::new_v4().simple().to_string();
-        Self { context, stream: stream.into(), batch_prefix: unique[..12].into(), batches: Arc::new(AtomicU64::new(1)), by_direct_gets: false }
+        Self {
+            context,
+            stream: stream.into(),
+            batch_prefix: unique[..12].into(),
+            batches: Arc::new(AtomicU64::new(1)),
+            by_direct_gets: false,
+        }
     }
 
     /// The same for whoever may only look: reads by direct gets (see [`crate::direct`]) and makes no consumer. It cannot be

@@ -134,7 +134,11 @@ pub(crate) fn refusal(name: &str, answer: &Value) -> Option<StreamsError> {
 }
 
 /// The configuration the server holds, or `None` when there is no such stream or consumer.
-pub(crate) async fn actual(context: &Context, subject: String, name: &str) -> Result<Option<Map<String, Value>>, StreamsError> {
+pub(crate) async fn actual(
+    context: &Context,
+    subject: String,
+    name: &str,
+) -> Result<Option<Map<String, Value>>, StreamsError> {
     let answer = call(context, subject, &json!({})).await?;
     if answer.pointer("/error/code").and_then(Value::as_u64) == Some(NOT_FOUND) {
         return Ok(None);

@@ -134,7 +134,8 @@ fn harm_to_stream(
     actual: &Value,
     definition: &Map<String, Value>,
 ) -> Option<String> {
-    let by_hand = format!("if you mean it, back the stream up and run `nats stream edit {name} --config streams/{name}.json`");
+    let by_hand =
+        format!("if you mean it, back the stream up and run `nats stream edit {name} --config streams/{name}.json`");
     let set = |value: &Value| value.as_bool() == Some(true);
     match field {
         // More copies; fewer are no difference.
@@ -159,7 +160,9 @@ fn harm_to_stream(
         "deny_delete" | "deny_purge" if set(defined) => None,
         "deny_delete" | "deny_purge" => Some(format!("what is denied once stays denied on this server; {by_hand}")),
         // What lets a message take others away, or vanish by itself: switching it off keeps more.
-        "allow_rollup_hdrs" | "allow_msg_ttl" | "allow_msg_schedules" | "subject_delete_marker_ttl" if !set(defined) => {
+        "allow_rollup_hdrs" | "allow_msg_ttl" | "allow_msg_schedules" | "subject_delete_marker_ttl"
+            if !set(defined) =>
+        {
             None
         }
         "allow_rollup_hdrs" | "allow_msg_ttl" | "allow_msg_schedules" if name != INVENTORY => None,
@@ -207,7 +210,11 @@ mod tests {
     use super::*;
 
     fn defined() -> Map<String, Value> {
-        definitions().into_iter().find(|definition| definition.name == INVENTORY).map(|found| found.config).expect("there")
+        definitions()
+            .into_iter()
+            .find(|definition| definition.name == INVENTORY)
+            .map(|found| found.config)
+            .expect("there")
     }
 
     #[test]
@@ -225,7 +232,11 @@ mod tests {
             ("subjects", json!(["lomash.inventory.*.*"]), None),
             ("republish", Value::Null, None),
             ("num_replicas", json!(0), None),
-            ("subjects", json!(["lomash.inventory.*.*", "lomash.products.*.*", "lomash.more.>"]), Some("stored nowhere")),
+            (
+                "subjects",
+                json!(["lomash.inventory.*.*", "lomash.products.*.*", "lomash.more.>"]),
+                Some("stored nowhere"),
+            ),
             ("retention", json!("interest"), Some("make it anew")),
             ("storage", json!("memory"), Some("make it anew")),
             ("sealed", json!(true), Some("make it anew")),

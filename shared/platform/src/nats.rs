@@ -81,7 +81,9 @@ impl Identity {
         if let Some(prefix) = &self.nats_inbox_prefix {
             let is_plain = |letter: char| letter.is_ascii_alphanumeric() || matches!(letter, '_' | '-' | '.');
             if prefix.is_empty() || !prefix.chars().all(is_plain) || prefix.split('.').any(str::is_empty) {
-                bail!("NATS_INBOX_PREFIX: `{prefix}` cannot begin a subject; use letters, digits and _, such as _INBOX_product");
+                bail!(
+                    "NATS_INBOX_PREFIX: `{prefix}` cannot begin a subject; use letters, digits and _, such as _INBOX_product"
+                );
             }
             options = options.custom_inbox_prefix(prefix);
         }

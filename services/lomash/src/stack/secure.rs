@@ -1,10 +1,11 @@
 //! Secured NATS servers as children: `deploy/nats/secure.conf` and `cluster.conf` with keys and certificates of their own.
 //!
-//! Owns making the keys and certificates of a folder, once, and the small file in front of the shipped configuration that
-//! sets its variables. Everything lies in that folder, for its owner only, and is for this machine: the certificates are
+//! Owns making the keys and certificates of a folder, once, and the variables that the shipped
+//! configuration takes from the environment. Everything lies in that folder, for its owner only, and is for this machine: the certificates are
 //! made for the loopback address. In production keys come from where the platform keeps its secrets.
 
 use std::{
+    collections::BTreeMap,
     fs,
     net::Ipv4Addr,
     path::{Path, PathBuf},
@@ -15,7 +16,11 @@ use std::{
 use anyhow::{Context, Result, bail};
 use lomash_platform::nats::Identity;
 use nix::sys::signal::Signal;
-use rcgen::{BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose};
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose,
+};
+use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
 use super::{FolderLock, Kind, Server, nats, port::free_port, programs};
@@ -27,9 +32,9 @@ const SHIPPED: [(&str, &str); 3] = [
     ("secure.conf", include_str!("../../../../deploy/nats/secure.conf")),
     ("cluster.conf", include_str!("../../../../deploy/nats/cluster.conf")),
 ];
-/// The file that a node is started with.
-const NODE_FILE: &str = "node.conf";
-/// The server's name in it, which is also kept by itself: it must stay the same.
+/// The variables of a node, one a line, and which of the shipped files it is started with.
+const NODE_FILE: &str = "node.json";
+/// The server's name: the copies of streams are assigned to it, so it must stay the same.
 const NAME_FILE: &str = "name";
 /// How long certificates are valid: longer than a laptop's cluster is kept.
 const LIFETIME: Duration = Duration::from_secs(366 * 24 * 3600);
@@ -149,7 +154,8 @@ impl Credentials {
     pub fn public_key(&self, who: Who) -> Result<String> {
         let file = self.seed_file(who);
         let seed = fs::read_to_string(&file).with_context(|| format!("could not read {}", file.display()))?;
-        let pair = nkeys::KeyPair::from_seed(seed.trim()).ok().with_context(|| format!("{} is no seed", file.display()))?;
+        let pair =
+            nkeys::KeyPair::from_seed(seed.trim()).ok().with_context(|| format!("{} is no seed", file.display()))?;
         Ok(pair.public_key())
     }
 
@@ -207,6 +213,15 @@ fn params(names: &[&str], until: OffsetDateTime) -> Result<CertificateParams> {
     Ok(params)
 }
 
+/// What a node is started with.
+#[derive(Debug, Serialize, Deserialize)]
+struct Node {
+    /// Which of the shipped files.
+    config: String,
+    /// What that file takes from the environment.
+    variables: BTreeMap<String, String>,
+}
+
 /// How a node reaches the others.
 #[derive(Clone, Debug)]
 pub struct Routes {
@@ -227,6 +242,7 @@ pub struct SecureNatsServer {
     program: PathBuf,
     dir: PathBuf,
     name: String,
+    node: Node,
 }
 
 /// Lays out a server in `dir`: its certificate, valid until then, and its configuration. [`SecureNats::start`] on the
@@ -246,43 +262,39 @@ pub fn lay_out(
     let (certificate, key) = credentials.certify(name, until)?;
     let name_file = dir.join(NAME_FILE);
     // Unique, so that a probe can tell it from a stranger; kept, for the copies of streams are assigned to it.
-    let unique = match fs::read_to_string(&name_file) {
-        Ok(known) => known,
-        Err(_) => {
-            let unique = format!("{name}-{}", &uuid::Uuid::new_v4().simple().to_string()[..12]);
-            write_private(&name_file, &unique)?;
-            unique
-        }
-    };
-    let mut variables = vec![
-        ("server_name", quoted(&unique)?),
-        // The address and port are given as flags, which win.
-        ("NATS_LISTEN", quoted("127.0.0.1:4222")?),
-        ("NATS_MONITOR", quoted(&format!("127.0.0.1:{}", free_port()?))?),
-        ("NATS_STORE", quoted(path(&dir.join("data"))?)?),
-        ("NATS_CERT", quoted(path(&certificate)?)?),
-        ("NATS_KEY", quoted(path(&key)?)?),
-        ("NATS_CA", quoted(path(&credentials.ca_file())?)?),
-    ];
-    let keys = Who::ALL.map(|who| format!("NKEY_{}", who.name().to_uppercase()));
-    for (who, variable) in Who::ALL.iter().zip(&keys) {
-        variables.push((variable, quoted(&credentials.public_key(*who)?)?));
+    if !name_file.exists() {
+        write_private(&name_file, &format!("{name}-{}", &uuid::Uuid::new_v4().simple().to_string()[..12]))?;
     }
-    let shipped = match routes {
-        None => "secure.conf",
-        Some(Routes { listen, advertise, others }) => {
-            let others: Vec<String> = others.iter().map(|port| format!("nats-route://127.0.0.1:{port}")).collect();
-            variables.push(("CLUSTER_LISTEN", quoted(&format!("127.0.0.1:{listen}"))?));
-            variables.push(("CLUSTER_ADVERTISE", quoted(&format!("127.0.0.1:{advertise}"))?));
-            variables.push(("CLUSTER_ROUTES", serde_json::to_string(&others).context("the routes cannot be written")?));
-            "cluster.conf"
-        }
+    let mut node = Node {
+        config: "secure.conf".to_owned(),
+        variables: BTreeMap::from([
+            // Address and port are given as flags, which win.
+            ("NATS_LISTEN".to_owned(), quoted("127.0.0.1:4222")?),
+            ("NATS_MONITOR".to_owned(), quoted(&format!("127.0.0.1:{}", free_port()?))?),
+            ("NATS_STORE".to_owned(), quoted(path(&dir.join("data"))?)?),
+            ("NATS_CERT".to_owned(), quoted(path(&certificate)?)?),
+            ("NATS_KEY".to_owned(), quoted(path(&key)?)?),
+            ("NATS_CA".to_owned(), quoted(path(&credentials.ca_file())?)?),
+        ]),
     };
+    for who in Who::ALL {
+        node.variables.insert(format!("NKEY_{}", who.name().to_uppercase()), quoted(&credentials.public_key(who)?)?);
+    }
+    if let Some(Routes { listen, advertise, others }) = routes {
+        let others: Vec<String> = others.iter().map(|port| format!("nats-route://127.0.0.1:{port}")).collect();
+        let others = serde_json::to_string(&others).context("the routes cannot be written")?;
+        node.config = "cluster.conf".to_owned();
+        node.variables.extend([
+            ("CLUSTER_LISTEN".to_owned(), quoted(&format!("127.0.0.1:{listen}"))?),
+            ("CLUSTER_ADVERTISE".to_owned(), quoted(&format!("127.0.0.1:{advertise}"))?),
+            ("CLUSTER_ROUTES".to_owned(), others),
+        ]);
+    }
     for (file, text) in SHIPPED {
         write_private(&dir.join(file), text)?;
     }
-    let lines: String = variables.iter().map(|(name, value)| format!("{name}: {value}\n")).collect();
-    write_private(&dir.join(NODE_FILE), &format!("{lines}include {}\n", quoted(shipped)?))
+    let text = serde_json::to_string_pretty(&node).context("the node cannot be written")?;
+    write_private(&dir.join(NODE_FILE), &text)
 }
 
 fn path(path: &Path) -> Result<&str> {
@@ -304,17 +316,20 @@ impl Kind for SecureNatsServer {
 
     async fn prepare(dir: &Path, _lock: &FolderLock) -> Result<Self> {
         let program = programs::nats_server().await?;
-        let name = fs::read_to_string(dir.join(NAME_FILE))
-            .with_context(|| format!("{} was not laid out for a server", dir.display()))?;
-        Ok(Self { program, dir: dir.to_owned(), name })
+        let laid_out = || format!("{} was not laid out for a server", dir.display());
+        let name = fs::read_to_string(dir.join(NAME_FILE)).with_context(laid_out)?;
+        let node = fs::read_to_string(dir.join(NODE_FILE)).with_context(laid_out)?;
+        let node = serde_json::from_str(&node).with_context(laid_out)?;
+        Ok(Self { program, dir: dir.to_owned(), name, node })
     }
 
     fn command(&self, port: u16) -> Command {
         let mut command = Command::new(&self.program);
         command
-            .args(["--addr", "127.0.0.1", "--port", &port.to_string()])
+            .args(["--addr", "127.0.0.1", "--port", &port.to_string(), "--name", &self.name])
             .arg("--config")
-            .arg(self.dir.join(NODE_FILE));
+            .arg(self.dir.join(&self.node.config))
+            .envs(&self.node.variables);
         command
     }
 
@@ -355,7 +370,8 @@ impl NatsCluster {
     /// When one does not start.
     pub async fn start(dir: &Path) -> Result<Self> {
         let listen = [free_port()?, free_port()?, free_port()?];
-        let others = |node: usize| listen.iter().enumerate().filter(|(n, _)| *n != node).map(|(_, port)| *port).collect();
+        let others =
+            |node: usize| listen.iter().enumerate().filter(|(n, _)| *n != node).map(|(_, port)| *port).collect();
         let routes = |node: usize| Routes { listen: listen[node], advertise: listen[node], others: others(node) };
         Self::start_with(dir, [routes(0), routes(1), routes(2)]).await
     }
