@@ -51,7 +51,7 @@ enum Command {
 #[tokio::main]
 async fn main() -> ExitCode {
     let cli = Cli::parse();
-    telemetry::init(cli.log_format, telemetry::COMMAND_FILTER);
+    let telemetry = telemetry::start("lomash", cli.log_format, telemetry::COMMAND_FILTER);
     let outcome = match cli.command {
         Command::Up(args) => up::run(args).await.map(|()| ExitCode::SUCCESS),
         Command::Cluster(args) => cluster::run(args).await,
@@ -66,6 +66,7 @@ async fn main() -> ExitCode {
         Command::Status(args) => status::run(args).await,
         Command::Token(args) => token::run(&args).map(|()| ExitCode::SUCCESS),
     };
+    telemetry.stop().await;
     outcome.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");
         ExitCode::FAILURE

@@ -9,6 +9,7 @@ pub mod dead_letter;
 pub mod direct;
 mod jetstream;
 mod memory;
+mod observed;
 pub mod receive;
 pub mod streams;
 pub mod upkeep;
