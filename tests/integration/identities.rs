@@ -166,6 +166,31 @@ fn harmful(subject: impl Into<String>, body: impl ToString) -> Row {
     Row { harmful: true, ..row(subject, body, &[Who::Administrator]) }
 }
 
+/// Who may look at a stream.
+fn looks(stream: &str) -> &'static [Who] {
+    if stream == "NOTIFICATIONS" { reads("ORDERS") } else { reads(stream) }
+}
+
+/// Who may read a stream.
+fn reads(stream: &str) -> &'static [Who] {
+    use Who::{Administrator, Analytics, Notification, Operator, Product};
+    match stream {
+        "INVENTORY" => &[Product, Administrator, Operator, Analytics, Notification],
+        // The product service looks at it and has nothing to read there.
+        "NOTIFICATIONS" => &[Administrator, Operator],
+        _ => &[Product, Administrator, Operator],
+    }
+}
+
+/// Who may have a consumer deliver again from a sequence: its service, whose database may have been lost.
+fn begins_anew(consumer: &str) -> &'static [Who] {
+    match consumer {
+        "analytics" => &[Who::Administrator, Who::Analytics],
+        "notification" => &[Who::Administrator, Who::Notification],
+        _ => &[Who::Administrator],
+    }
+}
+
 fn table() -> Vec<Row> {
     use Who::{Administrator, Analytics, Notification, Operator, Orders, Product};
     let mut rows = vec![
@@ -184,7 +209,7 @@ fn table() -> Vec<Row> {
         row("lomash.orders.cancelled", "{}", &[]),
         row("lomash.jobs.invented", "{}", &[]),
         // Looking.
-        row("$JS.API.INFO", "", &[Product, Administrator, Operator]),
+        row("$JS.API.INFO", "", &[Product, Administrator, Operator, Analytics, Notification]),
         row("$JS.API.STREAM.NAMES", "", &[Administrator, Operator]),
         row("$JS.API.STREAM.LIST", "", &[Administrator, Operator]),
         row("$JS.API.CONSUMER.LIST.INVENTORY", "", &[Administrator, Operator]),
@@ -205,7 +230,8 @@ fn table() -> Vec<Row> {
     ];
     for stream in ["INVENTORY", "ORDERS", "JOBS", "DEAD_LETTERS", "NOTIFICATIONS"] {
         rows.extend([
-            row(format!("$JS.API.STREAM.INFO.{stream}"), "", &[Product, Administrator, Operator]),
+            row(format!("$JS.API.STREAM.INFO.{stream}"), "", looks(stream)),
+            row(format!("$JS.API.DIRECT.GET.{stream}"), r#"{"seq":1}"#, reads(stream)),
             harmful(format!("$JS.API.STREAM.CREATE.{stream}"), json!({ "name": stream, "subjects": ["lomash.>"] })),
             harmful(format!("$JS.API.STREAM.UPDATE.{stream}"), json!({ "name": stream, "max_msgs": 1 })),
             harmful(format!("$JS.API.STREAM.DELETE.{stream}"), ""),
@@ -219,14 +245,18 @@ fn table() -> Vec<Row> {
             harmful(format!("$JS.API.STREAM.PEER.REMOVE.{stream}"), json!({ "peer": "n1" })),
         ]);
     }
-    // Letters and scheduled jobs are no history; the ledger and the orders are.
-    for (stream, allowed) in [("INVENTORY", None), ("ORDERS", None), ("NOTIFICATIONS", None)] {
-        let allowed: &[Who] = allowed.unwrap_or_default();
-        rows.push(Row {
-            harmful: true,
-            ..row(format!("$JS.API.STREAM.MSG.DELETE.{stream}"), json!({ "seq": 1 }), allowed)
-        });
+    // Letters and scheduled jobs are no history. The ledger is: the server refuses even the administrator.
+    for (stream, allowed) in [
+        ("INVENTORY", [].as_slice()),
+        ("ORDERS", &[Administrator]),
+        ("NOTIFICATIONS", &[Administrator]),
+        ("JOBS", &[Administrator, Product]),
+        ("DEAD_LETTERS", &[Administrator, Product, Operator]),
+    ] {
+        let delete = row(format!("$JS.API.STREAM.MSG.DELETE.{stream}"), json!({ "seq": 1 }), allowed);
+        rows.push(Row { harmful: true, ..delete });
     }
+    rows.push(row("$JS.API.STREAM.PURGE.INVENTORY", "", &[]));
     for (stream, consumer) in [
         ("ORDERS", "product-orders"),
         ("JOBS", "reconciliation"),
@@ -244,7 +274,10 @@ fn table() -> Vec<Row> {
                 format!("$JS.API.CONSUMER.PAUSE.{stream}.{consumer}"),
                 json!({ "pause_until": "2100-01-01T00:00:00Z" }),
             ),
-            harmful(format!("$JS.API.CONSUMER.RESET.{stream}.{consumer}"), json!({ "seq": 1 })),
+            Row {
+                harmful: true,
+                ..row(format!("$JS.API.CONSUMER.RESET.{stream}.{consumer}"), json!({ "seq": 1 }), begins_anew(consumer))
+            },
             harmful(format!("$JS.API.CONSUMER.LEADER.STEPDOWN.{stream}.{consumer}"), ""),
         ]);
     }
@@ -287,7 +320,13 @@ async fn each_identity_may_do_what_it_needs_and_nothing_else() -> Result<()> {
                 Outcome::Answered(answer) if may => {
                     assert!(!is_error(&answer), "{case} works: {}", String::from_utf8_lossy(&answer));
                 }
-                Outcome::Refused(_) if !may => assert_eq!(secured.look().await?, before, "{case} changes nothing"),
+                Outcome::Refused(why) if !may => {
+                    assert_eq!(secured.look().await?, before, "{case}, {why}, changes nothing");
+                }
+                // The server's own word, for the administrator too.
+                Outcome::Answered(answer) if who == Who::Administrator && is_error(&answer) => {
+                    assert_eq!(secured.look().await?, before, "{case} changes nothing");
+                }
                 other => panic!("{case}: {} and {other:?}", if may { "needed" } else { "forbidden" }),
             }
             assert_eq!(secured.last_sequence().await?, 1, "{case} leaves the ledger alone");
@@ -552,6 +591,11 @@ async fn orders_are_decided_with_every_program_under_its_own_key() -> Result<()>
         tokio::time::timeout(PATIENCE, refusals.guard(pulling)).await??.with_context(|| consumer.to_owned())?;
         let info: Value = secured.admin.request(format!("CONSUMER.INFO.INVENTORY.{consumer}"), &json!({})).await?;
         assert_eq!(info["ack_floor"]["stream_seq"], 4, "{consumer}: {info}");
+        // Its database is lost: it begins anew by itself.
+        let stream = jetstream::new(secured.client(who).await?).get_stream_no_info(streams::INVENTORY).await?;
+        stream.reset_consumer(consumer, Some(1)).await?;
+        let info: Value = secured.admin.request(format!("CONSUMER.INFO.INVENTORY.{consumer}"), &json!({})).await?;
+        assert_eq!(info["num_pending"], 4, "{consumer}: {info}");
     }
 
     service.stop().await?;
