@@ -70,6 +70,11 @@ reconcile *ARGS: _programs
 status *ARGS: _programs
     exec '{{ lomash }}' status {{ ARGS }}
 
+# Replay stored messages: STREAM and which of them, to standard output, `--file` or `--subject`; see docs/operations.md
+[group('operate')]
+replay *ARGS: _programs
+    exec '{{ lomash }}' replay {{ ARGS }}
+
 # Compare streams and consumers with streams/ (`diff`), or bring them to it (`apply`)
 [group('operate')]
 streams *ARGS: _programs

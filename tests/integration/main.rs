@@ -8,6 +8,7 @@ mod identities;
 mod imports;
 mod ledger_suite;
 mod openapi;
+mod operations;
 mod orders;
 mod projection;
 mod reads;

@@ -30,7 +30,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::debug;
 use uuid::Uuid;
 
@@ -50,6 +50,8 @@ const STOCK: u32 = 1_000_000;
 const LOAD_PAUSE: Duration = Duration::from_millis(10);
 /// Orders on the way at once. More wait while nothing is acknowledged.
 const IN_FLIGHT: usize = 2_000;
+/// How long without an acknowledgement a shop takes for silence.
+const SILENT_AFTER: Duration = Duration::from_secs(3);
 /// Pause between two looks at the ledger.
 const LOOK_PAUSE: Duration = Duration::from_millis(20);
 /// Load before the first fault, and after the last.
@@ -349,6 +351,7 @@ pub async fn make_leader(admin: &Context, stream: &str, node: &str) -> Result<()
 #[derive(Debug)]
 pub struct Load {
     stop: CancellationToken,
+    _leaving: DropGuard,
     publishing: JoinHandle<Result<()>>,
     watching: JoinHandle<()>,
     seen: Arc<Mutex<Seen>>,
@@ -390,12 +393,24 @@ impl Load {
         }
         let seen = Arc::new(Mutex::new(Seen::default()));
         let stop = CancellationToken::new();
-        let shop = stack.context(Who::Orders).await?;
-        let publishing = tokio::spawn(publish(shop, ids, Dice(seed), seen.clone(), stop.clone()));
         let operator = stack.context(Who::Operator).await?;
+        // Before the first order: its decision must not be missed.
         let from = JetStreamLedger::read_only(operator.clone(), streams::INVENTORY).last_sequence().await?;
+        let shop = stack.context(Who::Orders).await?;
+        // Whoever is connected to a node that is cut off finds another by itself.
+        let (asked, told) = (operator.clone(), seen.clone());
+        let leaving = CancellationToken::new();
+        tokio::spawn(nats::leave_a_lonely_server(shop.client(), leaving.clone(), move || {
+            let last = locked(&told).acknowledged.last().copied();
+            async move { last.is_some_and(|last| last.elapsed() < SILENT_AFTER) }
+        }));
+        tokio::spawn(nats::leave_a_lonely_server(operator.client(), leaving.clone(), move || {
+            let ledger = JetStreamLedger::read_only(asked.clone(), streams::INVENTORY);
+            async move { ledger.last_sequence().await.is_ok() }
+        }));
+        let publishing = tokio::spawn(publish(shop, ids, Dice(seed), seen.clone(), stop.clone()));
         let watching = tokio::spawn(watch(operator, from, seen.clone()));
-        Ok(Self { stop, publishing, watching, seen })
+        Ok(Self { stop, _leaving: leaving.drop_guard(), publishing, watching, seen })
     }
 
     /// Waits until an order that is published from now on is decided, and every order published before now.

@@ -13,6 +13,7 @@ pub mod orders;
 pub mod output;
 pub mod rebuild;
 pub mod reconcile;
+pub mod replay;
 pub mod retail;
 mod snapshot;
 pub mod stack;

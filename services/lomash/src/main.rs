@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use lomash::{bench, cluster, demo, import, orders, rebuild, reconcile, status, streams, token, up, verify};
+use lomash::{bench, cluster, demo, import, orders, rebuild, reconcile, replay, status, streams, token, up, verify};
 use lomash_platform::telemetry::{self, LogFormat};
 
 /// Lomash Inventory: stock that is never oversold, lost or double-counted.
@@ -39,6 +39,8 @@ enum Command {
     Reconcile(reconcile::ReconcileArgs),
     /// Measure this system beside its rivals and the limit of the server.
     Bench(bench::BenchArgs),
+    /// Replay stored messages to standard output, a file or a subject.
+    Replay(replay::ReplayArgs),
     /// Compare streams and consumers with their definitions, and bring them to it.
     #[command(subcommand)]
     Streams(streams::StreamsCommand),
@@ -62,6 +64,7 @@ async fn main() -> ExitCode {
         Command::Rebuild(args) => rebuild::run(args).await,
         Command::Reconcile(args) => reconcile::run(args).await,
         Command::Bench(args) => bench::run(args).await,
+        Command::Replay(args) => replay::run(args).await,
         Command::Streams(command) => streams::run(command).await,
         Command::Status(args) => status::run(args).await,
         Command::Token(args) => token::run(&args).map(|()| ExitCode::SUCCESS),

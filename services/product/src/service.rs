@@ -180,6 +180,14 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         }
     });
     let watched = Watched { client: client.clone(), pool, committer, cache: config.redis_url.map(|_| cache.clone()) };
+    tasks.spawn({
+        let (client, ledger, stop) = (client.clone(), ledger.clone(), stop.clone());
+        async move {
+            let answers = || async { ledger.last_sequence().await.is_ok() };
+            nats::leave_a_lonely_server(client, stop, answers).await;
+            Ok(())
+        }
+    });
     tasks.spawn(checks.watch(watched, stop.clone()));
     let api = Api {
         writer: writer.clone(),

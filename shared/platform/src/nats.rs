@@ -15,6 +15,7 @@ use anyhow::{Context as _, anyhow, bail};
 use async_nats::{Client, ConnectError, ConnectErrorKind, ConnectOptions, Event, ServerError};
 use clap::Args;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 /// How long a process waits at start for a server to take its connection.
@@ -222,6 +223,41 @@ fn what_is_wrong(error: &ConnectError, identity: &Identity) -> &'static str {
              signed by the authority in NATS_CA_FILE?"
         }
         _ => "is it running?",
+    }
+}
+
+/// How often a server is asked whether it still has JetStream behind it, and how long it may take to say so.
+const ASK_EVERY: Duration = Duration::from_secs(2);
+const ASK_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long it may not answer: longer than a cluster takes to find another leader, which is some 7 s.
+const LONELY_AFTER: Duration = Duration::from_secs(10);
+
+/// Leaves a server that has lost the others for another one, until `stop`.
+///
+/// A node that is cut off from a cluster keeps its clients, and answers nothing that needs a leader. Nobody tells them; a
+/// client that is not answered for [`LONELY_AFTER`] looks for another server. `answers` asks something that a leader must
+/// answer.
+pub async fn leave_a_lonely_server<F>(client: Client, stop: CancellationToken, answers: impl Fn() -> F)
+where
+    F: Future<Output = bool>,
+{
+    let mut answered = tokio::time::Instant::now();
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(ASK_EVERY) => {}
+        }
+        // A connection that is broken looks for another server by itself.
+        let connected = client.connection_state() == async_nats::connection::State::Connected;
+        if !connected || tokio::time::timeout(ASK_TIMEOUT, answers()).await == Ok(true) {
+            answered = tokio::time::Instant::now();
+        } else if answered.elapsed() >= LONELY_AFTER {
+            warn!(seconds = LONELY_AFTER.as_secs(), "JetStream does not answer on this server; trying another one");
+            if let Err(problem) = client.force_reconnect().await {
+                debug!(%problem, "the connection cannot be made anew");
+            }
+            answered = tokio::time::Instant::now();
+        }
     }
 }
 
