@@ -134,6 +134,11 @@ alerts:
         "$promtool" check config deploy/prometheus/prometheus.yml; \
         "$promtool" test rules deploy/prometheus/alerts_test.yml
 
+# Write what is in each program as CycloneDX, from the lockfile
+[group('develop')]
+sbom FOLDER="target/sbom":
+    deploy/dev/sbom.py '{{ FOLDER }}'
+
 # Build the documentation of our own crates
 [group('develop')]
 doc *ARGS:

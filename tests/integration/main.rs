@@ -16,3 +16,4 @@ mod rebuild;
 mod reconciliation;
 mod replicas;
 mod streams_files;
+mod upkeep;

@@ -16,7 +16,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 /// Bytes of a chunk of a backup: small, so that there are several.
-const CHUNK_BYTES: usize = 4 * 1024;
+const CHUNK_BYTES: usize = 1024;
 
 async fn ask(client: &async_nats::Client, subject: &str, body: Value) -> Result<Value> {
     let answer = client.request(format!("$JS.API.{subject}"), body.to_string().into()).await?;
@@ -69,7 +69,7 @@ async fn one_product_and_one_order_are_found_in_the_streams() -> Result<()> {
         ensure!(held.subject.ends_with(&kitchen.to_string()), "{}", held.subject);
         seen.push(held.sequence);
     }
-    assert_eq!(seen.len(), 7, "registered, first stock, five orders");
+    assert_eq!(seen.len(), 8, "registered, first stock, available, five orders");
     assert!(seen.is_sorted());
 
     // The refusal of an order, by its key; of an order that was not refused there is none.
@@ -85,7 +85,7 @@ async fn one_product_and_one_order_are_found_in_the_streams() -> Result<()> {
     assert_eq!(decided.len(), 2, "its lines: {decided:?}");
     assert!(decided.iter().all(|line| line["payload"]["payload"]["orderId"] == *order));
     assert_eq!(lines(&world, &["ORDERS", "--order", &order]).await?.len(), 1);
-    assert_eq!(lines(&world, &["INVENTORY", "--product", &product]).await?.len(), 8, "its history and the refusal");
+    assert_eq!(lines(&world, &["INVENTORY", "--product", &product]).await?.len(), 9, "its history and the refusal");
     assert_eq!(lines(&world, &["INVENTORY", "--trigger", "ORDER_CONFIRMED"]).await?.len(), 10);
     assert_eq!(lines(&world, &["ORDERS", "--from", "2", "--to", "4"]).await?.len(), 3);
     assert_eq!(lines(&world, &["ORDERS", "--product", &product, "--limit", "2"]).await?.len(), 2);

@@ -4,6 +4,7 @@
 //! make or change a stream.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
@@ -12,11 +13,15 @@ use lomash_ledger::streams::{self, Difference};
 use lomash_ledger::upkeep::{self, Action, Step};
 use lomash_platform::{Secret, nats};
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::output;
 
 /// Name under which the program connects.
 const CLIENT_NAME: &str = "lomash streams";
+
+/// How long a server may take to tell of itself.
+const MONITOR_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Subcommands of `lomash streams`.
 #[derive(Clone, Debug, Subcommand)]
@@ -39,6 +44,10 @@ pub struct ServerArgs {
     /// Copies of each stream: 1 on a laptop, 3 in a cluster. More on the server is no difference.
     #[arg(long, env = "STREAM_REPLICAS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=5))]
     pub replicas: u32,
+    /// Monitoring addresses of the servers, such as `http://127.0.0.1:8222`, comma-separated: then it is also looked at
+    /// whether each of them acknowledges only what is on disk. No stream says so.
+    #[arg(long, env = "NATS_MONITOR_URL", value_delimiter = ',', value_name = "URL")]
+    pub monitor: Vec<String>,
     /// Print it as JSON.
     #[arg(long)]
     pub json: bool,
@@ -61,6 +70,7 @@ pub struct ApplyArgs {
 struct Told<'s> {
     applied: bool,
     steps: &'s [Step],
+    hasty_servers: &'s [String],
 }
 
 /// Runs the command. Success is a server that is as `streams/` says.
@@ -88,13 +98,41 @@ pub async fn run(command: StreamsCommand) -> anyhow::Result<ExitCode> {
             anyhow::Ok(steps)
         })
         .await??;
+    let hasty_servers = hasty(&server.monitor).await?;
     if server.json {
-        output::print_json(&Told { applied: apply, steps: &steps })?;
+        output::print_json(&Told { applied: apply, steps: &steps, hasty_servers: &hasty_servers })?;
     } else {
         print!("{}", render(&steps, apply));
+        for server in &hasty_servers {
+            println!("{server} acknowledges what is not on disk yet: set `sync_interval: always` in its `jetstream` block.");
+        }
     }
     let is_right = |step: &Step| step.refused.is_empty() && (apply || step.action == Action::Leave);
-    Ok(if steps.iter().all(is_right) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if steps.iter().all(is_right) && hasty_servers.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Which of the servers at these monitoring addresses acknowledge what is not on disk yet.
+///
+/// # Errors
+/// When one does not answer.
+pub async fn hasty(monitors: &[String]) -> anyhow::Result<Vec<String>> {
+    // Nothing here speaks TLS, but the client is not made without a provider; a second one is refused, as it should.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let client = reqwest::Client::builder()
+        .no_proxy()
+        .timeout(MONITOR_TIMEOUT)
+        .build()
+        .context("the HTTP client cannot be made")?;
+    let mut hasty = Vec::new();
+    for monitor in monitors {
+        let url = format!("{}/varz", monitor.trim_end_matches('/'));
+        let answer = client.get(&url).send().await.with_context(|| format!("{url} does not answer"))?;
+        let answer: Value = answer.json().await.with_context(|| format!("{url} is no NATS server's"))?;
+        if answer.pointer("/jetstream/config/sync_always") != Some(&Value::Bool(true)) {
+            hasty.push(monitor.clone());
+        }
+    }
+    Ok(hasty)
 }
 
 /// The steps as a person reads them.
