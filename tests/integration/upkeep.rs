@@ -23,7 +23,8 @@ async fn make(world: &World, name: &str, changes: Value) -> Result<()> {
     ask(world, format!("STREAM.CREATE.{name}"), config.into()).await?;
     for (consumer, config) in definition.consumers {
         let body = json!({ "stream_name": name, "config": config, "action": "create" });
-        ask(world, format!("CONSUMER.CREATE.{name}.{consumer}.{}", config["filter_subject"].as_str().unwrap()), body).await?;
+        ask(world, format!("CONSUMER.CREATE.{name}.{consumer}.{}", config["filter_subject"].as_str().unwrap()), body)
+            .await?;
     }
     Ok(())
 }
@@ -101,8 +102,11 @@ async fn what_would_lose_a_message_is_left_alone_with_the_reason() -> Result<()>
         assert!(refused.contains(&expected), "{expected:?} is not refused: {refused:?}");
     }
     let shown = render(&steps, true);
-    for words in ["would delete what is over the new limit", "nats stream edit NOTIFICATIONS", "nats consumer rm ORDERS product-orders"]
-    {
+    for words in [
+        "would delete what is over the new limit",
+        "nats stream edit NOTIFICATIONS",
+        "nats consumer rm ORDERS product-orders",
+    ] {
         assert!(shown.contains(words), "{words}\n{shown}");
     }
     assert_eq!(config(&world, "NOTIFICATIONS").await?["max_bytes"], -1);

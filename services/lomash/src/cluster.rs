@@ -28,6 +28,7 @@ use product_service::client::ProductClient;
 use product_service::inventory::{Action, Details, ProductCommand};
 use serde::Serialize;
 use serde_json::{Value, json};
+use time::OffsetDateTime;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -52,6 +53,8 @@ const LOAD_PAUSE: Duration = Duration::from_millis(10);
 const IN_FLIGHT: usize = 2_000;
 /// How long without an acknowledgement a shop takes for silence.
 const SILENT_AFTER: Duration = Duration::from_secs(3);
+/// How long a look at the ledger may take.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(1);
 /// Pause between two looks at the ledger.
 const LOOK_PAUSE: Duration = Duration::from_millis(20);
 /// Load before the first fault, and after the last.
@@ -405,8 +408,8 @@ impl Load {
             async move { last.is_some_and(|last| last.elapsed() < SILENT_AFTER) }
         }));
         tokio::spawn(nats::leave_a_lonely_server(operator.client(), leaving.clone(), move || {
-            let ledger = JetStreamLedger::read_only(asked.clone(), streams::INVENTORY);
-            async move { ledger.last_sequence().await.is_ok() }
+            let asked = asked.clone();
+            async move { streams::is_answered(&asked, streams::ORDERS, streams::PRODUCT_ORDERS).await }
         }));
         let publishing = tokio::spawn(publish(shop, ids, Dice(seed), seen.clone(), stop.clone()));
         let watching = tokio::spawn(watch(operator, from, seen.clone()));
@@ -527,10 +530,14 @@ async fn watch(operator: Context, mut read: u64, seen: Arc<Mutex<Seen>>) {
     let mut last_of_batch: Option<OrderId> = None;
     loop {
         tokio::time::sleep(LOOK_PAUSE).await;
-        let Ok(last) = ledger.last_sequence().await else { continue };
+        // A request that was lost with its node is answered by nobody.
+        let Ok(Ok(last)) = tokio::time::timeout(LOOK_TIMEOUT, ledger.last_sequence()).await else { continue };
         let mut messages = direct::read(&operator, streams::INVENTORY, None, read, last);
-        while let Some(Ok(held)) = messages.next().await {
+        while let Ok(Some(Ok(held))) = tokio::time::timeout(LOOK_TIMEOUT, messages.next()).await {
             read = held.sequence;
+            // By the server's clock, which is this machine's: when it was decided, not when it was seen.
+            let ago = Duration::try_from(OffsetDateTime::now_utc() - held.stored_at).unwrap_or_default();
+            let decided = Instant::now() - ago;
             let Ok(event) = lomash_ledger::StoredMessage::from(held).parse() else { continue };
             let order = match event.payload {
                 LedgerEvent::InventoryUpdated(updated) => updated.order_id,
@@ -541,7 +548,7 @@ async fn watch(operator: Context, mut read: u64, seen: Arc<Mutex<Seen>>) {
             let Some(order) = order.filter(|order| last_of_batch != Some(*order)) else { continue };
             last_of_batch = Some(order);
             let mut seen = locked(&seen);
-            seen.decided.push(Instant::now());
+            seen.decided.push(decided);
             if seen.undecided.remove(&order).is_none() {
                 seen.twice += 1;
             }

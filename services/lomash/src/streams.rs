@@ -104,7 +104,9 @@ pub async fn run(command: StreamsCommand) -> anyhow::Result<ExitCode> {
     } else {
         print!("{}", render(&steps, apply));
         for server in &hasty_servers {
-            println!("{server} acknowledges what is not on disk yet: set `sync_interval: always` in its `jetstream` block.");
+            println!(
+                "{server} acknowledges what is not on disk yet: set `sync_interval: always` in its `jetstream` block."
+            );
         }
     }
     let is_right = |step: &Step| step.refused.is_empty() && (apply || step.action == Action::Leave);

@@ -181,9 +181,10 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     });
     let watched = Watched { client: client.clone(), pool, committer, cache: config.redis_url.map(|_| cache.clone()) };
     tasks.spawn({
-        let (client, ledger, stop) = (client.clone(), ledger.clone(), stop.clone());
+        let (client, stop) = (client.clone(), stop.clone());
         async move {
-            let answers = || async { ledger.last_sequence().await.is_ok() };
+            let context = async_nats::jetstream::new(client.clone());
+            let answers = || streams::is_answered(&context, streams::ORDERS, streams::PRODUCT_ORDERS);
             nats::leave_a_lonely_server(client, stop, answers).await;
             Ok(())
         }

@@ -27,6 +27,7 @@ pub const READY_TIMEOUT: Duration = Duration::from_secs(30);
 
 const READY_PAUSE: Duration = Duration::from_millis(100);
 const NOT_FOUND: u64 = 404;
+const UNAVAILABLE: u64 = 503;
 
 /// A stream and its durable consumers, as the files define them.
 #[derive(Clone, Debug)]
@@ -164,6 +165,17 @@ pub async fn wait_until_ready(context: &Context) -> Result<(), StreamsError> {
             Err(error) if tokio::time::Instant::now() >= deadline => return Err(error),
             _ => tokio::time::sleep(READY_PAUSE).await,
         }
+    }
+}
+
+/// Whether the server that we are connected to still has a cluster behind it, judged by a consumer.
+///
+/// A node that was cut off goes on describing streams for as long as it is alone, also their ends, as they were (2.15.1).
+/// Of consumers it says that JetStream is unavailable.
+pub async fn is_answered(context: &Context, stream: &str, consumer: &str) -> bool {
+    match call(context, format!("CONSUMER.INFO.{stream}.{consumer}"), &json!({})).await {
+        Ok(answer) => answer.pointer("/error/code").and_then(Value::as_u64) != Some(UNAVAILABLE),
+        Err(_) => false,
     }
 }
 

@@ -235,8 +235,8 @@ const LONELY_AFTER: Duration = Duration::from_secs(10);
 /// Leaves a server that has lost the others for another one, until `stop`.
 ///
 /// A node that is cut off from a cluster keeps its clients, and answers nothing that needs a leader. Nobody tells them; a
-/// client that is not answered for [`LONELY_AFTER`] looks for another server. `answers` asks something that a leader must
-/// answer.
+/// client that is not answered for [`LONELY_AFTER`] looks for another server. `answers` asks something that such a node cannot
+/// answer; it can describe streams.
 pub async fn leave_a_lonely_server<F>(client: Client, stop: CancellationToken, answers: impl Fn() -> F)
 where
     F: Future<Output = bool>,
