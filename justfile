@@ -65,6 +65,11 @@ rebuild *ARGS: _programs
 reconcile *ARGS: _programs
     exec '{{ lomash }}' reconcile {{ ARGS }}
 
+# Dead letters: `list`, `show N`, `redrive N --yes`, `discard N --yes`; by filter or `--all`, too
+[group('operate')]
+dlq *ARGS: _programs
+    exec '{{ lomash }}' dlq {{ ARGS }}
+
 # Show streams, consumers, lag and checkpoints
 [group('operate')]
 status *ARGS: _programs

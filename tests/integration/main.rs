@@ -2,11 +2,13 @@
 #![allow(clippy::unwrap_used)]
 
 mod cache;
+mod dead_letters;
 mod http;
 mod http_faults;
 mod identities;
 mod imports;
 mod ledger_suite;
+mod notification;
 mod openapi;
 mod operations;
 mod orders;
@@ -16,4 +18,5 @@ mod rebuild;
 mod reconciliation;
 mod replicas;
 mod streams_files;
+mod telemetry;
 mod upkeep;

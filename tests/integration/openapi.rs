@@ -29,8 +29,24 @@ fn operations(document: &Value) -> Vec<(String, &Value)> {
 
 #[test]
 fn the_committed_copy_is_what_the_code_says() {
-    let copy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/openapi.json");
-    let made = format!("{}\n", serde_json::to_string_pretty(&document()).unwrap());
+    assert_committed("openapi.json", &document());
+}
+
+#[test]
+fn the_committed_copy_of_the_notification_service_is_what_the_code_says() {
+    let document = serde_json::to_value(notification_service::http::document()).unwrap();
+    assert_committed("openapi-notification.json", &document);
+    for (name, operation) in operations(&document) {
+        for needed in ["200", "400", "401", "403", "429", "503"] {
+            assert!(operation["responses"][needed]["headers"]["X-Request-Id"].is_object(), "{name} {needed}");
+        }
+    }
+    assert_eq!(document["security"], serde_json::json!([{ "bearer": [] }]));
+}
+
+fn assert_committed(name: &str, document: &Value) {
+    let copy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs").join(name);
+    let made = format!("{}\n", serde_json::to_string_pretty(document).unwrap());
     if std::env::var_os(UPDATE_VARIABLE).is_some() {
         std::fs::write(&copy, &made).unwrap();
         return;
@@ -38,10 +54,7 @@ fn the_committed_copy_is_what_the_code_says() {
     let committed = std::fs::read_to_string(&copy).unwrap_or_default();
     let differs = committed.lines().zip(made.lines()).position(|(ours, made)| ours != made);
     let line = differs.unwrap_or_else(|| committed.lines().count().min(made.lines().count())) + 1;
-    assert!(
-        committed == made,
-        "docs/openapi.json is not what the code says, from line {line} on; renew it: just openapi"
-    );
+    assert!(committed == made, "docs/{name} is not what the code says, from line {line} on; renew it: just openapi");
 }
 
 #[test]

@@ -272,8 +272,7 @@ pub fn may_be_published_on(subject: &str, store: bool) -> Result<()> {
         );
     }
     for definition in streams::definitions() {
-        let subjects = definition.config.get("subjects").and_then(Value::as_array).into_iter().flatten();
-        if !subjects.filter_map(Value::as_str).any(|stored| covers(stored, subject)) {
+        if !streams::takes(&definition.name, subject) {
             continue;
         }
         if definition.name == streams::INVENTORY {
@@ -286,19 +285,6 @@ pub fn may_be_published_on(subject: &str, store: bool) -> Result<()> {
         );
     }
     Ok(())
-}
-
-/// Whether a stream with the subject `wide` stores a message on `subject`.
-fn covers(wide: &str, subject: &str) -> bool {
-    let (mut wide, mut subject) = (wide.split('.'), subject.split('.'));
-    loop {
-        match (wide.next(), subject.next()) {
-            (Some(">"), Some(_)) | (None, None) => return true,
-            (Some("*"), Some(_)) => {}
-            (Some(token), Some(found)) if token == found => {}
-            _ => return false,
-        }
-    }
 }
 
 /// Which messages are meant.

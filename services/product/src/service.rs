@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use clap::Parser;
 use lomash_contract::Timestamp;
+use lomash_ledger::dead_letter::Letters;
 use lomash_ledger::streams::{self, Difference};
 use lomash_ledger::{JetStreamLedger, Ledger, receive};
 use lomash_platform::process::Tasks;
@@ -199,6 +200,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         streams: Streams::default(),
         imports: Imports::default(),
         reconciliation,
+        dead_letters: Letters::new(async_nats::jetstream::new(client.clone())),
         stop: stop.clone(),
     };
     routes.open(http::routes(api, verifier, &config.http));

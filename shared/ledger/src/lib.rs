@@ -12,6 +12,7 @@ mod memory;
 mod observed;
 pub mod receive;
 pub mod streams;
+pub mod suspects;
 pub mod upkeep;
 
 use std::future::Future;
@@ -257,6 +258,10 @@ pub trait Ledger: Clone + Send + Sync + 'static {
 macro_rules! crash_point {
     ($name:literal) => {
         $crate::fail::fail_point!($name, |_| ::std::process::abort());
+    };
+    // Only when the condition holds, for example of one message among many.
+    ($name:literal, $condition:expr) => {
+        $crate::fail::fail_point!($name, $condition, |_| ::std::process::abort());
     };
 }
 

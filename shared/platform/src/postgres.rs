@@ -22,9 +22,16 @@ mod inventory {
     refinery::embed_migrations!("../../sql/inventory");
 }
 
+mod notification {
+    refinery::embed_migrations!("../../sql/notification");
+}
+
 mod reconciliation {
     refinery::embed_migrations!("../../sql/reconciliation");
 }
+
+/// The schema with the alerts of the notification service, and its outbox.
+pub const NOTIFICATION: &str = "notification";
 
 /// The schema with the reports of reconciliation runs. They are no projection: a rebuild leaves them alone.
 pub const RECONCILIATION: &str = "reconciliation";
@@ -193,6 +200,16 @@ pub async fn migrate_into(url: &Secret, schema: Schema) -> anyhow::Result<()> {
 pub async fn migrate_reconciliation(url: &Secret) -> anyhow::Result<()> {
     let remedy = "dropping the schema loses the reports and nothing else";
     migrate_with(url, RECONCILIATION, reconciliation::migrations::runner(), remedy).await
+}
+
+/// Brings the schema of the notification service to the newest version, and makes it if it is not there. Several processes
+/// may do so at once.
+///
+/// # Errors
+/// As [`migrate`].
+pub async fn migrate_notification(url: &Secret) -> anyhow::Result<()> {
+    let remedy = "without the schema the service reads the ledger again, and mails what is younger than a day again";
+    migrate_with(url, NOTIFICATION, notification::migrations::runner(), remedy).await
 }
 
 async fn migrate_with(

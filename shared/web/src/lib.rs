@@ -21,6 +21,7 @@ pub mod health;
 mod jwks;
 pub mod limits;
 mod observed;
+pub mod openapi;
 pub mod problem;
 pub mod routes;
 pub mod server;

@@ -34,8 +34,9 @@ pub(super) fn complete(document: &mut OpenApi) {
 
 fn headers_of(path: &str, operation: &mut Operation) {
     // Of the operations about products, stock and orders; an import tells sequences in its lines, a stream as ids.
-    let tells_sequence =
-        !(path.starts_with("/v1/reconciliations") || path.ends_with(":import") || path.ends_with("/stream"));
+    let tells_sequence = !["/v1/reconciliations", "/v1/dead-letters"].iter().any(|other| path.starts_with(other))
+        && !path.ends_with(":import")
+        && !path.ends_with("/stream");
     let is_versioned = path.contains("{productId}") || path == "/v1/products" && operation.request_body.is_some();
     let tells_version = is_versioned && !path.ends_with("/history") && !path.ends_with("/counts");
     let takes_key = parameters(operation).any(|parameter| parameter.name == "Idempotency-Key");

@@ -55,6 +55,12 @@ problem_types! {
     /// 409: there is no warehouse to ask.
     NO_WAREHOUSE = ("no-warehouse", CONFLICT, "No warehouse",
         "Figures of the warehouse were asked for, and the service is not told where it is (`WAREHOUSE_URL`).");
+    /// 404: no such letter.
+    DEAD_LETTER_NOT_FOUND = ("dead-letter-not-found", NOT_FOUND, "No such dead letter",
+        "No dead letter is kept under the sequence: it was redriven or discarded, or never was.");
+    /// 409: its message cannot be brought back.
+    NO_WAY_BACK = ("no-way-back", CONFLICT, "No way back",
+        "The message cannot be brought back where it came from; the letter stays. `detail` says what to do instead.");
     /// 422: the key was used for another request.
     IDEMPOTENCY_KEY_REUSED = ("idempotency-key-reused", UNPROCESSABLE_ENTITY, "Idempotency key reused",
         "The `Idempotency-Key` was used for another request before. Use a new key for a new request.");

@@ -30,7 +30,7 @@ pub const DEFAULT_SCHEDULE: &str = "0 0 */6 * * *";
 /// How often a run says that it is at work; a third of the consumer's `ack_wait`.
 pub const IN_PROGRESS_EVERY: Duration = Duration::from_secs(10);
 
-/// Deliveries after which a run that panics is given up.
+/// Panics after which a run that panics is given up.
 const MAX_PANICS: u64 = 3;
 
 /// Longest expression of a schedule.
