@@ -1,6 +1,7 @@
 //! Tests on real servers, each with a world of its own. One program, so that what they share is compiled and linked once.
 #![allow(clippy::unwrap_used)]
 
+mod analytics;
 mod cache;
 mod dead_letters;
 mod http;

@@ -14,6 +14,7 @@ use comfy_table::Cell;
 use futures::TryStreamExt;
 use lomash_ledger::{dead_letter, streams};
 use lomash_platform::Secret;
+use lomash_platform::postgres::{ANALYTICS, Family, INVENTORY};
 use serde::Serialize;
 
 use crate::output;
@@ -67,6 +68,8 @@ pub struct Snapshot {
     pub consumers: Vec<Part<ConsumerStatus>>,
     /// The projection in Postgres.
     pub projection: Answer<ProjectionStatus>,
+    /// The stock metrics in Postgres.
+    pub analytics: Answer<ProjectionStatus>,
     /// Low-stock alerts, in Postgres.
     pub alerts: Answer<AlertStatus>,
 }
@@ -187,11 +190,16 @@ pub async fn status(context: &Context, database_url: Option<&Secret>) -> Snapsho
         };
         streams.push(Part { name, answer });
     }
-    let (projection, alerts) = match database_url {
-        None => (Answer::Unavailable("no DATABASE_URL".to_owned()), Answer::Unavailable("no DATABASE_URL".to_owned())),
-        Some(url) => (Answer::of(projection(url, ledger_end).await), Answer::of(alerts(url).await)),
+    let projection = async |family| match database_url {
+        None => Answer::Unavailable("no DATABASE_URL".to_owned()),
+        Some(url) => Answer::of(projection(url, family, ledger_end).await),
     };
-    Snapshot { streams, consumers, projection, alerts }
+    let (projection, analytics) = (projection(&INVENTORY).await, projection(&ANALYTICS).await);
+    let alerts = match database_url {
+        None => Answer::Unavailable("no DATABASE_URL".to_owned()),
+        Some(url) => Answer::of(alerts(url).await),
+    };
+    Snapshot { streams, consumers, projection, analytics, alerts }
 }
 
 /// The durable consumers that are there, and those that are defined and are not.
@@ -201,7 +209,7 @@ fn consumer_parts<E: std::fmt::Display>(
     found: Result<Vec<consumer::Info>, E>,
 ) -> Vec<Part<ConsumerStatus>> {
     let (found, problem) = match found {
-        Ok(found) => (found, "it does not exist; the product service creates it at start".to_owned()),
+        Ok(found) => (found, "it does not exist; the services create it at start".to_owned()),
         Err(problem) => (Vec::new(), problem.to_string()),
     };
     let mut parts: Vec<_> = found
@@ -227,15 +235,17 @@ fn consumer_parts<E: std::fmt::Display>(
     parts
 }
 
-async fn projection(url: &Secret, ledger_end: Option<u64>) -> anyhow::Result<ProjectionStatus> {
+async fn projection(url: &Secret, family: &Family, ledger_end: Option<u64>) -> anyhow::Result<ProjectionStatus> {
     let client = lomash_platform::postgres::connect(url).await?;
-    let query = "SELECT sequence, skipped, (SELECT count(*) FROM inventory.products)
-                 FROM inventory.checkpoint WHERE projection = 'inventory'";
+    let query = format!(
+        "SELECT sequence, skipped, (SELECT count(*) FROM {live}.products) FROM {live}.checkpoint WHERE projection = $1",
+        live = family.live
+    );
     let row = client
-        .query_opt(query, &[])
+        .query_opt(&query, &[&family.projection])
         .await
         .map_err(|problem| anyhow!(problem.as_db_error().map_or_else(|| problem.to_string(), ToString::to_string)))?
-        .ok_or_else(|| anyhow!("there is no checkpoint; the product service creates it at start"))?;
+        .ok_or_else(|| anyhow!("there is no checkpoint; its service creates it at start"))?;
     let unsigned = |column| u64::try_from(row.get::<_, i64>(column)).unwrap_or(0);
     let checkpoint = unsigned(0);
     Ok(ProjectionStatus {
@@ -300,17 +310,19 @@ pub fn render(status: &Snapshot) -> String {
         }
     }
     let mut projections = output::table(&["projection", "checkpoint", "events behind", "products", "skipped"]);
-    match &status.projection {
-        Answer::Found(projection) => {
-            projections.add_row([
-                Cell::new("inventory"),
-                output::number_cell(projection.checkpoint),
-                projection.lag_events.map_or_else(|| Cell::new("unknown"), output::number_cell),
-                output::number_cell(projection.products),
-                output::number_cell(projection.skipped),
-            ]);
+    for (family, answer) in [(&INVENTORY, &status.projection), (&ANALYTICS, &status.analytics)] {
+        match answer {
+            Answer::Found(projection) => {
+                projections.add_row([
+                    Cell::new(family.projection),
+                    output::number_cell(projection.checkpoint),
+                    projection.lag_events.map_or_else(|| Cell::new("unknown"), output::number_cell),
+                    output::number_cell(projection.products),
+                    output::number_cell(projection.skipped),
+                ]);
+            }
+            Answer::Unavailable(why) => unavailable.push(format!("projection {}: {why}", family.projection)),
         }
-        Answer::Unavailable(why) => unavailable.push(format!("projection: {why}")),
     }
     let mut alerts = output::table(&["low-stock alerts", "recorded to", "to publish", "to mail", "mails refused"]);
     match &status.alerts {

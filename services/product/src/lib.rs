@@ -14,7 +14,6 @@ pub mod http;
 pub mod inventory;
 pub mod observed;
 pub mod orders;
-pub mod projected;
 pub mod projection;
 pub mod readiness;
 pub mod reads;
@@ -22,3 +21,5 @@ pub mod rebuild;
 pub mod reconciliation;
 pub mod service;
 pub mod warehouse;
+
+pub use lomash_platform::projected;

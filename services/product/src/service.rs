@@ -144,7 +144,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let writing = Writing::default();
     let writer = Writer::new(client.clone(), committer.clone(), writing.clone());
     let mut commit_task = tokio::spawn(commit_loop);
-    let projected = Projected::new(pool.clone());
+    let projected = Projected::new(pool.clone(), &postgres::INVENTORY);
     let reports = Reports::new(pool.clone(), config.database_url.clone());
     let reconciliation = Reconciliation::new(context.clone(), reports.clone(), warehouse.is_some());
     let runner = Runner::new(Parts {

@@ -14,8 +14,10 @@ use async_nats::header::{
 use async_nats::jetstream::consumer::{DeliverPolicy, pull};
 use async_nats::jetstream::{self, Context};
 use async_nats::{HeaderMap, Request, client::RequestErrorKind};
+use bytes::Bytes;
 use futures::stream::{self, StreamExt};
 use serde::Deserialize;
+use time::OffsetDateTime;
 
 use crate::direct::{self, Held};
 use crate::{
@@ -282,21 +284,22 @@ fn delivered(message: jetstream::Message) -> Result<StoredMessage, ReadError> {
     };
     let message = message.message;
     let subject = message.subject.into_string();
-    Ok(stored(sequence, stored_at, subject, message.headers.as_ref(), message.payload))
+    Ok(with_headers(sequence, stored_at, subject, message.headers.as_ref(), message.payload))
 }
 
 impl From<Held> for StoredMessage {
     fn from(Held { sequence, stored_at, subject, headers, payload }: Held) -> Self {
-        stored(sequence, stored_at, subject, Some(&headers), payload)
+        with_headers(sequence, stored_at, subject, Some(&headers), payload)
     }
 }
 
-fn stored(
+/// A stored message with what its headers say.
+pub(crate) fn with_headers(
     sequence: u64,
-    stored_at: time::OffsetDateTime,
+    stored_at: OffsetDateTime,
     subject: String,
     headers: Option<&HeaderMap>,
-    payload: bytes::Bytes,
+    payload: Bytes,
 ) -> StoredMessage {
     let text = |name: &str| headers?.get(name).map(|value| value.as_str().to_owned());
     let batch = text("Nats-Batch-Id").map(|id| BatchPosition {

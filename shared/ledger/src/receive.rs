@@ -26,9 +26,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, debug, error, info, warn};
 
 use crate::dead_letter::{DeadLetter, Past, StoreError};
+use crate::jetstream::with_headers;
 use crate::observed::{LagWatch, Observed, process_span, tell_settled};
-use crate::streams;
 use crate::suspects::{self, Case, Court};
+use crate::{StoredMessage, streams};
 
 /// How long one pull request waits at the server.
 ///
@@ -99,6 +100,12 @@ impl Delivery {
     #[must_use]
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.as_ref()?.get(name).map(async_nats::HeaderValue::as_str)
+    }
+
+    /// The message as any reader of the stream gets it.
+    #[must_use]
+    pub fn into_stored(self) -> StoredMessage {
+        with_headers(self.sequence, self.stored_at, self.subject, self.headers.as_ref(), self.payload)
     }
 }
 

@@ -17,6 +17,10 @@ pub const PRODUCT_ORDERS: &str = "product-orders";
 /// Its priority group.
 pub const PRODUCT_ORDERS_GROUP: &str = "orders";
 
+/// The durable consumer by which the analytics service receives the events of the ledger.
+pub const ANALYTICS: &str = "analytics";
+/// Its priority group.
+pub const ANALYTICS_GROUP: &str = "analytics";
 /// The durable consumer by which the notification service receives changes of stock and thresholds.
 pub const NOTIFICATION: &str = "notification";
 /// Its priority group.
@@ -123,7 +127,10 @@ pub fn definitions() -> Vec<Definition> {
         stream(
             INVENTORY,
             include_str!("../../../streams/INVENTORY.json"),
-            &[(NOTIFICATION, include_str!("../../../streams/consumers/INVENTORY.notification.json"))],
+            &[
+                (ANALYTICS, include_str!("../../../streams/consumers/INVENTORY.analytics.json")),
+                (NOTIFICATION, include_str!("../../../streams/consumers/INVENTORY.notification.json")),
+            ],
         ),
         stream(
             JOBS,

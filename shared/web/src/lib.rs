@@ -24,6 +24,7 @@ mod observed;
 pub mod openapi;
 pub mod problem;
 pub mod routes;
+pub mod sequences;
 pub mod server;
 
 pub use auth::{Admin, Caller, Gate, Role, Verifier, Viewer};
