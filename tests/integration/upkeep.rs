@@ -22,9 +22,9 @@ async fn make(world: &World, name: &str, changes: Value) -> Result<()> {
     world.context.delete_stream(name).await?;
     ask(world, format!("STREAM.CREATE.{name}"), config.into()).await?;
     for (consumer, config) in definition.consumers {
-        let body = json!({ "stream_name": name, "config": config, "action": "create" });
-        ask(world, format!("CONSUMER.CREATE.{name}.{consumer}.{}", config["filter_subject"].as_str().unwrap()), body)
-            .await?;
+        let filter = config.get("filter_subject").and_then(Value::as_str).map(|filter| format!(".{filter}"));
+        let subject = format!("CONSUMER.CREATE.{name}.{consumer}{}", filter.unwrap_or_default());
+        ask(world, subject, json!({ "stream_name": name, "config": config, "action": "create" })).await?;
     }
     Ok(())
 }

@@ -143,7 +143,7 @@ impl Reader {
         let filter = self.filter.as_deref().unwrap_or(">");
         match handle.get_first_raw_message_by_subject(filter, self.seen + 1).await {
             Ok(StreamMessage { subject, sequence, headers, payload, time, .. }) => {
-                Ok(Some(Held { sequence, stored_at: time.into(), subject: subject.to_string(), headers, payload }))
+                Ok(Some(Held { sequence, stored_at: time, subject: subject.to_string(), headers, payload }))
             }
             Err(problem) if problem.kind() == LastRawMessageErrorKind::NoMessageFound => Ok(None),
             Err(problem) => Err(unavailable(problem)),

@@ -86,6 +86,10 @@ fn step(name: String, defined: Map<String, Value>, found: Option<Map<String, Val
             Some(why) => refused.push(Refused { difference, why }),
         }
     }
+    // Fields of a consumer belong together: half of a new definition may be one that the server does not take.
+    if name.contains('/') && !refused.is_empty() {
+        changes.clear();
+    }
     // What the server has, with nothing but the harmless changes over it.
     let mut config = found;
     for Difference { field, defined, .. } in &changes {
