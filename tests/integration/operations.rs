@@ -12,7 +12,6 @@ use lomash_contract::{OrderId, ProductId, Topic};
 use lomash_ledger::{direct, streams};
 use lomash_tests::{PATIENCE, World, order};
 use serde_json::{Value, json};
-use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 /// Bytes of a chunk of a backup: small, so that there are several.
@@ -101,7 +100,7 @@ async fn one_product_and_one_order_are_found_in_the_streams() -> Result<()> {
 async fn a_span_of_orders_is_replayed_to_a_test_subject() -> Result<()> {
     let (world, ..) = world_with_orders().await?;
     let third = world.context.get_stream(streams::ORDERS).await?.get_raw_message(3).await?;
-    let since = OffsetDateTime::from(third.time).format(&Rfc3339)?;
+    let since = third.time.format(&Rfc3339)?;
 
     // As the stock command line does it: a consumer from that moment on, at the speed of then.
     let config = json!({
@@ -158,7 +157,7 @@ async fn a_consumer_is_set_back_to_a_date() -> Result<()> {
 
     let fifth = world.context.get_stream(streams::INVENTORY).await?.get_raw_message(5).await?;
     let sequence =
-        direct::first_since(&world.context, streams::INVENTORY, fifth.time.into()).await?.context("there is one")?;
+        direct::first_since(&world.context, streams::INVENTORY, fifth.time).await?.context("there is one")?;
     // A batch has one time for all of its messages.
     assert!(sequence <= 5, "{sequence}");
     ask(&world.client, "CONSUMER.RESET.INVENTORY.reader", json!({ "seq": sequence })).await?;

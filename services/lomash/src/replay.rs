@@ -266,7 +266,7 @@ pub fn may_be_published_on(subject: &str, store: bool) -> Result<()> {
         |token: &str| !token.is_empty() && token.chars().all(|c| !c.is_whitespace() && !matches!(c, '*' | '>'));
     ensure!(subject.split('.').all(is_plain), "`{subject}` is no subject to publish on");
     let is_live = |topic: &Topic| topic.as_str() == subject && *topic != Topic::OrdersCreated;
-    if Topic::ALL.iter().any(|topic| is_live(topic)) {
+    if Topic::ALL.iter().any(is_live) {
         bail!(
             "live listeners would take a replay on {subject} for what happens now; choose another, such as lomash.replay.x"
         );
