@@ -2,6 +2,7 @@
 //! delivered again; and what it answers over HTTP, to whom.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use analytics_service::reads::{LevelKey, QueryError, Reads, StockLevelFilter, StockLevelQuery};
 use anyhow::{Context as _, Result, ensure};
@@ -61,8 +62,12 @@ impl Analytics {
 
 /// Waits until the rows reflect the whole ledger; its last sequence.
 async fn caught_up(world: &World) -> Result<u64> {
+    caught_up_within(world, PATIENCE).await
+}
+
+async fn caught_up_within(world: &World, patience: Duration) -> Result<u64> {
     let last = world.last_sequence().await?;
-    eventually("the metrics to be at the end of the ledger", PATIENCE, async || {
+    eventually("the metrics to be at the end of the ledger", patience, async || {
         let database = world.database().await?;
         let at = count(&database, "SELECT sequence FROM analytics.checkpoint").await?;
         ensure!(at >= last.cast_signed(), "they are at {at} of {last}");
@@ -467,7 +472,7 @@ async fn measure_catching_up() -> Result<()> {
     append(updates.collect()).await?;
     let began = std::time::Instant::now();
     let analytics = Analytics::start(&world, "analytics").await?;
-    caught_up(&world).await?;
+    caught_up_within(&world, 10 * PATIENCE).await?;
     let took = began.elapsed().as_secs_f64();
     println!(
         "{} events by the consumer in {took:.1} s, {:.0}/s",
@@ -828,9 +833,9 @@ async fn the_lists_the_days_and_the_summary() -> Result<()> {
     assert_eq!(skus("sku=E-5").await?, ["E-5"]);
     assert_eq!(skus("category=bedroom").await?, Vec::<String>::new());
 
-    // The most urgent first: nothing left of what sells, least cover, and last what does not sell.
+    // The most urgent first: nothing left of what sells; of equal cover, what sells faster; and last what does not sell.
     let low = paged(&caller, "/v1/analytics/low-stock").await?;
-    assert_eq!(of(&low, "sku"), ["C-3", "A-1", "B-2", "D-4"]);
+    assert_eq!(of(&low, "sku"), ["C-3", "B-2", "A-1", "D-4"]);
 
     let daily = paged(&caller, &format!("/v1/analytics/products/{gone}/daily?from=2020-01-01")).await?;
     assert_eq!(daily.len(), 1, "none before it joined: {daily:?}");
@@ -859,7 +864,7 @@ async fn the_lists_the_days_and_the_summary() -> Result<()> {
 
 // ── Indexes ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/// A hundred thousand products, of which one in fifty is out of stock and one in ten has sold on each of forty days.
+/// A hundred thousand products, of which one in fifty is out of stock and one in forty has sold on each of forty days.
 async fn fill(database: &tokio_postgres::Client) -> Result<()> {
     let statements = "
         INSERT INTO analytics.products
@@ -872,7 +877,7 @@ async fn fill(database: &tokio_postgres::Client) -> Result<()> {
         FROM generate_series(1, 100000) n;
         INSERT INTO analytics.product_days
         SELECT md5(n::text)::uuid, CURRENT_DATE - d, 3, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, NULL, 9
-        FROM generate_series(1, 100000) n, generate_series(0, 40) d WHERE n % 10 = 0 OR d = 40;
+        FROM generate_series(1, 100000) n, generate_series(0, 40) d WHERE n % 40 = 0 OR d = 40;
         INSERT INTO analytics.days
         SELECT CURRENT_DATE - d, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1 FROM generate_series(0, 3000) d;
         UPDATE analytics.checkpoint SET sequence = 1000000;";
@@ -889,7 +894,7 @@ async fn every_read_of_a_hundred_thousand_products_comes_by_an_index() -> Result
     migrate_schema(&url, &ANALYTICS, ANALYTICS.live).await?;
     let database = lomash_platform::postgres::connect(&url).await?;
     fill(&database).await?;
-    let busy = "SELECT product_id FROM analytics.products WHERE sku = 'KIT-000050'";
+    let busy = "SELECT product_id FROM analytics.products WHERE sku = 'KIT-000200'";
     let busy = ProductId(database.query_one(busy, &[]).await?.get(0));
     database.batch_execute(WATCHED).await?;
     let reads = Reads::new(&url)?;
@@ -953,19 +958,19 @@ async fn every_read_of_a_hundred_thousand_products_comes_by_an_index() -> Result
         judge(what, from, indexes, *most)?;
     }
 
-    // Some 3,000 are low, two in three with a window full of sales, each row of which is counted as it is found and as it is
-    // read.
+    // Of the 2,000 that it looks at, one in four with a window full of sales, each row of which is counted as it is found and
+    // as it is read.
     let from = logged()?;
     let first = reads.low_stock(28, None, 50, now).await?.value;
     assert_eq!(first.items.len(), 50);
-    judge("the most urgent", from, &["stock_low"], 125_000.0)?;
+    judge("the most urgent", from, &["stock_low"], 45_000.0)?;
     let began = std::time::Instant::now();
     reads.low_stock(28, None, 50, now).await?;
     println!("the most urgent, with auto_explain: {:?}", began.elapsed());
     let from = logged()?;
     let next = reads.low_stock(28, first.next.as_ref(), 50, now).await?.value;
     assert!(first.items.iter().all(|item| !next.items.contains(item)));
-    judge("the next most urgent", from, &["stock_low"], 125_000.0)?;
+    judge("the next most urgent", from, &["stock_low"], 45_000.0)?;
 
     // Prepared statements may get a plan for all values: after five executions at the earliest.
     let ten = async || {

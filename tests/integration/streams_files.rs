@@ -152,6 +152,9 @@ fn whatever_can_be_given_up_is_heard() -> Result<()> {
             assert_eq!((&file["max_deliver"], &file["max_ack_pending"]), (&json!(-1), &json!(1)), "{name}");
             continue;
         }
+        if file["max_deliver"] == json!(-1) {
+            continue;
+        }
         assert!(file["max_deliver"].as_i64().is_some_and(|times| times > 2), "{name}: more than among others");
         let hears = consumers.get(&format!("{}.{consumer}", streams::ADVISORIES)).context(name.clone())?;
         let hears: Value = serde_json::from_str(hears)?;

@@ -468,6 +468,8 @@ async fn a_client_cannot_make_up_labels() -> Result<()> {
     let mut service = world.start_service("product").await?;
     let caller = Caller::new(&world.url("product"), Role::Admin)?;
     let product = caller.register(1).await?;
+    // Reads answer 503 until the projection is there.
+    world.quiet().await?;
     for _ in 0..3 {
         caller.get(&format!("/v1/products/{}", Uuid::new_v4())).send().await?;
         caller.get(&format!("/no/such/{}", Uuid::new_v4())).send().await?;

@@ -35,7 +35,7 @@ pub const MAX_WINDOW_DAYS: u16 = 365;
 
 /// Most products that the list of what is low is made of: those with the fewest units. Each costs the sum of its window, and
 /// who has more than that low has no use for a list.
-pub const MAX_LOW: u16 = 10_000;
+pub const MAX_LOW: u16 = 2_000;
 
 const _: () = assert!(LOW_STOCK_THRESHOLD == 3, "as the index stock_low of sql/ and the statements here say");
 

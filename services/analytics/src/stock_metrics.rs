@@ -182,7 +182,8 @@ pub fn threshold(details: &ProductDetails) -> u32 {
 }
 
 const fn is_out(quantity: u32) -> bool {
-    quantity <= OUT_OF_STOCK_THRESHOLD
+    let is_available = quantity > OUT_OF_STOCK_THRESHOLD;
+    !is_available
 }
 
 impl Totals {

@@ -302,6 +302,8 @@ mod tests {
     #[test]
     fn a_mail_says_all_there_is_to_know() {
         let mail = written(told("Oak sink", "SINK-1"));
+        // Quoted-printable, as far as ASCII needs it.
+        let readable = mail.replace("=\r\n", "").replace("=3D", "=");
         let headers = headers(&mail);
         for header in [
             "Subject: Low stock: Oak sink (SINK-1), 2 left",
@@ -319,10 +321,10 @@ mod tests {
             "order 00000000-0000-0000-0000-000000000003",
             "2026-01-31T09:30:00.000Z",
         ] {
-            assert!(mail.matches(fact).count() >= 2, "{fact} is missing in text or HTML of\n{mail}");
+            assert!(readable.matches(fact).count() >= 2, "{fact} is missing in text or HTML of\n{mail}");
         }
         assert!(mail.contains("text/plain") && mail.contains("text/html") && mail.contains("multipart/alternative"));
-        assert!(mail.contains("https://shop.example/products/00000000-0000-0000-0000-000000000002"), "{mail}");
+        assert!(readable.contains("https://shop.example/products/00000000-0000-0000-0000-000000000002"), "{mail}");
     }
 
     #[test]
@@ -342,10 +344,10 @@ mod tests {
             let mail = written(told(name, name));
             let found: Vec<_> = headers(&mail).iter().map(|line| line.split(':').next().map(str::to_owned)).collect();
             assert_eq!(found, names, "{name:?}: {mail}");
-            assert!(!mail.contains("<script>"), "{mail}");
             assert!(mail.is_ascii() && mail.lines().all(|line| line.len() <= 998), "{mail}");
         }
         let html = alert_html(&letterhead(), &told(hostile[1], "SKU"));
+        assert!(!html.contains("<script>"), "{html}");
         assert!(html.contains("&lt;/td&gt;&lt;script&gt;alert(1)&lt;/script&gt;&amp;&quot;&#39;"), "{html}");
         let text = alert_text(&letterhead(), &told(hostile[2], "SKU"));
         assert!(text.contains("knis\n"), "{text:?}");

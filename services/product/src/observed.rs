@@ -24,6 +24,7 @@ use crate::cache::{Cache, CacheCounters};
 use crate::committer::{Answer, Committed, Committer};
 use crate::inventory::{Command, Outcome};
 use crate::projection::PROJECTION;
+use crate::reconciliation::Status;
 
 /// How often the gauges are read that somebody else knows: Postgres and the server.
 const EVERY: Duration = Duration::from_secs(2);
@@ -116,7 +117,12 @@ static LEDGER_SEQUENCE: LazyLock<Gauge> = LazyLock::new(|| {
 
 static RECONCILIATIONS: LazyLock<Family<Labels<1>, Counter>> = LazyLock::new(|| {
     let help = "Reconciliation runs that this replica brought to a rest, by how they ended";
-    Metrics::of_process().register("lomash_reconciliation_runs", help, Family::default())
+    let runs =
+        Metrics::of_process().register("lomash_reconciliation_runs", help, Family::<Labels<1>, Counter>::default());
+    for ended in [Status::Completed, Status::DryRun, Status::AwaitingApproval, Status::Failed] {
+        drop(runs.get_or_create(&[("outcome", ended.as_str())]));
+    }
+    runs
 });
 
 /// What somebody else knows, as it was when they were asked last; nothing where they did not answer, for a stale figure

@@ -268,7 +268,7 @@ pub async fn migrate_notification(url: &Secret) -> anyhow::Result<()> {
 async fn migrate_with(
     url: &Secret,
     schema: &'static str,
-    mut runner: refinery::Runner,
+    runner: refinery::Runner,
     remedy: &str,
 ) -> anyhow::Result<()> {
     let mut client = connect(url).await?;
@@ -279,6 +279,8 @@ async fn migrate_with(
         .batch_execute(&format!("CREATE SCHEMA IF NOT EXISTS {schema}; SET search_path TO {schema}"))
         .await
         .with_context(|| format!("cannot create the schema {schema}"))?;
+    // All of them or none: a reader must not meet the tables of a version in between.
+    let mut runner = runner.set_grouped(true);
     runner.set_migration_table_name(format!("{schema}.schema_history"));
     runner.run_async(&mut client).await.with_context(|| format!("a migration of sql/ failed in {schema}; {remedy}"))?;
     Ok(())

@@ -177,7 +177,7 @@ pub(super) async fn stock_levels(
     get, path = "/v1/analytics/low-stock", tag = "analytics", operation_id = "listLowStock",
     summary = "Products for sale at or below their low-stock threshold, the most urgent first",
     description = "By days of cover, then by velocity from fast to slow, then by units in stock; what does not sell comes \
-                   last. Of more than 10,000 products that are low, those with the fewest units are looked at.",
+                   last. Of more than 2,000 products that are low, those with the fewest units are looked at.",
     params(
         LowStockParameters,
         ("Lomash-Min-Sequence" = Option<u64>, Header, description = "Not older than this sequence of the ledger"),

@@ -338,7 +338,8 @@ impl Reports {
         Ok(())
     }
 
-    /// Brings a run to where nothing more happens by itself, and drops the oldest reports. Returns its report.
+    /// Brings a run to where nothing more happens by itself, and drops the oldest reports. Returns its report, or None when
+    /// somebody has decided meanwhile what it was to wait for.
     ///
     /// # Errors
     /// [`ReportsError`].
@@ -350,8 +351,8 @@ impl Reports {
     ) -> Result<Option<Report>, ReportsError> {
         let problem: Option<String> = problem.map(|problem| problem.chars().take(MAX_PROBLEM_CHARS).collect());
         let sql = format!(
-            "UPDATE reconciliation.runs SET status = $2, problem = $3, finished_at = now() WHERE run_id = $1
-             RETURNING {RUN_COLUMNS}"
+            "UPDATE reconciliation.runs SET status = $2, problem = $3, finished_at = now()
+             WHERE run_id = $1 AND ($2 <> 'awaitingApproval' OR decided_at IS NULL) RETURNING {RUN_COLUMNS}"
         );
         self.query(SUM_UP, &[&id]).await?;
         let settled = self.query(&sql, &[&id, &status.as_str(), &problem]).await?;
