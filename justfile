@@ -35,6 +35,11 @@ up *ARGS: _programs
 demo *ARGS: _programs
     exec '{{ lomash }}' demo {{ ARGS }}
 
+# Start three NATS nodes with TLS and identities, and the services against them; `--check` kills each under load, verifies and ends
+[group('start')]
+cluster *ARGS: _programs
+    exec '{{ lomash }}' cluster {{ ARGS }}
+
 # Import a catalogue: sku,name,category,quantity,threshold
 [group('operate')]
 import CATALOG *ARGS: _programs
@@ -69,6 +74,16 @@ dlq *ARGS: _programs
 [group('operate')]
 status *ARGS: _programs
     exec '{{ lomash }}' status {{ ARGS }}
+
+# Replay stored messages: STREAM and which of them, to standard output, `--file` or `--subject`; see docs/operations.md
+[group('operate')]
+replay *ARGS: _programs
+    exec '{{ lomash }}' replay {{ ARGS }}
+
+# Compare streams and consumers with streams/ (`diff`), or bring them to it (`apply`)
+[group('operate')]
+streams *ARGS: _programs
+    exec '{{ lomash }}' streams {{ ARGS }}
 
 # Print a bearer token for development, for the stack that `just up` runs: `--role ADMIN` for one that may write
 [group('operate')]
@@ -123,6 +138,11 @@ alerts:
     promtool=$(deploy/dev/setup.sh --with-promtool --quiet); \
         "$promtool" check config deploy/prometheus/prometheus.yml; \
         "$promtool" test rules deploy/prometheus/alerts_test.yml
+
+# Write what is in each program as CycloneDX, from the lockfile
+[group('develop')]
+sbom FOLDER="target/sbom":
+    deploy/dev/sbom.py '{{ FOLDER }}'
 
 # Build the documentation of our own crates
 [group('develop')]

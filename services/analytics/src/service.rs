@@ -37,6 +37,10 @@ pub struct Config {
     #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222", hide_env_values = true)]
     pub nats_url: Secret,
 
+    /// Who the service is to NATS.
+    #[command(flatten)]
+    pub nats_identity: nats::Identity,
+
     /// Postgres for the metrics.
     #[arg(
         long,
@@ -77,14 +81,18 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         serving.await;
         Ok(())
     });
-    let client = nats::connect(config.nats_url.expose(), "analytics-service").await?;
+    let (client, refusals) =
+        nats::connect_as(config.nats_url.expose(), &config.nats_identity, "analytics-service").await?;
     let context = async_nats::jetstream::new(client.clone());
-    streams::wait_until_ready(&context).await?;
-    for difference in streams::apply(&context, config.stream_replicas).await? {
-        warn!(%difference, "the server differs from streams/");
+    refusals.guard(streams::wait_until_ready(&context)).await??;
+    // Streams are the administrator's where there are identities; on a laptop's server the first service makes them.
+    if !config.nats_identity.is_known() {
+        for difference in streams::apply(&context, config.stream_replicas).await? {
+            warn!(%difference, "the server differs from streams/");
+        }
     }
 
-    let ledger = JetStreamLedger::new(context.clone(), streams::INVENTORY);
+    let ledger = JetStreamLedger::read_only(context.clone(), streams::INVENTORY);
     let projected = Projected::new(pool.clone(), &ANALYTICS);
     let (queue, queued) = projection::queue();
     let url = config.database_url.clone();

@@ -64,6 +64,9 @@ pub struct Server {
     /// NATS server or servers, comma-separated.
     #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222", hide_env_values = true)]
     pub nats_url: Secret,
+    /// Who asks.
+    #[command(flatten)]
+    pub nats_identity: nats::Identity,
     /// Print it as JSON.
     #[arg(long)]
     pub json: bool,
@@ -196,8 +199,8 @@ pub async fn run(command: DlqCommand) -> anyhow::Result<ExitCode> {
 }
 
 async fn letters(server: &Server) -> anyhow::Result<Letters> {
-    let connecting = nats::connect(server.nats_url.expose(), CLIENT_NAME);
-    let client = tokio::time::timeout(CONNECT_TIMEOUT, connecting).await.map_err(|_| {
+    let connecting = nats::connect_as(server.nats_url.expose(), &server.nats_identity, CLIENT_NAME);
+    let (client, _) = tokio::time::timeout(CONNECT_TIMEOUT, connecting).await.map_err(|_| {
         anyhow!("NATS does not answer within {} s; is it running, and is NATS_URL right?", CONNECT_TIMEOUT.as_secs())
     })??;
     Ok(Letters::new(async_nats::jetstream::new(client)))

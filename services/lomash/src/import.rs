@@ -37,6 +37,9 @@ pub struct ImportArgs {
     /// NATS server or servers, comma-separated.
     #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222", hide_env_values = true)]
     pub nats_url: Secret,
+    /// Who asks.
+    #[command(flatten)]
+    pub nats_identity: lomash_platform::nats::Identity,
     /// Print the report as JSON.
     #[arg(long)]
     pub json: bool,
@@ -78,7 +81,8 @@ enum RowOutcome {
 pub async fn run(args: ImportArgs) -> anyhow::Result<ExitCode> {
     let file = File::open(&args.file).with_context(|| format!("cannot open {}", args.file.display()))?;
     let rows = catalogue::read(BufReader::new(file)).with_context(|| args.file.display().to_string())?;
-    let client = ProductClient::new(nats::connect(args.nats_url.expose(), "lomash import").await?);
+    let (client, _) = nats::connect_as(args.nats_url.expose(), &args.nats_identity, "lomash import").await?;
+    let client = ProductClient::new(client);
     let report = import(&client, rows, Progress::counting("importing")).await?;
     if args.json {
         output::print_json(&report)?;

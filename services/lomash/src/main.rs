@@ -3,7 +3,10 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use lomash::{bench, demo, dlq, import, mail_sink, orders, rebuild, reconcile, status, token, up, verify};
+use lomash::{
+    bench, cluster, demo, dlq, import, mail_sink, orders, rebuild, reconcile, replay, status, streams, token, up,
+    verify,
+};
 use lomash_platform::telemetry::{self, LogFormat};
 
 /// Lomash Inventory: stock that is never oversold, lost or double-counted.
@@ -22,6 +25,8 @@ struct Cli {
 enum Command {
     /// Start NATS, Postgres, Redis, a mail server and the services on this machine, until Ctrl-C.
     Up(up::UpArgs),
+    /// Start three NATS nodes with TLS and identities, and the services against them; `--check` kills them under load.
+    Cluster(cluster::ClusterArgs),
     /// Show the whole way of orders on real servers, check every number, and end.
     Demo(demo::DemoArgs),
     /// Import a catalogue of products.
@@ -40,6 +45,11 @@ enum Command {
     Dlq(dlq::DlqCommand),
     /// Measure this system beside its rivals and the limit of the server.
     Bench(bench::BenchArgs),
+    /// Replay stored messages to standard output, a file or a subject.
+    Replay(replay::ReplayArgs),
+    /// Compare streams and consumers with their definitions, and bring them to it.
+    #[command(subcommand)]
+    Streams(streams::StreamsCommand),
     /// Show streams, consumers, lag and checkpoints.
     Status(status::StatusArgs),
     /// Keep mails as files instead of delivering them; `up` starts it.
@@ -55,6 +65,7 @@ async fn main() -> ExitCode {
     let telemetry = telemetry::start("lomash", cli.log_format, telemetry::COMMAND_FILTER);
     let outcome = match cli.command {
         Command::Up(args) => up::run(args).await.map(|()| ExitCode::SUCCESS),
+        Command::Cluster(args) => cluster::run(args).await,
         Command::Demo(args) => demo::run(args).await,
         Command::Import(args) => import::run(args).await,
         Command::Orders(command) => orders::run(command).await.map(|()| ExitCode::SUCCESS),
@@ -63,6 +74,8 @@ async fn main() -> ExitCode {
         Command::Reconcile(args) => reconcile::run(args).await,
         Command::Dlq(command) => dlq::run(command).await,
         Command::Bench(args) => bench::run(args).await,
+        Command::Replay(args) => replay::run(args).await,
+        Command::Streams(command) => streams::run(command).await,
         Command::Status(args) => status::run(args).await,
         Command::MailSink(args) => mail_sink::run(args).await.map(|()| ExitCode::SUCCESS),
         Command::Token(args) => token::run(&args).map(|()| ExitCode::SUCCESS),

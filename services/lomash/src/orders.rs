@@ -63,6 +63,9 @@ pub struct ReplayArgs {
     /// NATS server or servers, comma-separated.
     #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222", hide_env_values = true)]
     pub nats_url: Secret,
+    /// Who asks.
+    #[command(flatten)]
+    pub nats_identity: lomash_platform::nats::Identity,
     /// Print the report as JSON.
     #[arg(long)]
     pub json: bool,
@@ -106,7 +109,8 @@ pub async fn run(command: OrdersCommand) -> anyhow::Result<()> {
     match command {
         OrdersCommand::Catalogue(args) => print_catalogue(&args),
         OrdersCommand::Replay(args) => {
-            let client = nats::connect(args.nats_url.expose(), "lomash orders replay").await?;
+            let (client, _) =
+                nats::connect_as(args.nats_url.expose(), &args.nats_identity, "lomash orders replay").await?;
             let report = replay(&async_nats::jetstream::new(client), &args).await?;
             if args.json { output::print_json(&report) } else { show(&report) }
         }

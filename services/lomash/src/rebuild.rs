@@ -65,6 +65,9 @@ pub struct RebuildArgs {
     /// The NATS server or servers.
     #[arg(long, env = "NATS_URL", hide_env_values = true, default_value = "nats://127.0.0.1:4222")]
     pub nats_url: String,
+    /// Who asks.
+    #[command(flatten)]
+    pub nats_identity: lomash_platform::nats::Identity,
     /// The Postgres database of the projection.
     #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
     pub database_url: Secret,
@@ -164,7 +167,7 @@ impl Comparison {
 /// # Errors
 /// When it cannot be carried out; the live projection is then as it was.
 pub async fn run(args: RebuildArgs) -> anyhow::Result<ExitCode> {
-    let client = lomash_platform::nats::connect(&args.nats_url, CLIENT_NAME).await?;
+    let (client, _) = lomash_platform::nats::connect_as(&args.nats_url, &args.nats_identity, CLIENT_NAME).await?;
     let context = async_nats::jetstream::new(client);
     let family = args.projection.family();
     if args.rollback {
@@ -268,7 +271,7 @@ pub async fn rebuild_of(
     options: Options,
     show: Show,
 ) -> anyhow::Result<Outcome> {
-    let ledger = JetStreamLedger::new(context.clone(), streams::INVENTORY);
+    let ledger = JetStreamLedger::read_only(context.clone(), streams::INVENTORY);
     let family = projection.family();
     match projection {
         Projection::Inventory => {
@@ -355,7 +358,7 @@ pub async fn rollback(context: &Context, database_url: &Secret) -> anyhow::Resul
 /// # Errors
 /// When it cannot be carried out; the live projection is then as it was.
 pub async fn rollback_of(projection: Projection, context: &Context, database_url: &Secret) -> anyhow::Result<Swap> {
-    let ledger = JetStreamLedger::new(context.clone(), streams::INVENTORY);
+    let ledger = JetStreamLedger::read_only(context.clone(), streams::INVENTORY);
     let swapped = match projection {
         Projection::Inventory => roll_back(&ledger, database_url).await?,
         Projection::Analytics => analytics_service::rebuild::roll_back(&ledger, database_url).await?,

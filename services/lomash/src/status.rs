@@ -31,6 +31,9 @@ pub struct StatusArgs {
     /// The NATS server or servers.
     #[arg(long, env = "NATS_URL", hide_env_values = true, default_value = "nats://127.0.0.1:4222")]
     pub nats_url: String,
+    /// Who asks.
+    #[command(flatten)]
+    pub nats_identity: lomash_platform::nats::Identity,
     /// The Postgres database of the projection; without it the projection is not shown.
     #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
     pub database_url: Option<Secret>,
@@ -148,8 +151,8 @@ pub struct AlertStatus {
 /// # Errors
 /// When NATS cannot be reached.
 pub async fn run(args: StatusArgs) -> anyhow::Result<ExitCode> {
-    let connecting = lomash_platform::nats::connect(&args.nats_url, CLIENT_NAME);
-    let client = tokio::time::timeout(CONNECT_TIMEOUT, connecting).await.map_err(|_| {
+    let connecting = lomash_platform::nats::connect_as(&args.nats_url, &args.nats_identity, CLIENT_NAME);
+    let (client, _) = tokio::time::timeout(CONNECT_TIMEOUT, connecting).await.map_err(|_| {
         anyhow!("NATS does not answer within {} s; is it running, and is NATS_URL right?", CONNECT_TIMEOUT.as_secs())
     })??;
     let status = status(&async_nats::jetstream::new(client), args.database_url.as_ref()).await;

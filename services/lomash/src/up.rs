@@ -37,14 +37,14 @@ const REPLICAS: u32 = 1;
 /// The name under which we connect.
 const CLIENT_NAME: &str = "lomash up";
 /// How long the tokens in `stack.env` are valid: longer than a stack on a laptop runs. Each start writes new ones.
-const TOKEN_LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);
+pub(crate) const TOKEN_LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);
 /// The file with the URLs and tokens, for a shell or another program to read.
 const ENV_FILE: &str = "stack.env";
 
 /// Name of the product service, and of its program.
-const PRODUCT_SERVICE: &str = "product-service";
+pub(crate) const PRODUCT_SERVICE: &str = "product-service";
 /// The services that read what the product service wrote.
-const DOWNSTREAM_SERVICES: [&str; 2] = ["analytics-service", "notification-service"];
+pub(crate) const DOWNSTREAM_SERVICES: [&str; 2] = ["analytics-service", "notification-service"];
 /// Under which names `stack.env` tells where the services answer HTTP.
 const URL_VARIABLES: [(&str, &str); 3] = [
     (PRODUCT_SERVICE, "PRODUCT_URL"),
@@ -367,7 +367,7 @@ async fn apply_sql(postgres: &Postgres) -> Result<()> {
 }
 
 /// Waits until `/readyz` says so and, where `products` is given, it takes commands.
-async fn is_ready(service: &Service, products: Option<&ProductClient>) -> Result<()> {
+pub(crate) async fn is_ready(service: &Service, products: Option<&ProductClient>) -> Result<()> {
     let address = service.address().context("the service was not told where to listen")?;
     let url = format!("http://{address}/readyz");
     // Nothing here speaks TLS, but the client is not made without a provider; a second one is refused, as it should.

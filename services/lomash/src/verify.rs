@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
 use async_nats::HeaderMap;
-use async_nats::jetstream::consumer::{DeliverPolicy, PullConsumer, pull};
+use async_nats::jetstream::consumer::PullConsumer;
 use async_nats::jetstream::context::{GetStreamError, GetStreamErrorKind};
 use async_nats::jetstream::stream::RawMessageErrorKind;
 use async_nats::jetstream::{Context, ErrorCode};
@@ -29,7 +29,7 @@ use clap::Args;
 use comfy_table::Cell;
 use futures::StreamExt;
 use lomash_contract::{ContentType, OrderCreated, Topic, codec, subject};
-use lomash_ledger::{JetStreamLedger, Ledger, READ_STALL_TIMEOUT, ReadError, dead_letter, header, streams, suspects};
+use lomash_ledger::{JetStreamLedger, Ledger, ReadError, dead_letter, direct, header, streams, suspects};
 use lomash_platform::Secret;
 use lomash_platform::postgres::Schema;
 use product_service::projection::PROJECTION;
@@ -62,6 +62,9 @@ pub struct VerifyArgs {
     /// The NATS server or servers.
     #[arg(long, env = "NATS_URL", hide_env_values = true, default_value = "nats://127.0.0.1:4222")]
     pub nats_url: String,
+    /// Who asks.
+    #[command(flatten)]
+    pub nats_identity: lomash_platform::nats::Identity,
     /// The Postgres database of the projection; without it the projection is not checked.
     #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
     pub database_url: Option<Secret>,
@@ -84,7 +87,7 @@ pub struct VerifyArgs {
 /// # Errors
 /// When the stream or the orders cannot be read, or `--wait` waited in vain.
 pub async fn run(args: VerifyArgs) -> anyhow::Result<ExitCode> {
-    let client = lomash_platform::nats::connect(&args.nats_url, CLIENT_NAME).await?;
+    let (client, _) = lomash_platform::nats::connect_as(&args.nats_url, &args.nats_identity, CLIENT_NAME).await?;
     let context = async_nats::jetstream::new(client);
     if let Some(seconds) = args.wait {
         wait_until_quiet(&context, args.database_url.as_ref(), Duration::from_secs(seconds)).await?;
@@ -121,7 +124,7 @@ impl Show {
 /// # Errors
 /// When a stream cannot be read. A projection that cannot be read is a finding of the report.
 pub async fn verify(context: &Context, database_url: Option<&Secret>, show: Show) -> anyhow::Result<Report> {
-    let ledger = JetStreamLedger::new(context.clone(), streams::INVENTORY);
+    let ledger = JetStreamLedger::read_only(context.clone(), streams::INVENTORY);
     let configuration = match streams::compare(context, streams::INVENTORY, 1).await {
         Ok(differences) => Ok(differences.iter().map(ToString::to_string).collect()),
         Err(missing @ streams::StreamsError::Missing(_)) => return Err(missing.into()),
@@ -182,7 +185,7 @@ pub async fn wait_until_quiet(
     timeout: Duration,
 ) -> anyhow::Result<()> {
     let deadline = tokio::time::Instant::now() + timeout;
-    let ledger = JetStreamLedger::new(context.clone(), streams::INVENTORY);
+    let ledger = JetStreamLedger::read_only(context.clone(), streams::INVENTORY);
     let database = match database_url {
         None => None,
         Some(url) => Some(lomash_platform::postgres::connect(url).await?),
@@ -325,49 +328,27 @@ async fn read_subject(
     let mut seen = 0;
     let mut interruptions = 0;
     while seen < state.last_sequence {
-        let config = pull::OrderedConfig {
-            deliver_policy: DeliverPolicy::ByStartSequence { start_sequence: seen + 1 },
-            filter_subject: filter.to_owned(),
-            ..Default::default()
-        };
-        let consumer = handle.create_consumer(config).await.with_context(cannot)?;
-        if consumer.cached_info().num_pending == 0 {
-            break;
-        }
-        let mut messages = consumer.messages().await.with_context(cannot)?;
+        let before = seen;
+        let mut messages = direct::read(context, stream, Some(filter), seen, state.last_sequence);
         let interrupted = loop {
-            let message = match tokio::time::timeout(READ_STALL_TIMEOUT, messages.next()).await {
-                Ok(Some(Ok(message))) => message,
-                Ok(Some(Err(problem))) => break problem.to_string(),
-                Ok(None) => break "the server ended the read".to_owned(),
-                Err(_) => break format!("nothing came within {} s", READ_STALL_TIMEOUT.as_secs()),
-            };
-            let (sequence, pending) = {
-                let info = message.info().map_err(|problem| anyhow!("{stream}: {problem}"))?;
-                (info.stream_sequence, info.pending)
-            };
-            if sequence > state.last_sequence {
-                seen = state.last_sequence;
-                break String::new();
-            }
-            if sequence > seen {
-                each(sequence, message.headers.as_ref(), &message.payload);
-                seen = sequence;
-                interruptions = 0;
-                progress.inc(1);
-            }
-            if pending == 0 {
-                seen = state.last_sequence;
-                break String::new();
+            match messages.next().await {
+                Some(Ok(message)) => {
+                    each(message.sequence, Some(&message.headers), &message.payload);
+                    seen = message.sequence;
+                    progress.inc(1);
+                }
+                Some(Err(problem)) => break problem,
+                None => {
+                    progress.finish();
+                    return Ok(state);
+                }
             }
         };
-        if seen < state.last_sequence {
-            interruptions += 1;
-            if interruptions > MAX_INTERRUPTIONS {
-                bail!("{stream} cannot be read on after sequence {seen}: {interrupted}");
-            }
-            tokio::time::sleep(INTERRUPTION_PAUSE).await;
+        interruptions = if seen == before { interruptions + 1 } else { 0 };
+        if interruptions > MAX_INTERRUPTIONS {
+            bail!("{stream} cannot be read on after sequence {seen}: {interrupted}");
         }
+        tokio::time::sleep(INTERRUPTION_PAUSE).await;
     }
     progress.finish();
     Ok(state)

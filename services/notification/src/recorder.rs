@@ -256,18 +256,20 @@ impl Recorder {
         }
     }
 
-    /// The receive loop makes it again from its definition, and everything is delivered once more.
+    /// Everything is delivered once more. The consumer is set back and not deleted: in production the service may not make it
+    /// again.
     async fn forget_consumer(&self) {
         warn!("the schema is new and the consumer is not: reading the ledger again from its beginning");
-        let deleted = async {
+        let set_back = async {
             let stream =
                 self.context.get_stream_no_info(streams::INVENTORY).await.map_err(|problem| problem.to_string())?;
-            stream.delete_consumer(streams::NOTIFICATION).await.map_err(|problem| problem.to_string())
+            stream.reset_consumer(streams::NOTIFICATION, Some(1)).await.map_err(|problem| problem.to_string())
         };
-        if let Err(problem) = deleted.await {
+        if let Err(problem) = set_back.await {
             warn!(
                 problem,
-                "the consumer `notification` could not be deleted; do so: `nats consumer rm INVENTORY notification`"
+                "the consumer `notification` could not be set back; delete it and make it again: `nats consumer rm INVENTORY \
+                 notification`, `lomash streams apply`"
             );
         }
     }

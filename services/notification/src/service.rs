@@ -49,6 +49,10 @@ pub struct Config {
     #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222", hide_env_values = true)]
     pub nats_url: Secret,
 
+    /// Who the service is to NATS.
+    #[command(flatten)]
+    pub nats_identity: nats::Identity,
+
     /// Postgres for alerts and the mails that wait.
     #[arg(
         long,
@@ -139,11 +143,15 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         serving.await;
         Ok(())
     });
-    let client = nats::connect(config.nats_url.expose(), "notification-service").await?;
+    let (client, refusals) =
+        nats::connect_as(config.nats_url.expose(), &config.nats_identity, "notification-service").await?;
     let context = async_nats::jetstream::new(client.clone());
-    streams::wait_until_ready(&context).await?;
-    for difference in streams::apply(&context, config.stream_replicas).await? {
-        warn!(%difference, "the server differs from streams/");
+    refusals.guard(streams::wait_until_ready(&context)).await??;
+    // Streams are the administrator's where there are identities; on a laptop's server the first service makes them.
+    if !config.nats_identity.is_known() {
+        for difference in streams::apply(&context, config.stream_replicas).await? {
+            warn!(%difference, "the server differs from streams/");
+        }
     }
     refuse_a_shorter_ledger(&context, &alerts).await?;
 

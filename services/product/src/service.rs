@@ -55,6 +55,10 @@ pub struct Config {
     #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222", hide_env_values = true)]
     pub nats_url: Secret,
 
+    /// Who the service is to NATS.
+    #[command(flatten)]
+    pub nats_identity: nats::Identity,
+
     /// Postgres with the projection.
     #[arg(
         long,
@@ -120,16 +124,14 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         serving.await;
         Ok(())
     });
-    let client = nats::connect(config.nats_url.expose(), "product-service").await?;
+    let (client, refusals) =
+        nats::connect_as(config.nats_url.expose(), &config.nats_identity, "product-service").await?;
     let context = async_nats::jetstream::new(client.clone());
-    streams::wait_until_ready(&context).await?;
-    for difference in streams::apply(&context, config.stream_replicas).await? {
-        warn!(%difference, "the server differs from streams/");
-    }
-    let differences = streams::compare(&context, streams::INVENTORY, config.stream_replicas).await?;
+    let preparing = prepare_streams(&context, config.stream_replicas, config.nats_identity.is_known());
+    let differences = refusals.guard(preparing).await??;
     refuse_a_weaker_ledger(differences, &config.ledger_allow_weaker)?;
 
-    schedule::set_up(&context, &config.reconciliation_schedule).await?;
+    refusals.guard(schedule::set_up(&context, &config.reconciliation_schedule)).await??;
 
     let ledger = JetStreamLedger::new(context.clone(), streams::INVENTORY);
     let Some(state) = initial_state(&ledger, &stop).await? else {
@@ -179,6 +181,15 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         }
     });
     let watched = Watched { client: client.clone(), pool, committer, cache: config.redis_url.map(|_| cache.clone()) };
+    tasks.spawn({
+        let (client, stop) = (client.clone(), stop.clone());
+        async move {
+            let context = async_nats::jetstream::new(client.clone());
+            let answers = || streams::is_answered(&context, streams::ORDERS, streams::PRODUCT_ORDERS);
+            nats::leave_a_lonely_server(client, stop, answers).await;
+            Ok(())
+        }
+    });
     tasks.spawn(checks.watch(watched, stop.clone()));
     let api = Api {
         writer: writer.clone(),
@@ -233,6 +244,22 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     outcome
 }
 
+/// In what the ledger differs from its definition. On a server without users the streams are made here; an identity of
+/// its own is not allowed to, for streams are the administrator's (`lomash streams apply`).
+async fn prepare_streams(
+    context: &async_nats::jetstream::Context,
+    replicas: u32,
+    has_identity: bool,
+) -> Result<Vec<Difference>, streams::StreamsError> {
+    streams::wait_until_ready(context).await?;
+    let found =
+        if has_identity { streams::check(context, replicas).await } else { streams::apply(context, replicas).await };
+    for difference in found? {
+        warn!(%difference, "the server differs from streams/");
+    }
+    streams::compare(context, streams::INVENTORY, replicas).await
+}
+
 fn refuse_a_weaker_ledger(differences: Vec<Difference>, allowed: &[String]) -> anyhow::Result<()> {
     let (accepted, refused): (Vec<_>, Vec<_>) =
         differences.into_iter().partition(|difference| allowed.contains(&difference.field));
@@ -245,8 +272,8 @@ fn refuse_a_weaker_ledger(differences: Vec<Difference>, allowed: &[String]) -> a
     let list: Vec<String> = refused.iter().map(ToString::to_string).collect();
     let fields: Vec<&str> = refused.iter().map(|difference| difference.field.as_str()).collect();
     bail!(
-        "the ledger is not what its definition promises: {}. Bring the stream to streams/INVENTORY.json, or start with \
-         LEDGER_ALLOW_WEAKER={} if you mean it",
+        "the ledger is not what its definition promises: {}. Bring the stream to streams/INVENTORY.json with `lomash streams \
+         apply`, or start with LEDGER_ALLOW_WEAKER={} if you mean it",
         list.join("; "),
         fields.join(",")
     )

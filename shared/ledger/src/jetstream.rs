@@ -19,6 +19,7 @@ use futures::stream::{self, StreamExt};
 use serde::Deserialize;
 use time::OffsetDateTime;
 
+use crate::direct::{self, Held};
 use crate::{
     AppendError, BatchPosition, Carried, Ledger, Messages, NewMessage, ReadError, StoredMessage, crash_point, header,
 };
@@ -47,6 +48,7 @@ pub struct JetStreamLedger {
     /// Batch ids are this prefix and a counter: unique across processes, short on the wire.
     batch_prefix: Arc<str>,
     batches: Arc<AtomicU64>,
+    by_direct_gets: bool,
 }
 
 #[derive(Deserialize)]
@@ -80,7 +82,20 @@ impl JetStreamLedger {
     #[must_use]
     pub fn new(context: Context, stream: &str) -> Self {
         let unique = uuid::Uuid::new_v4().simple().to_string();
-        Self { context, stream: stream.into(), batch_prefix: unique[..12].into(), batches: Arc::new(AtomicU64::new(1)) }
+        Self {
+            context,
+            stream: stream.into(),
+            batch_prefix: unique[..12].into(),
+            batches: Arc::new(AtomicU64::new(1)),
+            by_direct_gets: false,
+        }
+    }
+
+    /// The same for whoever may only look: reads by direct gets (see [`crate::direct`]) and makes no consumer. It cannot be
+    /// followed.
+    #[must_use]
+    pub fn read_only(context: Context, stream: &str) -> Self {
+        Self { by_direct_gets: true, ..Self::new(context, stream) }
     }
 
     async fn open(&self, after: u64) -> Result<jetstream::consumer::pull::Ordered, ReadError> {
@@ -207,7 +222,12 @@ impl Ledger for JetStreamLedger {
         if last == after {
             return Ok(stream::empty().boxed());
         }
-        let messages = self.follow(after).await?;
+        let messages = if self.by_direct_gets {
+            let held = direct::read(&self.context, &self.stream, None, after, last);
+            contiguous(after, held.map(|held| held.map(StoredMessage::from)))
+        } else {
+            self.follow(after).await?
+        };
         // The end of the range is known, so silence before it is a fault and not an idle stream.
         let guarded = stream::unfold((messages, after), move |(mut messages, seen)| async move {
             if seen >= last {
@@ -229,28 +249,35 @@ impl Ledger for JetStreamLedger {
 
     async fn follow(&self, after: u64) -> Result<Messages, ReadError> {
         let messages = self.open(after).await?;
-        let contiguous = messages.scan((after, false), |(seen, failed), item| {
-            if *failed {
-                return futures::future::ready(None);
-            }
-            let stored = item.map_err(unavailable).and_then(stored);
-            let checked = match stored {
-                Ok(message) if message.sequence <= *seen => None, // a recreated consumer may repeat
-                Ok(message) if message.sequence == *seen + 1 => {
-                    *seen = message.sequence;
-                    Some(Ok(message))
-                }
-                Ok(message) => Some(Err(ReadError::Gap { after: *seen, found: message.sequence })),
-                Err(error) => Some(Err(error)),
-            };
-            *failed = matches!(checked, Some(Err(_)));
-            futures::future::ready(Some(checked))
-        });
-        Ok(contiguous.filter_map(futures::future::ready).boxed())
+        Ok(contiguous(after, messages.map(|item| item.map_err(unavailable).and_then(delivered))))
     }
 }
 
-fn stored(message: jetstream::Message) -> Result<StoredMessage, ReadError> {
+/// Passes messages on as long as none is missing, and ends with the first fault.
+fn contiguous(
+    after: u64,
+    messages: impl futures::Stream<Item = Result<StoredMessage, ReadError>> + Send + 'static,
+) -> Messages {
+    let contiguous = messages.scan((after, false), |(seen, failed), item| {
+        if *failed {
+            return futures::future::ready(None);
+        }
+        let checked = match item {
+            Ok(message) if message.sequence <= *seen => None, // a recreated consumer may repeat
+            Ok(message) if message.sequence == *seen + 1 => {
+                *seen = message.sequence;
+                Some(Ok(message))
+            }
+            Ok(message) => Some(Err(ReadError::Gap { after: *seen, found: message.sequence })),
+            Err(error) => Some(Err(error)),
+        };
+        *failed = matches!(checked, Some(Err(_)));
+        futures::future::ready(Some(checked))
+    });
+    contiguous.filter_map(futures::future::ready).boxed()
+}
+
+fn delivered(message: jetstream::Message) -> Result<StoredMessage, ReadError> {
     let (sequence, stored_at) = {
         let info = message.info().map_err(|error| ReadError::Unavailable(error.to_string()))?;
         (info.stream_sequence, info.published)
@@ -258,6 +285,12 @@ fn stored(message: jetstream::Message) -> Result<StoredMessage, ReadError> {
     let message = message.message;
     let subject = message.subject.into_string();
     Ok(with_headers(sequence, stored_at, subject, message.headers.as_ref(), message.payload))
+}
+
+impl From<Held> for StoredMessage {
+    fn from(Held { sequence, stored_at, subject, headers, payload }: Held) -> Self {
+        with_headers(sequence, stored_at, subject, Some(&headers), payload)
+    }
 }
 
 /// A stored message with what its headers say.

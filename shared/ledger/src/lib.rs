@@ -6,12 +6,14 @@
 //! faults happen on demand.
 
 pub mod dead_letter;
+pub mod direct;
 mod jetstream;
 mod memory;
 mod observed;
 pub mod receive;
 pub mod streams;
 pub mod suspects;
+pub mod upkeep;
 
 use std::future::Future;
 use std::sync::Arc;

@@ -40,6 +40,7 @@ pub const READY_TIMEOUT: Duration = Duration::from_secs(30);
 
 const READY_PAUSE: Duration = Duration::from_millis(100);
 const NOT_FOUND: u64 = 404;
+const UNAVAILABLE: u64 = 503;
 
 /// A stream and its durable consumers, as the files define them.
 #[derive(Clone, Debug)]
@@ -90,7 +91,8 @@ pub enum StreamsError {
     },
     /// A stream that must exist does not.
     #[error(
-        "{0} does not exist; start a product service, which creates it, or run `nats stream add --config streams/{0}.json`"
+        "{0} does not exist; an administrator makes it with `lomash streams apply`. A product service without a key of its \
+         own creates it when it starts"
     )]
     Missing(String),
 }
@@ -182,14 +184,14 @@ pub fn is_work_queue(stream: &str) -> bool {
     defined.any(|definition| definition.config.get("retention").and_then(Value::as_str) == Some("workqueue"))
 }
 
-async fn call(context: &Context, subject: String, body: &Value) -> Result<Value, StreamsError> {
+pub(crate) async fn call(context: &Context, subject: String, body: &Value) -> Result<Value, StreamsError> {
     context
         .request(subject, body)
         .await
         .map_err(|error: async_nats::jetstream::context::RequestError| StreamsError::Unavailable(error.to_string()))
 }
 
-fn refusal(name: &str, answer: &Value) -> Option<StreamsError> {
+pub(crate) fn refusal(name: &str, answer: &Value) -> Option<StreamsError> {
     let error = answer.get("error")?;
     Some(StreamsError::Refused {
         name: name.to_owned(),
@@ -199,7 +201,11 @@ fn refusal(name: &str, answer: &Value) -> Option<StreamsError> {
 }
 
 /// The configuration the server holds, or `None` when there is no such stream or consumer.
-async fn actual(context: &Context, subject: String, name: &str) -> Result<Option<Map<String, Value>>, StreamsError> {
+pub(crate) async fn actual(
+    context: &Context,
+    subject: String,
+    name: &str,
+) -> Result<Option<Map<String, Value>>, StreamsError> {
     let answer = call(context, subject, &json!({})).await?;
     if answer.pointer("/error/code").and_then(Value::as_u64) == Some(NOT_FOUND) {
         return Ok(None);
@@ -228,6 +234,17 @@ pub async fn wait_until_ready(context: &Context) -> Result<(), StreamsError> {
     }
 }
 
+/// Whether the server that we are connected to still has a cluster behind it, judged by a consumer.
+///
+/// A node that was cut off goes on describing streams for as long as it is alone, also their ends, as they were (2.15.1).
+/// Of consumers it says that JetStream is unavailable.
+pub async fn is_answered(context: &Context, stream: &str, consumer: &str) -> bool {
+    match call(context, format!("CONSUMER.INFO.{stream}.{consumer}"), &json!({})).await {
+        Ok(answer) => answer.pointer("/error/code").and_then(Value::as_u64) != Some(UNAVAILABLE),
+        Err(_) => false,
+    }
+}
+
 /// Creates every stream and consumer that is missing, with `replicas` copies. What exists is left as it is and
 /// compared: the differences are returned.
 ///
@@ -248,6 +265,27 @@ pub async fn apply(context: &Context, replicas: u32) -> Result<Vec<Difference>, 
         }
         for (consumer, config) in consumers {
             found.extend(ensure(context, &name, &consumer, config).await?);
+        }
+    }
+    Ok(found)
+}
+
+/// Compares every stream and consumer with its definition with `replicas` copies, and makes nothing: for a service whose
+/// identity may only look.
+///
+/// # Errors
+/// [`StreamsError`]; [`StreamsError::Missing`] when one does not exist.
+pub async fn check(context: &Context, replicas: u32) -> Result<Vec<Difference>, StreamsError> {
+    let mut found = Vec::new();
+    for Definition { name, consumers, .. } in definitions() {
+        found.extend(compare(context, &name, replicas).await?);
+        for (consumer, config) in consumers {
+            let label = format!("{name}/{consumer}");
+            let subject = format!("CONSUMER.INFO.{name}.{consumer}");
+            let Some(actual) = actual(context, subject, &label).await? else {
+                return Err(StreamsError::Missing(label));
+            };
+            found.extend(differences(&label, &config, &actual));
         }
     }
     Ok(found)
@@ -284,7 +322,7 @@ async fn ensure(
 
 /// The subject by which the `nats` CLI creates a consumer: its filter is part of it, so that permissions can name it. With
 /// several filters there is none in the subject; the server requires that.
-fn consumer_create_subject(stream: &str, consumer: &str, config: &Map<String, Value>) -> String {
+pub(crate) fn consumer_create_subject(stream: &str, consumer: &str, config: &Map<String, Value>) -> String {
     match config.get("filter_subject").and_then(Value::as_str) {
         Some(filter) if !filter.is_empty() => format!("CONSUMER.CREATE.{stream}.{consumer}.{filter}"),
         _ => format!("CONSUMER.CREATE.{stream}.{consumer}"),
@@ -321,7 +359,7 @@ fn is_absent(value: &Value) -> bool {
 
 /// Compares both ways: a field that the definition does not name (a mirror, a subject transform, a seal) must not be
 /// set on the server either. Consumers are compared only in what their definition names.
-fn differences(name: &str, defined: &Map<String, Value>, actual: &Map<String, Value>) -> Vec<Difference> {
+pub(crate) fn differences(name: &str, defined: &Map<String, Value>, actual: &Map<String, Value>) -> Vec<Difference> {
     let is_stream = !name.contains('/');
     let unnamed = actual.keys().filter(|field| is_stream && !defined.contains_key(*field));
     defined

@@ -18,6 +18,7 @@ mod postgres;
 mod process;
 mod programs;
 mod redis;
+mod secure;
 mod server;
 mod service;
 
@@ -27,6 +28,7 @@ use std::{
     path::Path,
 };
 
+use anyhow::Context as _;
 pub use lock::FolderLock;
 pub use mail::MailServer;
 pub use nats::NatsServer;
@@ -34,6 +36,7 @@ pub use port::free_port;
 pub use postgres::PostgresServer;
 pub use process::Process;
 pub use redis::RedisServer;
+pub use secure::{Credentials, NODES, NatsCluster, Routes, SecureNats, SecureNatsServer, Who, lay_out};
 pub use server::{Kind, Server};
 pub use service::Service;
 
@@ -57,6 +60,13 @@ const LOG_TAIL_BYTES: u64 = 16 * 1024;
 /// user and would have to keep its data elsewhere.
 pub fn scratch() -> std::io::Result<tempfile::TempDir> {
     tempfile::Builder::new().prefix("lomash-").permissions(std::fs::Permissions::from_mode(0o711)).tempdir()
+}
+
+/// Makes a folder that only its owner may enter, or makes it so.
+fn private_folder(folder: &Path) -> anyhow::Result<()> {
+    std::fs::create_dir_all(folder)
+        .and_then(|()| std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700)))
+        .with_context(|| format!("could not make the private folder {}", folder.display()))
 }
 
 /// The last lines of a log, indented for an error message.

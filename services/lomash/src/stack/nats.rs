@@ -60,25 +60,30 @@ impl Kind for NatsServer {
     }
 
     async fn probe(&self, port: u16, _pid: u32) -> Result<()> {
-        let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.context("could not connect")?;
-        let mut line = String::new();
-        BufReader::new(stream.take(INFO_LIMIT_BYTES)).read_line(&mut line).await.context("it sent no greeting")?;
-        let info: serde_json::Value = line
-            .strip_prefix("INFO ")
-            .and_then(|json| serde_json::from_str(json).ok())
-            .with_context(|| format!("its greeting is not that of a NATS server: {line:?}"))?;
-        if info["server_name"] != self.name.as_str() {
-            bail!("another NATS server answers on its port: {}", info["server_name"]);
-        }
-        if info["jetstream"] != true {
-            bail!("JetStream is not ready");
-        }
-        Ok(())
+        greets(port, &self.name).await
     }
 
     fn url(&self, port: u16) -> String {
         format!("nats://127.0.0.1:{port}")
     }
+}
+
+/// Succeeds when the server `name` greets on `port` and has JetStream. The greeting comes before any TLS.
+pub(super) async fn greets(port: u16, name: &str) -> Result<()> {
+    let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.context("could not connect")?;
+    let mut line = String::new();
+    BufReader::new(stream.take(INFO_LIMIT_BYTES)).read_line(&mut line).await.context("it sent no greeting")?;
+    let info: serde_json::Value = line
+        .strip_prefix("INFO ")
+        .and_then(|json| serde_json::from_str(json).ok())
+        .with_context(|| format!("its greeting is not that of a NATS server: {line:?}"))?;
+    if info["server_name"] != name {
+        bail!("another NATS server answers on its port: {}", info["server_name"]);
+    }
+    if info["jetstream"] != true {
+        bail!("JetStream is not ready");
+    }
+    Ok(())
 }
 
 fn config_with_store(store: &Path) -> Result<String> {

@@ -120,10 +120,11 @@ pub async fn set_up(context: &Context, schedule: &Schedule) -> Result<(), JobsEr
         Err(problem) => return Err(unavailable(problem.to_string())),
     };
     let expression = match schedule {
-        Schedule::Off if present.is_none() => return Ok(()),
+        // As the message that it is, by its sequence: the service may not purge, which could take more than it means.
         Schedule::Off => {
-            let purged = stream.purge().filter(SCHEDULE_SUBJECT).await;
-            return purged.map(|_| ()).map_err(|problem| unavailable(problem.to_string()));
+            let Some(present) = present else { return Ok(()) };
+            let deleted = stream.delete_message(present.sequence).await;
+            return deleted.map(|_| ()).map_err(|problem| unavailable(problem.to_string()));
         }
         Schedule::At(expression) => expression,
     };

@@ -1,0 +1,214 @@
+//! Reading a stream by direct gets: for whoever may look at it and change nothing.
+//!
+//! A consumer is made inside the account of its stream and delivers wherever its maker says, so whoever may make one can
+//! write into the ledger. A direct get is only ever answered to the asker's account, and one request brings a batch.
+//!
+//! Any replica may answer, also one that is behind. Where an answer ends, the leader is asked what comes next; only its
+//! word is an end.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use async_nats::header::{NATS_SEQUENCE, NATS_STREAM, NATS_SUBJECT, NATS_TIME_STAMP};
+use async_nats::jetstream::Context;
+use async_nats::jetstream::message::StreamMessage;
+use async_nats::jetstream::stream::{LastRawMessageErrorKind, RawMessageErrorKind};
+use async_nats::{HeaderMap, Message, StatusCode};
+use bytes::Bytes;
+use futures::stream::{BoxStream, StreamExt};
+use serde_json::json;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use crate::{READ_STALL_TIMEOUT, ReadError};
+
+/// Messages of one answer.
+const BATCH_MESSAGES: usize = 1_000;
+/// Bytes of one answer; a message may go over it.
+const BATCH_BYTES: usize = 4 * 1024 * 1024;
+/// Where the server takes direct gets.
+const API: &str = "$JS.API.DIRECT.GET";
+/// What the server adds to a message that it hands out so. On a message's own headers they would mean something else.
+const ADDED: [&str; 4] = ["Nats-Num-Pending", "Nats-Last-Sequence", "Nats-UpTo-Sequence", "Nats-Time-Stamp"];
+
+/// A message as a stream holds it.
+#[derive(Clone, Debug)]
+pub struct Held {
+    /// Its sequence.
+    pub sequence: u64,
+    /// The server's clock when it stored it.
+    pub stored_at: OffsetDateTime,
+    /// Its subject.
+    pub subject: String,
+    /// Its headers, as they were published.
+    pub headers: HeaderMap,
+    /// Its payload.
+    pub payload: Bytes,
+}
+
+/// The messages of `stream` after sequence `after` up to `upto`, those on `filter` (with wildcards) or all. Messages that
+/// were deleted are left out: who needs to know of gaps looks at the sequences.
+#[must_use]
+pub fn read(
+    context: &Context,
+    stream: &str,
+    filter: Option<&str>,
+    after: u64,
+    upto: u64,
+) -> BoxStream<'static, Result<Held, ReadError>> {
+    let reader = Reader {
+        context: context.clone(),
+        stream: stream.into(),
+        filter: filter.map(Into::into),
+        seen: after,
+        upto,
+        held: VecDeque::new(),
+        over: after >= upto,
+    };
+    futures::stream::unfold(reader, |mut reader| async move {
+        match reader.next().await {
+            Ok(Some(held)) => Some((Ok(held), reader)),
+            Ok(None) => None,
+            Err(problem) => {
+                reader.over = true;
+                Some((Err(problem), reader))
+            }
+        }
+    })
+    .boxed()
+}
+
+/// The first sequence of `stream` that was stored at `instant` or later; `None` when all are older.
+///
+/// # Errors
+/// [`ReadError::Unavailable`].
+pub async fn first_since(context: &Context, stream: &str, instant: OffsetDateTime) -> Result<Option<u64>, ReadError> {
+    let start_time = instant.format(&Rfc3339).map_err(|problem| ReadError::Unavailable(problem.to_string()))?;
+    let mut first = VecDeque::new();
+    ask(context, stream, &json!({ "start_time": start_time, "batch": 1 }), &mut first).await?;
+    Ok(first.front().map(|held| held.sequence))
+}
+
+struct Reader {
+    context: Context,
+    stream: Arc<str>,
+    filter: Option<Arc<str>>,
+    /// Nothing at or below it is wanted any more.
+    seen: u64,
+    upto: u64,
+    held: VecDeque<Held>,
+    over: bool,
+}
+
+impl Reader {
+    async fn next(&mut self) -> Result<Option<Held>, ReadError> {
+        loop {
+            if let Some(held) = self.held.pop_front() {
+                if held.sequence > self.upto {
+                    self.over = true;
+                    return Ok(None);
+                }
+                // An answer that was asked for twice, by a lost connection, repeats.
+                if held.sequence <= self.seen {
+                    continue;
+                }
+                self.seen = held.sequence;
+                return Ok(Some(held));
+            }
+            if self.over || self.seen >= self.upto {
+                return Ok(None);
+            }
+            self.fill().await?;
+        }
+    }
+
+    async fn fill(&mut self) -> Result<(), ReadError> {
+        let mut request = json!({ "seq": self.seen + 1, "batch": BATCH_MESSAGES, "max_bytes": BATCH_BYTES });
+        if let Some(filter) = &self.filter {
+            request["next_by_subj"] = json!(&**filter);
+        }
+        ask(&self.context, &self.stream, &request, &mut self.held).await?;
+        if self.held.is_empty() {
+            match self.ask_the_leader().await? {
+                Some(held) => self.held.push_back(held),
+                None => self.over = true,
+            }
+        }
+        Ok(())
+    }
+
+    /// What comes next by the leader's word.
+    async fn ask_the_leader(&self) -> Result<Option<Held>, ReadError> {
+        let handle = self.context.get_stream_no_info(&*self.stream).await.map_err(unavailable)?;
+        let filter = self.filter.as_deref().unwrap_or(">");
+        match handle.get_first_raw_message_by_subject(filter, self.seen + 1).await {
+            Ok(StreamMessage { subject, sequence, headers, payload, time, .. }) => {
+                Ok(Some(Held { sequence, stored_at: time, subject: subject.to_string(), headers, payload }))
+            }
+            Err(problem) if problem.kind() == LastRawMessageErrorKind::NoMessageFound => Ok(None),
+            Err(problem) => Err(unavailable(problem)),
+        }
+    }
+}
+
+// Both kinds are one type in the client library; should they part, the pattern above is to be looked at.
+const _: fn(LastRawMessageErrorKind) -> RawMessageErrorKind = |kind| kind;
+
+fn unavailable(problem: impl std::fmt::Display) -> ReadError {
+    ReadError::Unavailable(problem.to_string())
+}
+
+/// Asks once and collects the whole answer.
+async fn ask(
+    context: &Context,
+    stream: &str,
+    request: &serde_json::Value,
+    held: &mut VecDeque<Held>,
+) -> Result<(), ReadError> {
+    let client = context.client();
+    let inbox = client.new_inbox();
+    let mut answers = client.subscribe(inbox.clone()).await.map_err(unavailable)?;
+    let body = Bytes::from(request.to_string());
+    client.publish_with_reply(format!("{API}.{stream}"), inbox, body).await.map_err(unavailable)?;
+    loop {
+        let answer = match tokio::time::timeout(READ_STALL_TIMEOUT, answers.next()).await {
+            Ok(Some(answer)) => answer,
+            Ok(None) => return Err(unavailable("the connection was closed")),
+            Err(_) => {
+                return Err(unavailable(format!("{stream} does not answer within {} s", READ_STALL_TIMEOUT.as_secs())));
+            }
+        };
+        match answer.status {
+            None | Some(StatusCode::OK) => held.push_back(parse(answer)?),
+            // The end of the batch, or nothing there from this sequence on.
+            Some(status) if status.as_u16() == 204 || status == StatusCode::NOT_FOUND => return Ok(()),
+            Some(StatusCode::NO_RESPONDERS) => return Err(unavailable(format!("no server answers for {stream}"))),
+            Some(status) => {
+                let why = answer.description.unwrap_or_default();
+                return Err(unavailable(format!("{stream} cannot be read ({status}): {why}")));
+            }
+        }
+    }
+}
+
+fn parse(answer: Message) -> Result<Held, ReadError> {
+    let stamps = answer.headers.unwrap_or_default();
+    // The server's own come last, after those of the message.
+    let stamp = |name: async_nats::HeaderName| {
+        let value = stamps.get_last(name.clone());
+        value.map(|value| value.as_str().to_owned()).ok_or_else(|| unavailable(format!("an answer has no {name}")))
+    };
+    let sequence = stamp(NATS_SEQUENCE)?.parse().map_err(unavailable)?;
+    let stored_at = OffsetDateTime::parse(&stamp(NATS_TIME_STAMP)?, &Rfc3339).map_err(unavailable)?;
+    let subject = stamp(NATS_SUBJECT)?;
+    let mut headers = HeaderMap::new();
+    for (name, values) in stamps.iter() {
+        let added = [NATS_SEQUENCE, NATS_SUBJECT, NATS_STREAM].contains(name) || ADDED.contains(&name.as_ref());
+        if !added {
+            for value in values {
+                headers.append(name.clone(), value.clone());
+            }
+        }
+    }
+    Ok(Held { sequence, stored_at, subject, headers, payload: answer.payload })
+}
