@@ -13,4 +13,5 @@ mod reads;
 mod rebuild;
 mod reconciliation;
 mod replicas;
+mod snapshots;
 mod streams_files;

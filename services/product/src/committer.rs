@@ -21,6 +21,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
+use crate::inventory::frozen::Frozen;
 use crate::inventory::{Command, CommandMark, Decision, Draft, Fact, Outcome, Rejection, State, decide};
 
 /// Commands that may wait for the committer; more must wait with their sender, orders in their stream.
@@ -141,6 +142,7 @@ impl Submission {
 pub struct Committer {
     queue: mpsc::Sender<Submission>,
     sequence: watch::Receiver<u64>,
+    copies: mpsc::Sender<oneshot::Sender<Frozen>>,
 }
 
 impl Committer {
@@ -153,6 +155,13 @@ impl Committer {
         let submission = Submission { command, carried, reply, tried: Vec::new() };
         self.queue.send(submission).await.map_err(|_| CommandError::Stopping)?;
         answer.await.unwrap_or(Err(CommandError::Stopping))
+    }
+
+    /// A copy of the state, made between two commits without holding them up. None when the committer is stopping.
+    pub async fn freeze(&self) -> Option<Frozen> {
+        let (reply, copy) = oneshot::channel();
+        self.copies.send(reply).await.ok()?;
+        copy.await.ok()
     }
 
     /// The sequence up to which this process knows the ledger.
@@ -209,8 +218,10 @@ pub fn committer<L: Ledger>(
 ) -> (Committer, impl Future<Output = Result<State, ReadError>> + Send) {
     let (queue, submissions) = mpsc::channel(MAX_QUEUED_COMMANDS);
     let (known, sequence) = watch::channel(state.sequence());
-    let running = Running { ledger, state, clock, stop, known, max_batch_messages: MAX_BATCH_MESSAGES, alone: 0 };
-    (Committer { queue, sequence }, running.run(submissions))
+    let (copies, asked) = mpsc::channel(1);
+    let running =
+        Running { ledger, state, clock, stop, known, asked, max_batch_messages: MAX_BATCH_MESSAGES, alone: 0 };
+    (Committer { queue, sequence, copies }, running.run(submissions))
 }
 
 struct Running<L> {
@@ -219,6 +230,8 @@ struct Running<L> {
     clock: fn() -> Timestamp,
     stop: CancellationToken,
     known: watch::Sender<u64>,
+    /// Whoever wants a copy of the state.
+    asked: mpsc::Receiver<oneshot::Sender<Frozen>>,
     max_batch_messages: usize,
     /// How many of the next commands are to be stored in a batch of their own.
     alone: usize,
@@ -244,10 +257,17 @@ impl<L: Ledger> Running<L> {
         let mut waiting: VecDeque<Submission> = VecDeque::new();
         let mut taken = Vec::new();
         loop {
+            while let Ok(reply) = self.asked.try_recv() {
+                let _ = reply.send(self.state.freeze());
+            }
             if waiting.is_empty() {
                 tokio::select! {
                     biased;
                     () = self.stop.cancelled() => break,
+                    Some(reply) = self.asked.recv() => {
+                        let _ = reply.send(self.state.freeze());
+                        continue;
+                    }
                     count = submissions.recv_many(&mut taken, MAX_GROUP_COMMANDS) => {
                         if count == 0 {
                             break;

@@ -19,5 +19,7 @@ pub mod readiness;
 pub mod reads;
 pub mod rebuild;
 pub mod reconciliation;
+pub mod schedule;
 pub mod service;
+pub mod snapshots;
 pub mod warehouse;

@@ -115,7 +115,8 @@ impl<'de> Deserialize<'de> for Ids {
 
 impl From<&Product> for SavedProduct {
     fn from(product: &Product) -> Self {
-        let ProductDetails { product_id, sku, name, category, low_stock_threshold, active } = (*product.details).clone();
+        let ProductDetails { product_id, sku, name, category, low_stock_threshold, active } =
+            (*product.details).clone();
         let count = product.count.as_deref().map(|count| (count.quantity, count.counted_at, count.corrected));
         let (id, quantity, version) = (product_id, product.quantity, product.version);
         Self { id, sku, name, category, low_stock_threshold, active, quantity, version, count }
@@ -126,9 +127,9 @@ impl From<SavedProduct> for Product {
     fn from(saved: SavedProduct) -> Self {
         let SavedProduct { id: product_id, sku, name, category, low_stock_threshold, active, .. } = saved;
         let details = ProductDetails { product_id, sku, name, category, low_stock_threshold, active };
-        let count = saved.count.map(|(quantity, counted_at, corrected)| {
-            Box::new(CountOnRecord { quantity, counted_at, corrected })
-        });
+        let count = saved
+            .count
+            .map(|(quantity, counted_at, corrected)| Box::new(CountOnRecord { quantity, counted_at, corrected }));
         Self { details: Arc::new(details), quantity: saved.quantity, version: saved.version, count }
     }
 }
