@@ -3,13 +3,17 @@
 //! Owns the object store and the start of the service. That a snapshot and its tail are the whole fold, wherever it was
 //! taken, is a property in `inventory_tests.rs`.
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use async_nats::HeaderMap;
 use async_nats::jetstream::object_store::{ObjectInfo, ObjectStore};
 use bytes::Bytes;
 use futures::TryStreamExt;
-use lomash_contract::{EventId, ProductId};
+use lomash_contract::{
+    EventId, FailureReason, InventoryUpdateFailed, InventoryUpdated, LedgerEvent, OrderId, ProductDetails, ProductId,
+    ProductRegistered, Trigger, UpdatedBy,
+};
 use lomash_ledger::{Ledger, NewMessage, streams};
 use lomash_tests::{Fate, PATIENCE, World, eventually, order, start_until_ready};
 use product_service::committer::catch_up;
@@ -332,6 +336,101 @@ async fn of_two_replicas_one_writes_upon_a_tick() -> Result<()> {
     for mut replica in replicas {
         replica.stop().await?;
     }
+    world.close();
+    Ok(())
+}
+
+/// Resident memory of this process, in MB.
+fn resident_mb() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 1_024
+}
+
+/// What a large state costs, for docs/performance.md: in a build that is optimised,
+/// `cargo test --release -p lomash-tests --test integration -- --ignored --nocapture large_state`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a measurement of a minute, not a test"]
+async fn a_large_state_is_small_quickly_copied_and_quickly_read() -> Result<()> {
+    const PRODUCTS: u64 = 1_000_000;
+    const ORDERS: u64 = 10_000_000;
+    let world = World::without_postgres().await?;
+    // A ledger that ends where this state does, without its events.
+    let definition = streams::definitions().into_iter().find(|definition| definition.name == streams::INVENTORY);
+    let mut config = definition.context("INVENTORY")?.config;
+    config.insert("first_seq".to_owned(), json!(PRODUCTS + ORDERS + 1));
+    world.context.delete_stream(streams::INVENTORY).await?;
+    let _: Value = world.context.request(format!("STREAM.CREATE.{}", streams::INVENTORY), &config).await?;
+    let before = resident_mb();
+    let mut state = State::default();
+    let registered = |n: u64| {
+        LedgerEvent::ProductRegistered(ProductRegistered(ProductDetails {
+            product_id: ProductId(Uuid::from_u128(u128::from(n) << 64)),
+            sku: format!("KIT-{n:08}").parse().unwrap(),
+            name: format!("Oak base unit, {n} mm").into(),
+            category: Some("Kitchens".into()),
+            low_stock_threshold: None,
+            active: true,
+        }))
+    };
+    for n in 0..PRODUCTS {
+        state.evolve(state.sequence() + 1, &registered(n), None);
+    }
+    println!("{PRODUCTS} products: {} MB", resident_mb() - before);
+    let mut slowest = Duration::ZERO;
+    let folding = Instant::now();
+    for n in 0..ORDERS {
+        let refused = InventoryUpdateFailed {
+            order_id: OrderId(Uuid::from_u128(u128::from(n).wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835))),
+            reason: FailureReason::InsufficientStock,
+            items: Vec::new(),
+        };
+        let event = LedgerEvent::InventoryUpdateFailed(refused);
+        let one = Instant::now();
+        state.evolve(state.sequence() + 1, &event, None);
+        slowest = slowest.max(one.elapsed());
+    }
+    println!(
+        "and {ORDERS} orders: {} MB; folded in {:?}, the slowest event {slowest:?}",
+        resident_mb() - before,
+        folding.elapsed()
+    );
+    let copying = Instant::now();
+    let frozen = state.freeze();
+    println!("copied in {:?}", copying.elapsed());
+    let saving = Instant::now();
+    let sequence = state.sequence();
+    let snapshots = Snapshots::new(world.context.clone());
+    let changing = tokio::spawn(async move {
+        // Meanwhile the committer goes on: the first change of each page copies it.
+        let mut slowest = Duration::ZERO;
+        for n in 0..PRODUCTS {
+            let updated = InventoryUpdated {
+                product_id: ProductId(Uuid::from_u128(u128::from(n) << 64)),
+                sku: "ANY".parse().unwrap(),
+                previous_quantity: 0,
+                new_quantity: 1,
+                trigger: Trigger::AdminUpdate,
+                order_id: None,
+                updated_by: UpdatedBy::System,
+            };
+            let event = LedgerEvent::InventoryUpdated(updated);
+            let one = Instant::now();
+            state.evolve(state.sequence() + 1, &event, None);
+            slowest = slowest.max(one.elapsed());
+            tokio::task::yield_now().await;
+        }
+        println!("the slowest change meanwhile {slowest:?}");
+        state
+    });
+    let saved = snapshots.save(frozen, 1).await?.context("written")?;
+    println!("written in {:?}, {} MB; resident {} MB", saving.elapsed(), saved.bytes >> 20, resident_mb() - before);
+    drop(changing.await?);
+    println!("resident {} MB without it", resident_mb() - before);
+    let loading = Instant::now();
+    let loaded = snapshots.newest().await.context("readable")?;
+    println!("read in {:?}, resident {} MB", loading.elapsed(), resident_mb() - before);
+    assert_eq!(loaded.sequence(), sequence);
     world.close();
     Ok(())
 }
