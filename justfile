@@ -112,6 +112,13 @@ clippy:
 deny:
     "$(deploy/dev/setup.sh --with-deny --quiet)" --log-level error check licenses bans sources
 
+# Check and test the alert rules, and check the configuration that names them (installs promtool once)
+[group('develop')]
+alerts:
+    promtool=$(deploy/dev/setup.sh --with-promtool --quiet); \
+        "$promtool" check config deploy/prometheus/prometheus.yml; \
+        "$promtool" test rules deploy/prometheus/alerts_test.yml
+
 # Build the documentation of our own crates
 [group('develop')]
 doc *ARGS:
@@ -119,7 +126,7 @@ doc *ARGS:
 
 # What CI runs
 [group('develop')]
-ci: (_step "setup") (_step "fmt-check") (_step "clippy") (_step "deny") (_step "test") (_step "demo")
+ci: (_step "setup") (_step "fmt-check") (_step "clippy") (_step "deny") (_step "alerts") (_step "test") (_step "demo")
 
 _setup:
     @deploy/dev/setup.sh --quiet

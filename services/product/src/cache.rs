@@ -269,6 +269,12 @@ impl Cache {
         self.shared.health.counters()
     }
 
+    /// Tells what was counted so far, as long as there is this cache; it does not keep it.
+    pub(crate) fn observer(&self) -> impl Fn() -> Option<CacheCounters> + Send + Sync + 'static {
+        let shared = Arc::downgrade(&self.shared);
+        move || shared.upgrade().map(|shared| shared.health.counters())
+    }
+
     /// What is cached under `key`, if anything that counts is. At most [`OPERATION_TIMEOUT`].
     pub async fn get<T: DeserializeOwned>(&self, key: &Key) -> Option<At<T>> {
         match self.shared.look_up(key).await {

@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use async_nats::client::RequestErrorKind;
-use async_nats::{Client, Request as NatsRequest};
+use async_nats::{Client, HeaderMap, Request as NatsRequest};
+use lomash_ledger::header;
+use lomash_platform::trace::{self, Reference};
+use tracing::{Instrument as _, Span};
 
 use crate::commands::{Reply, Request, SUBJECT};
 use crate::inventory::{Outcome, ProductCommand, Rejection};
@@ -90,12 +93,40 @@ impl ProductClient {
 
     async fn ask(&self, request: &Request) -> Result<Reply, String> {
         let body = serde_json::to_vec(request).map_err(|problem| problem.to_string())?;
-        let request = NatsRequest::new().payload(body.into()).timeout(Some(TRY_TIMEOUT));
-        let answer = self.client.send_request(SUBJECT, request).await.map_err(|problem| match problem.kind() {
+        let span = send_span(request);
+        let mut headers = HeaderMap::new();
+        if let Some(cause) = Reference::of(&span) {
+            headers.insert(header::TRACEPARENT, cause.traceparent());
+        }
+        let request = NatsRequest::new().payload(body.into()).headers(headers).timeout(Some(TRY_TIMEOUT));
+        let asking = self.client.send_request(SUBJECT, request).instrument(span);
+        let answer = asking.await.map_err(|problem| match problem.kind() {
             RequestErrorKind::TimedOut => format!("no answer within {} s", TRY_TIMEOUT.as_secs()),
             RequestErrorKind::NoResponders => "no replica is running".to_owned(),
             _ => problem.to_string(),
         })?;
         serde_json::from_slice(&answer.payload).map_err(|problem| format!("the answer is not a reply: {problem}"))
     }
+}
+
+/// The span that the trace of a command begins with, or goes on with when its sender has one.
+fn send_span(request: &Request) -> Span {
+    let Request::Command { command, .. } = request else {
+        return Span::none();
+    };
+    if !trace::has_room() {
+        return Span::none();
+    }
+    tracing::info_span!(
+        target: trace::TARGET,
+        "send",
+        otel.name = format!("send {SUBJECT}"),
+        otel.kind = "producer",
+        messaging.system = "nats",
+        messaging.operation.name = "send",
+        messaging.operation.type = "send",
+        messaging.destination.name = SUBJECT,
+        command.id = %command.command_id,
+        product.id = %command.product_id,
+    )
 }

@@ -24,10 +24,11 @@ use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::debug;
+use tracing::{Instrument as _, debug};
 
 use crate::committer::{Answer, CommandError, Committed, Committer};
 use crate::inventory::{Command, Outcome, ProductCommand, Rejection};
+use crate::observed;
 
 /// The subject commands are sent to.
 pub const SUBJECT: &str = "lomash.commands.product";
@@ -228,6 +229,7 @@ impl Writer {
     /// # Errors
     /// [`CommandError`].
     pub async fn submit(&self, command: ProductCommand, carried: Option<Arc<Carried>>) -> Answer {
+        let carried = observed::caused_here(carried);
         let asked =
             if self.writing.is_on() { Asked::Nobody } else { self.ask_the_writer(&command, carried.as_deref()).await };
         if let Asked::Answered(answer) = asked {
@@ -400,9 +402,10 @@ async fn answer(client: &Client, decides: &Decides, message: Message) {
         Ok(Request::Command { command, reason }) => {
             let text = |name: &str| Some(message.headers.as_ref()?.get(name)?.as_str().to_owned());
             let (traceparent, tracestate) = (text(header::TRACEPARENT), text(header::TRACESTATE));
+            let span = observed::request_span(&message.subject, traceparent.as_deref(), tracestate.as_deref());
             let carried = Carried { traceparent, tracestate, reason, command: None };
             let carried = (carried != Carried::default()).then(|| Arc::new(carried));
-            decides.submit(command, carried).await.into()
+            decides.submit(command, carried).instrument(span).await.into()
         }
     };
     let body = serde_json::to_vec(&reply).expect("a reply is always JSON");

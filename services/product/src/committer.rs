@@ -19,10 +19,11 @@ use lomash_ledger::{
 };
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, info, warn};
+use tracing::{Instrument as _, Span, debug, error, info, warn};
 
 use crate::inventory::frozen::Frozen;
 use crate::inventory::{Command, CommandMark, Decision, Draft, Fact, Outcome, Rejection, State, decide};
+use crate::observed;
 
 /// Commands that may wait for the committer; more must wait with their sender, orders in their stream.
 pub const MAX_QUEUED_COMMANDS: usize = 4 * MAX_BATCH_MESSAGES;
@@ -93,6 +94,8 @@ struct Submission {
     /// The first event id of each try whose outcome is unknown, by which a later look at the stream shows that it was
     /// stored. Ids are deterministic, so there is one for each way in which the command could be decided.
     tried: Vec<(EventId, Outcome)>,
+    /// Of deciding it, when it is traced.
+    span: Span,
 }
 
 impl Submission {
@@ -132,6 +135,7 @@ impl Submission {
     }
 
     fn answer(self, answer: Answer) {
+        observed::answered(&answer);
         // A caller that went away has no use for the answer; the ledger has it.
         let _ = self.reply.send(answer);
     }
@@ -152,9 +156,13 @@ impl Committer {
     /// [`CommandError`].
     pub async fn submit(&self, command: Command, carried: Option<Arc<Carried>>) -> Answer {
         let (reply, answer) = oneshot::channel();
-        let submission = Submission { command, carried, reply, tried: Vec::new() };
-        self.queue.send(submission).await.map_err(|_| CommandError::Stopping)?;
-        answer.await.unwrap_or(Err(CommandError::Stopping))
+        let (span, carried) = observed::decide_span(&command, carried);
+        let submission = Submission { command, carried, reply, tried: Vec::new(), span: span.clone() };
+        let deciding = async {
+            self.queue.send(submission).await.map_err(|_| CommandError::Stopping)?;
+            answer.await.unwrap_or(Err(CommandError::Stopping))
+        };
+        deciding.instrument(span).await
     }
 
     /// A copy of the state, made between two commits without holding them up. None when the committer is stopping.
@@ -274,6 +282,7 @@ impl<L: Ledger> Running<L> {
                         }
                     }
                     () = tokio::time::sleep(IDLE_CATCH_UP) => {
+                        observed::catches_up("idle");
                         self.catch_up(&mut waiting).await?;
                         continue;
                     }
@@ -312,14 +321,22 @@ impl<L: Ledger> Running<L> {
         if batch.messages.is_empty() {
             // Saying no, or that all is so already, needs a fresh look: another writer may have changed it.
             let before = self.state.sequence();
-            let fresh = !batch.verdicts.iter().any(Verdict::depends_on_freshness) || self.catch_up(waiting).await?;
+            let mut fresh = true;
+            if batch.verdicts.iter().any(Verdict::depends_on_freshness) {
+                observed::catches_up("look");
+                fresh = self.catch_up(waiting).await?;
+            }
             if fresh && self.state.sequence() == before {
                 self.settle(batch, waiting, before);
             }
             return Ok(());
         }
         let expected = self.state.sequence();
-        match self.ledger.append(&batch.messages, expected).await {
+        let decisions = waiting.iter().take(batch.verdicts.len()).map(|submission| &submission.span);
+        let observed = observed::Commit::begin(decisions, batch.messages.len(), batch.verdicts.len());
+        let stored = self.ledger.append(&batch.messages, expected).instrument(observed.span()).await;
+        observed.end(&stored);
+        match stored {
             Ok(last) => {
                 crash_point!("commit-after-ack");
                 debug!(messages = batch.messages.len(), commands = batch.verdicts.len(), last, "committed");
@@ -351,6 +368,7 @@ impl<L: Ledger> Running<L> {
         waiting: &mut VecDeque<Submission>,
     ) -> Result<(), ReadError> {
         let unanswered = waiting.len();
+        observed::catches_up("retry");
         self.catch_up(waiting).await?;
         match problem {
             AppendError::TooLarge { messages, .. } => {

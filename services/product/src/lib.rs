@@ -12,6 +12,7 @@ pub mod commands;
 pub mod committer;
 pub mod http;
 pub mod inventory;
+pub mod observed;
 pub mod orders;
 pub mod projected;
 pub mod projection;

@@ -24,9 +24,10 @@ use tokio_postgres::Transaction;
 use tokio_postgres::binary_copy::BinaryCopyInWriter;
 use tokio_postgres::types::{Json, Type};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, info, warn};
+use tracing::{Instrument as _, debug, error, info, warn};
 use uuid::Uuid;
 
+use crate::observed::{self, Projecting};
 use crate::projected::Projected;
 
 /// Messages after which a transaction is cut at the next end of a batch.
@@ -138,6 +139,7 @@ pub async fn run<L: Ledger, A: AfterCommit>(
                 return Err(problem.into());
             }
             Err(problem) => {
+                observed::projection_failed();
                 warn!(%problem, pause_ms = pause.as_millis(), "no projection just now, orders are decided meanwhile; trying again")
             }
         }
@@ -201,7 +203,11 @@ async fn project<L: Ledger, A: AfterCommit>(
             told("what is renewed while it is idle", after_commit.idle(checkpoint)).await;
             continue;
         };
-        let applied = apply(&mut client, Schema::Live, &batch, checkpoint, reached).await?;
+        let mut observed = Projecting::begin(&batch);
+        let applying = apply(&mut client, Schema::Live, &batch, checkpoint, reached);
+        let applied =
+            applying.instrument(observed.transaction_span()).await.inspect_err(|problem| observed.failed(problem))?;
+        observed.committed(&applied.occurred);
         crash_point!("project-after-commit");
         debug!(from = checkpoint + 1, to = reached, "projected");
         checkpoint = reached;
@@ -210,7 +216,8 @@ async fn project<L: Ledger, A: AfterCommit>(
         if std::mem::replace(&mut table, applied.table) != applied.table {
             told("what begins with another schema", after_commit.became_active(checkpoint)).await;
         }
-        told("what follows a commit", after_commit.committed(checkpoint, &applied.changed)).await;
+        let span = observed.invalidate_span(applied.changed.len());
+        told("what follows a commit", after_commit.committed(checkpoint, &applied.changed)).instrument(span).await;
     }
 }
 
@@ -405,6 +412,8 @@ pub(crate) type Parsed = Result<lomash_contract::Envelope<LedgerEvent>, lomash_c
 struct Applied {
     /// The products whose rows changed.
     changed: Vec<ProductId>,
+    /// When the stock changed that it holds.
+    occurred: Vec<OffsetDateTime>,
     /// See [`Checkpoint::table`].
     table: u32,
 }
@@ -438,7 +447,8 @@ async fn apply(
     move_checkpoint(&transaction, schema, expected, reached, changes.skipped).await?;
     transaction.commit().await?;
     let changed = changes.products.values().filter(|row| row.changed).map(|row| row.details.product_id).collect();
-    Ok(Applied { changed, table: found.table })
+    let occurred = changes.movements.iter().map(|movement| movement.occurred_at).collect();
+    Ok(Applied { changed, occurred, table: found.table })
 }
 
 /// Moves the checkpoint from `expected` to `reached`; `skipped` more messages were not ours.

@@ -31,7 +31,7 @@ use crate::reconciliation::schedule as runs;
 use crate::schedule::Schedule;
 use crate::snapshots::{self, Snapshots};
 use crate::warehouse::Warehouse;
-use crate::{commands, http, orders, projection};
+use crate::{commands, http, observed, orders, projection};
 
 /// How long a stopping service tries to bring what it took in to a decision; what is not decided comes back.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
@@ -118,6 +118,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let cache = Cache::connect(config.redis_url.as_ref())?;
     let warehouse = config.warehouse_url.as_ref().map(|url| Warehouse::new(url, config.warehouse_token.clone()));
     let warehouse = warehouse.transpose()?;
+    observed::begin(config.redis_url.is_some().then_some(&cache));
     let mut tasks = Tasks::new();
     let health = Health::new();
     let checks = Checks::register(&health);
@@ -189,6 +190,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
             Ok(())
         }
     });
+    tasks.spawn(observed::watch(context.clone(), pool.clone(), committer.clone(), stop.clone()));
     tasks.spawn({
         let (committer, writing, stop) = (committer.clone(), writing.clone(), stop.clone());
         async move {

@@ -35,6 +35,12 @@ pub const MAX_REASON_CHARS: usize = 1_000;
 /// How long the stream may take to confirm a letter; the original is kept until it has.
 pub const STORE_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How many letters wait to be redriven or discarded; nothing when the server does not say.
+pub async fn count(context: &Context) -> Option<u64> {
+    let answer: Result<serde_json::Value, _> = context.request(format!("STREAM.INFO.{STREAM}"), &()).await;
+    answer.ok()?.pointer("/state/messages")?.as_u64()
+}
+
 /// A message and why it died.
 #[derive(Debug)]
 pub struct DeadLetter<'a> {

@@ -8,6 +8,7 @@
 pub mod dead_letter;
 mod jetstream;
 mod memory;
+mod observed;
 pub mod receive;
 pub mod streams;
 

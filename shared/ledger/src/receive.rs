@@ -7,7 +7,7 @@
 use std::convert::Infallible;
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_nats::HeaderMap;
 use async_nats::jetstream::consumer::{PriorityGroupState, PullConsumer, pull};
@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, debug, error, info, warn};
 
 use crate::dead_letter::DeadLetter;
+use crate::observed::{LagWatch, Observed, process_span, tell_settled};
 use crate::streams;
 
 /// How long one pull request waits at the server.
@@ -109,6 +110,8 @@ where
     H: Fn(Delivery) -> F,
     F: Future<Output = Settle> + Send,
 {
+    let observed = Observed::new(&receive);
+    let _lag = LagWatch::start(context.clone(), &receive);
     while !stop.is_cancelled() {
         let opened = tokio::select! {
             () = stop.cancelled() => break,
@@ -117,7 +120,7 @@ where
         match opened {
             Ok(messages) => {
                 info!(stream = receive.stream, consumer = receive.consumer, "receiving");
-                pump(&context, &receive, messages, &stop, &handler).await;
+                pump(&context, &receive, &observed, messages, &stop, &handler).await;
             }
             Err(problem) => warn!(consumer = receive.consumer, problem, "cannot receive yet, trying again"),
         }
@@ -146,6 +149,7 @@ async fn open(context: &Context, receive: &Receive) -> Result<pull::Stream, Stri
 async fn pump<H, F>(
     context: &Context,
     receive: &Receive,
+    observed: &Observed,
     mut messages: pull::Stream,
     stop: &CancellationToken,
     handler: &H,
@@ -172,7 +176,7 @@ async fn pump<H, F>(
                         pin = Some(given.to_string());
                     }
                     bytes_at_work += bytes;
-                    at_work.push(handle(context, receive, message, handler).map(move |()| bytes));
+                    at_work.push(handle(context, receive, observed, message, handler).map(move |()| bytes));
                 }
                 Some(Err(problem)) => {
                     debug!(consumer = receive.consumer, %problem, "pull interrupted");
@@ -219,6 +223,7 @@ async fn hand_over(context: &Context, receive: &Receive, group: &str, pin: &str)
 fn handle<'a, H, F>(
     context: &'a Context,
     receive: &'a Receive,
+    observed: &'a Observed,
     message: jetstream::Message,
     handler: &H,
 ) -> impl Future<Output = ()> + 'a + use<'a, H, F>
@@ -230,6 +235,8 @@ where
         Ok(info) => (info.stream_sequence, u64::try_from(info.delivered).unwrap_or(1), info.published),
         Err(_) => (0, 1, OffsetDateTime::UNIX_EPOCH),
     };
+    let since = Instant::now();
+    let span = process_span(receive, &message, sequence, deliveries);
     let (message, acker) = message.split();
     let delivery = Delivery {
         subject: message.subject.to_string(),
@@ -239,8 +246,8 @@ where
         deliveries,
         stored_at,
     };
-    let handled = std::panic::catch_unwind(AssertUnwindSafe(|| handler(delivery)));
-    let span = tracing::debug_span!("settle", consumer = receive.consumer, sequence);
+    let handled = std::panic::catch_unwind(AssertUnwindSafe(|| span.in_scope(|| handler(delivery))));
+    let told = span.clone();
     async move {
         let outcome = match (handled, receive.in_progress_every) {
             (Ok(future), None) => AssertUnwindSafe(future).catch_unwind().await,
@@ -259,6 +266,8 @@ where
                 Settle::Retry(PANIC_RETRY)
             }
         });
+        observed.settled(&settle, since);
+        tell_settled(&told, &settle);
         let kind = match settle {
             Settle::Done => AckKind::Ack,
             Settle::Retry(pause) => AckKind::Nak(Some(pause)),

@@ -1,10 +1,12 @@
-//! What every process needs and none should write again: logs, connections, migrations, shutdown.
+//! What every process needs and none should write again: logs, traces, metrics, connections, migrations, shutdown.
 
+pub mod metrics;
 pub mod nats;
 pub mod postgres;
 pub mod process;
 pub mod secret;
 pub mod shutdown;
 pub mod telemetry;
+pub mod trace;
 
 pub use secret::Secret;

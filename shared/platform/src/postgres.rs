@@ -1,12 +1,15 @@
 //! Connecting to Postgres, and the migrations of `sql/`.
 
+use std::collections::BTreeMap;
+use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
+use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod, Runtime, Status, WeakPool};
 use tokio_postgres::NoTls;
 
 use crate::Secret;
+use crate::metrics::{Labels, Metrics};
 
 /// Connections of one process.
 pub const MAX_CONNECTIONS: usize = 16;
@@ -40,7 +43,7 @@ fn config(url: &Secret) -> anyhow::Result<tokio_postgres::Config> {
 /// # Errors
 /// When `url` is not a Postgres URL.
 pub fn pool(url: &Secret) -> anyhow::Result<Pool> {
-    pool_of(config(url)?)
+    pool_of("main", config(url)?)
 }
 
 /// A pool for reads only, whose statements the server ends after `statement_timeout`.
@@ -54,18 +57,66 @@ pub fn pool_for_reads(url: &Secret, statement_timeout: Duration) -> anyhow::Resu
     let options =
         format!("{options} -c statement_timeout={} -c default_transaction_read_only=on", statement_timeout.as_millis());
     config.options(options);
-    pool_of(config)
+    pool_of("reads", config)
 }
 
-fn pool_of(config: tokio_postgres::Config) -> anyhow::Result<Pool> {
+fn pool_of(name: &'static str, config: tokio_postgres::Config) -> anyhow::Result<Pool> {
     let manager = Manager::from_config(config, NoTls, ManagerConfig { recycling_method: RecyclingMethod::Fast });
-    Pool::builder(manager)
+    let pool = Pool::builder(manager)
         .max_size(MAX_CONNECTIONS)
         .runtime(Runtime::Tokio1)
         .create_timeout(Some(CONNECT_TIMEOUT))
         .wait_timeout(Some(WAIT_TIMEOUT))
         .build()
-        .context("the Postgres pool cannot be built")
+        .context("the Postgres pool cannot be built")?;
+    observe(name, &pool);
+    Ok(pool)
+}
+
+/// The pools of this process by name; several of one name are added up.
+static POOLS: LazyLock<Mutex<Vec<(&'static str, WeakPool)>>> = LazyLock::new(|| {
+    let metrics = Metrics::of_process();
+    let help = "Connections of a Postgres pool, by whether they are in use";
+    metrics.gauges("lomash_postgres_pool_connections", help, || {
+        pool_use().into_iter().flat_map(|(pool, status)| -> [(Labels<2>, f64); 2] {
+            [
+                ([("pool", pool), ("state", "idle")], status.available as f64),
+                ([("pool", pool), ("state", "in_use")], status.size.saturating_sub(status.available) as f64),
+            ]
+        })
+    });
+    let help = "Most connections that a Postgres pool may have";
+    metrics.gauges("lomash_postgres_pool_max_connections", help, || {
+        pool_use().into_iter().map(|(pool, status)| ([("pool", pool)], status.max_size as f64))
+    });
+    let help = "Tasks that wait for a connection of a Postgres pool";
+    metrics.gauges("lomash_postgres_pool_waiting", help, || {
+        pool_use().into_iter().map(|(pool, status)| ([("pool", pool)], status.waiting as f64))
+    });
+    Mutex::default()
+});
+
+fn observe(name: &'static str, pool: &Pool) {
+    let mut pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
+    pools.retain(|(_, pool)| pool.upgrade().is_some());
+    pools.push((name, pool.weak()));
+}
+
+fn pool_use() -> BTreeMap<&'static str, Status> {
+    let mut by_name: BTreeMap<&'static str, Status> = BTreeMap::new();
+    for (name, pool) in POOLS.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+        let Some(status) = pool.upgrade().map(|pool| pool.status()) else { continue };
+        by_name
+            .entry(name)
+            .and_modify(|sum| {
+                sum.max_size += status.max_size;
+                sum.size += status.size;
+                sum.available += status.available;
+                sum.waiting += status.waiting;
+            })
+            .or_insert(status);
+    }
+    by_name
 }
 
 /// A single connection, outside any pool.

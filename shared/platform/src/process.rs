@@ -1,4 +1,4 @@
-//! The frame of a service's process: logs, signals, and the tasks it consists of.
+//! The frame of a service's process: logs and traces, signals, and the tasks it consists of.
 
 use std::future::Future;
 use std::process::ExitCode;
@@ -7,26 +7,35 @@ use anyhow::{Context as _, bail};
 use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 
+use crate::metrics;
 use crate::shutdown;
 use crate::telemetry::{self, LogFormat};
 
-/// What a service's `main` does: starts logging, runs `service` until a signal or its own end, and says how it ended.
-pub async fn main<F>(log_format: LogFormat, service: impl FnOnce(CancellationToken) -> F) -> ExitCode
+/// What a service's `main` does: starts logs and traces as `name`, runs `service` until a signal or its own end, says how it
+/// ended, and sends the last spans.
+pub async fn main<F>(
+    name: &'static str,
+    log_format: LogFormat,
+    service: impl FnOnce(CancellationToken) -> F,
+) -> ExitCode
 where
     F: Future<Output = anyhow::Result<()>>,
 {
-    telemetry::init(log_format, telemetry::SERVICE_FILTER);
+    let telemetry = telemetry::start(name, log_format, telemetry::SERVICE_FILTER);
+    metrics::tell_build(name);
     let ended = match shutdown::token() {
         Ok(stop) => service(stop).await,
         Err(error) => Err(error.into()),
     };
-    match ended {
+    let code = match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
             ExitCode::FAILURE
         }
-    }
+    };
+    telemetry.stop().await;
+    code
 }
 
 /// The tasks of a service, none of which may end before it is told to: the first one that does ends the process, and a

@@ -20,6 +20,7 @@ pub mod extract;
 pub mod health;
 mod jwks;
 pub mod limits;
+mod observed;
 pub mod problem;
 pub mod routes;
 pub mod server;

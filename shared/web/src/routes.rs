@@ -1,4 +1,5 @@
-//! Routes of a service that answers from its first moment on: health at once, all else when the rest has started.
+//! Routes of a service that answers from its first moment on: health and metrics at once, all else when the rest has
+//! started.
 
 use std::sync::{Arc, OnceLock};
 
@@ -12,7 +13,7 @@ use utoipa::openapi::OpenApi;
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
 
 use crate::problem::{no_such_method, no_such_route};
-use crate::{Health, HttpConfig, Problem, server};
+use crate::{Health, HttpConfig, Problem, observed, server};
 
 /// The routes of a service that is still starting: health is told at once, all else when it is [opened](Self::open).
 #[derive(Clone, Debug, Default)]
@@ -23,13 +24,16 @@ impl Routes {
     pub fn application(&self, config: &HttpConfig, health: &Health) -> Router {
         // As a fallback and not as a route for every path: what that captures would be a parameter of the routes behind.
         let later = any(later).with_state(self.clone());
-        server::framed(health.routes().method_not_allowed_fallback(no_such_method).fallback_service(later), config)
+        let open = health.routes().merge(observed::routes());
+        let open = server::with_known_routes(open.method_not_allowed_fallback(no_such_method));
+        server::framed(open.fallback_service(later), config)
     }
 
     /// From now on `routes` are there; what they do not know is answered with a problem.
     pub fn open(&self, routes: Router) {
         // A second opening would change nothing; there is none.
-        let _ = self.0.set(routes.fallback(no_such_route).method_not_allowed_fallback(no_such_method));
+        let routes = routes.fallback(no_such_route).method_not_allowed_fallback(no_such_method);
+        let _ = self.0.set(server::with_known_routes(routes));
     }
 }
 

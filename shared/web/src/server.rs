@@ -10,13 +10,13 @@
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use axum::Router;
-use axum::extract::{DefaultBodyLimit, Request};
+use axum::extract::{DefaultBodyLimit, MatchedPath, Request};
 use axum::http::header::X_CONTENT_TYPE_OPTIONS;
 use axum::http::{HeaderName, HeaderValue};
 use axum::middleware::{self, Next};
@@ -38,6 +38,7 @@ use uuid::Uuid;
 use crate::config::HttpConfig;
 use crate::health::Health;
 use crate::limits::{MAX_BUFFER_BYTES, MAX_HEADER_BYTES, MAX_HEADERS};
+use crate::observed;
 use crate::problem::{Problem, no_such_method, no_such_route};
 
 /// Pause after a connection could not be accepted: mostly there are no file descriptors left.
@@ -45,20 +46,40 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 static REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
 
+/// What the request that a task is about is known by.
+struct Known {
+    id: Uuid,
+    /// The template of its route, once that is found.
+    route: OnceLock<MatchedPath>,
+}
+
 tokio::task_local! {
-    static REQUEST_ID: Uuid;
+    static REQUEST: Known;
 }
 
 /// The id of the request that this task is about; None outside of one.
 #[must_use]
 pub fn request_id() -> Option<Uuid> {
-    REQUEST_ID.try_with(|id| *id).ok()
+    REQUEST.try_with(|known| known.id).ok()
+}
+
+/// Notes which route a request took, for metrics and traces; to be put around the routes themselves.
+pub(crate) fn with_known_routes(routes: Router) -> Router {
+    routes.layer(middleware::from_fn(note_route))
+}
+
+async fn note_route(request: Request, next: Next) -> Response {
+    if let Some(path) = request.extensions().get::<MatchedPath>() {
+        // Outside of a request there is nobody to know it; and the first one found is the route.
+        let _ = REQUEST.try_with(|known| known.route.set(path.clone()));
+    }
+    next.run(request).await
 }
 
 /// Puts around the routes of a service what every request passes through: its id and log line, panics as 500, body
 /// limits, and problems for what is not there. To be called last, with all routes.
 pub fn application(routes: Router, config: &HttpConfig) -> Router {
-    framed(routes.fallback(no_such_route).method_not_allowed_fallback(no_such_method), config)
+    framed(with_known_routes(routes.fallback(no_such_route).method_not_allowed_fallback(no_such_method)), config)
 }
 
 /// The same for routes that have their own answer to unknown paths and methods.
@@ -83,8 +104,16 @@ async fn in_context(request: Request, next: Next) -> Response {
     let id = Uuid::new_v4();
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let span = debug_span!("request", request.id = %id);
+    let traced = observed::server_span(&request, id);
     let started = Instant::now();
-    let mut response = REQUEST_ID.scope(id, next.run(request)).instrument(span).await;
+    let answering = async {
+        let response = next.run(request).await;
+        (response, REQUEST.with(|known| known.route.get().cloned()))
+    };
+    let known = Known { id, route: OnceLock::new() };
+    let answering = REQUEST.scope(known, answering).instrument(span).instrument(traced.clone());
+    let (mut response, route) = answering.await;
+    observed::answered(&traced, &method, route.as_ref().map(MatchedPath::as_str), response.status(), started.elapsed());
     debug!(request.id = %id, %method, path, status = response.status().as_u16(),
         duration_ms = started.elapsed().as_millis(), "answered");
     let headers = response.headers_mut();

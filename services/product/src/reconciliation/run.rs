@@ -28,6 +28,7 @@ use super::{
 use crate::commands::Writer;
 use crate::committer::CommandError;
 use crate::inventory::{Action, Count, Outcome, ProductCommand, Rejection};
+use crate::observed;
 use crate::schedule::JobsError;
 use crate::warehouse::Warehouse;
 
@@ -492,6 +493,7 @@ fn refused(row: Row, refusal: Refusal) -> Row {
 
 /// One record for each run that came to a rest.
 fn tell(report: &Report) {
+    observed::reconciled(report.status.as_str());
     let Report { id, status, started_by, requested_by, request, totals, sequence, attempts, .. } = report;
     let duration = match (report.started_at, report.finished_at) {
         (Some(from), Some(to)) => (to.get() - from.get()).whole_milliseconds(),
