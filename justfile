@@ -50,7 +50,7 @@ orders FILE *ARGS: _programs
 verify *ARGS: _programs
     exec '{{ lomash }}' verify {{ ARGS }}
 
-# Build the projection anew from the stream, beside the live one, and swap them; `--rollback` swaps back
+# Build a projection anew from the stream, beside the live one, and swap them (`analytics`: the stock metrics); `--rollback` swaps back
 [group('operate')]
 rebuild *ARGS: _programs
     exec '{{ lomash }}' rebuild {{ ARGS }}
@@ -59,6 +59,11 @@ rebuild *ARGS: _programs
 [group('operate')]
 reconcile *ARGS: _programs
     exec '{{ lomash }}' reconcile {{ ARGS }}
+
+# Dead letters: `list`, `show N`, `redrive N --yes`, `discard N --yes`; by filter or `--all`, too
+[group('operate')]
+dlq *ARGS: _programs
+    exec '{{ lomash }}' dlq {{ ARGS }}
 
 # Show streams, consumers, lag and checkpoints
 [group('operate')]
@@ -82,7 +87,7 @@ test *ARGS: _setup
     cargo build --workspace --all-targets --locked
     cargo test --locked {{ if ARGS == "" { "--workspace" } else { ARGS } }}
 
-# Write docs/openapi.json anew from the code
+# Write docs/openapi.json and docs/openapi-analytics.json anew from the code
 [group('develop')]
 openapi: _setup
     UPDATE_OPENAPI=1 cargo test --locked --workspace --test integration the_committed_copy

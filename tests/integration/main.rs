@@ -1,11 +1,14 @@
 //! Tests on real servers, each with a world of its own. One program, so that what they share is compiled and linked once.
 #![allow(clippy::unwrap_used)]
 
+mod analytics;
 mod cache;
+mod dead_letters;
 mod http;
 mod http_faults;
 mod imports;
 mod ledger_suite;
+mod notification;
 mod openapi;
 mod orders;
 mod projection;
@@ -15,3 +18,4 @@ mod reconciliation;
 mod replicas;
 mod snapshots;
 mod streams_files;
+mod telemetry;

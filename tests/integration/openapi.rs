@@ -27,10 +27,34 @@ fn operations(document: &Value) -> Vec<(String, &Value)> {
     names.into_iter().map(operation).collect()
 }
 
+/// What each service says of itself, and where its copy is.
+fn documents() -> [(&'static str, Value); 3] {
+    let analytics = serde_json::to_value(analytics_service::http::document()).unwrap();
+    let notification = serde_json::to_value(notification_service::http::document()).unwrap();
+    [("openapi.json", document()), ("openapi-analytics.json", analytics), ("openapi-notification.json", notification)]
+}
+
 #[test]
 fn the_committed_copy_is_what_the_code_says() {
-    let copy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/openapi.json");
-    let made = format!("{}\n", serde_json::to_string_pretty(&document()).unwrap());
+    for (file, document) in documents() {
+        compare_with_copy(file, &document);
+    }
+}
+
+#[test]
+fn every_operation_of_the_notification_service_tells_its_answers() {
+    let document = serde_json::to_value(notification_service::http::document()).unwrap();
+    for (name, operation) in operations(&document) {
+        for needed in ["200", "400", "401", "403", "429", "503"] {
+            assert!(operation["responses"][needed]["headers"]["X-Request-Id"].is_object(), "{name} {needed}");
+        }
+    }
+    assert_eq!(document["security"], serde_json::json!([{ "bearer": [] }]));
+}
+
+fn compare_with_copy(file: &str, document: &Value) {
+    let copy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs").join(file);
+    let made = format!("{}\n", serde_json::to_string_pretty(document).unwrap());
     if std::env::var_os(UPDATE_VARIABLE).is_some() {
         std::fs::write(&copy, &made).unwrap();
         return;
@@ -38,10 +62,7 @@ fn the_committed_copy_is_what_the_code_says() {
     let committed = std::fs::read_to_string(&copy).unwrap_or_default();
     let differs = committed.lines().zip(made.lines()).position(|(ours, made)| ours != made);
     let line = differs.unwrap_or_else(|| committed.lines().count().min(made.lines().count())) + 1;
-    assert!(
-        committed == made,
-        "docs/openapi.json is not what the code says, from line {line} on; renew it: just openapi"
-    );
+    assert!(committed == made, "docs/{file} is not what the code says, from line {line} on; renew it: just openapi");
 }
 
 #[test]
@@ -56,23 +77,29 @@ fn it_is_openapi_3_1_and_every_reference_leads_somewhere() {
             _ => {}
         }
     }
-    let document = document();
-    assert!(document["openapi"].as_str().unwrap().starts_with("3.1."));
-    assert!(document["info"]["title"].is_string() && document["info"]["version"].is_string());
-    let mut found = BTreeSet::new();
-    references(&document, &mut found);
-    assert!(!found.is_empty());
-    for reference in found {
-        let pointer = reference.strip_prefix('#').unwrap();
-        assert!(document.pointer(pointer).is_some(), "{reference} leads nowhere");
+    for (_, document) in documents() {
+        assert!(document["openapi"].as_str().unwrap().starts_with("3.1."));
+        assert!(document["info"]["title"].is_string() && document["info"]["version"].is_string());
+        let mut found = BTreeSet::new();
+        references(&document, &mut found);
+        assert!(!found.is_empty());
+        for reference in found {
+            let pointer = reference.strip_prefix('#').unwrap();
+            assert!(document.pointer(pointer).is_some(), "{reference} leads nowhere");
+        }
     }
 }
 
 #[test]
 fn every_operation_says_who_it_is_and_what_it_refuses() {
-    let document = document();
-    let operations = operations(&document);
-    assert!(operations.len() >= 16, "{}", operations.len());
+    for ((_, document), least) in documents().iter().zip([16, 4]) {
+        say_who_they_are(document, least);
+    }
+}
+
+fn say_who_they_are(document: &Value, least: usize) {
+    let operations = operations(document);
+    assert!(operations.len() >= least, "{}", operations.len());
     let mut ids = BTreeSet::new();
     for (name, operation) in operations {
         let id = operation["operationId"].as_str().unwrap_or_else(|| panic!("{name} has no operationId"));
@@ -108,11 +135,12 @@ fn every_operation_says_who_it_is_and_what_it_refuses() {
 
 #[test]
 fn every_operation_needs_a_token() {
-    let document = document();
-    assert_eq!(document["security"], serde_json::json!([{ "bearer": [] }]));
-    assert_eq!(document["components"]["securitySchemes"]["bearer"]["scheme"], "bearer");
-    for (name, operation) in operations(&document) {
-        assert!(operation.get("security").is_none(), "{name} has a security of its own");
+    for (_, document) in documents() {
+        assert_eq!(document["security"], serde_json::json!([{ "bearer": [] }]));
+        assert_eq!(document["components"]["securitySchemes"]["bearer"]["scheme"], "bearer");
+        for (name, operation) in operations(&document) {
+            assert!(operation.get("security").is_none(), "{name} has a security of its own");
+        }
     }
 }
 

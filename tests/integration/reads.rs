@@ -24,6 +24,7 @@ use lomash_contract::{
 use lomash_ledger::{AppendError, BatchPosition, Carried, Ledger, Messages, NewMessage, ReadError, StoredMessage};
 use lomash_platform::Secret;
 use lomash_platform::postgres::Schema;
+use lomash_platform::reader::Unreadable;
 use lomash_tests::{Dice, PATIENCE, World, count, eventually, nowhere, order};
 use product_service::projected::{NotYetProjected, Projected, WAIT_TIMEOUT};
 use product_service::projection::{self, AFTER_COMMIT_TIMEOUT, AfterCommit};
@@ -453,7 +454,8 @@ impl Shop {
         let postgres = Postgres::start(&dir.path().join("postgres")).await?;
         let url = Secret::from(postgres.url());
         let pool = lomash_platform::postgres::pool(&url)?;
-        let (stop, projected) = (CancellationToken::new(), Projected::new(pool.clone()));
+        let (stop, projected) =
+            (CancellationToken::new(), Projected::new(pool.clone(), &lomash_platform::postgres::INVENTORY));
         let projecting =
             projection::run(books.told.clone(), pool, url.clone(), projected.clone(), after_commit, stop.clone());
         let projector = tokio::spawn(projecting);
@@ -718,7 +720,7 @@ async fn a_reader_waits_for_what_it_wrote() -> Result<()> {
     shop.caught_up().await?;
     // Another replica, whose projector is not the active one.
     let pool = lomash_platform::postgres::pool(&shop.url)?;
-    let elsewhere = Projected::new(pool.clone());
+    let elsewhere = Projected::new(pool.clone(), &lomash_platform::postgres::INVENTORY);
     assert_eq!(elsewhere.reached(), 0, "nobody asked");
 
     for round in 0..20 {
@@ -767,7 +769,7 @@ async fn a_reader_waits_for_what_it_wrote() -> Result<()> {
     assert_eq!(second.await??, wanted);
 
     // Without Postgres it is "not yet", in time.
-    let lost = Projected::new(lomash_platform::postgres::pool(&nowhere())?);
+    let lost = Projected::new(lomash_platform::postgres::pool(&nowhere())?, &lomash_platform::postgres::INVENTORY);
     let began = Instant::now();
     assert_eq!(lost.wait_for(1).await, Err(NotYetProjected { wanted: 1, reached: 0 }));
     assert!(began.elapsed() < WAIT_TIMEOUT * 3);
@@ -896,15 +898,22 @@ const FIRST_MOVEMENT: i64 = 1_770_000_000;
 /// that lets one in fifty through.
 const MOST_ROWS: f64 = 15_000.0;
 
+/// Makes the server log the plan of each statement of connections that are made from now on.
+pub(super) const WATCHED: &str = "ALTER ROLE CURRENT_USER SET session_preload_libraries = 'auto_explain';
+     ALTER ROLE CURRENT_USER SET auto_explain.log_min_duration = 0;
+     ALTER ROLE CURRENT_USER SET auto_explain.log_analyze = on;
+     ALTER ROLE CURRENT_USER SET auto_explain.log_timing = off;
+     ALTER ROLE CURRENT_USER SET auto_explain.log_format = json";
+
 /// What Postgres did for a statement, as `auto_explain` logs it.
 #[derive(Debug)]
-struct Done {
+pub(super) struct Done {
     nodes: Vec<(String, String)>,
-    rows: f64,
+    pub(super) rows: f64,
 }
 
 impl Done {
-    fn of(plan: &Value) -> Self {
+    pub(super) fn of(plan: &Value) -> Self {
         let mut done = Self { nodes: Vec::new(), rows: 0.0 };
         done.take(plan);
         done
@@ -926,19 +935,19 @@ impl Done {
         }
     }
 
-    fn uses(&self, index: &str) -> bool {
+    pub(super) fn uses(&self, index: &str) -> bool {
         self.nodes.iter().any(|(_, on)| on == index)
     }
 
     /// Tables that were read from beginning to end. The checkpoint is one row.
-    fn read_whole(&self) -> Vec<&str> {
+    pub(super) fn read_whole(&self) -> Vec<&str> {
         let whole = self.nodes.iter().filter(|(kind, on)| kind == "Seq Scan" && on != "checkpoint");
         whole.map(|(_, on)| on.as_str()).collect()
     }
 }
 
 /// The plans in what was added to a log.
-fn plans(log: &str) -> Vec<Value> {
+pub(super) fn plans(log: &str) -> Vec<Value> {
     let mut plans = Vec::new();
     let mut lines = log.lines().peekable();
     while let Some(line) = lines.next() {
@@ -1021,17 +1030,12 @@ async fn every_read_of_a_hundred_thousand_products_comes_by_an_index() -> Result
     fill(&database).await?;
     // Timed without being watched, looked at with.
     let plain = Reads::new(&url)?;
-    let watched = "ALTER ROLE CURRENT_USER SET session_preload_libraries = 'auto_explain';
-                   ALTER ROLE CURRENT_USER SET auto_explain.log_min_duration = 0;
-                   ALTER ROLE CURRENT_USER SET auto_explain.log_analyze = on;
-                   ALTER ROLE CURRENT_USER SET auto_explain.log_timing = off;
-                   ALTER ROLE CURRENT_USER SET auto_explain.log_format = json";
     let product = |number: u128| ProductId(numbered(number));
     let (busy, quiet) = (product(1), product(77_777));
     plain.product(busy).await?;
     let middle = plain.products(&ProductQuery { limit: 1, ..list("sku") }).await?.value;
     assert_eq!(middle.items[0].product_id, busy, "product 1 is the first");
-    database.batch_execute(watched).await?;
+    database.batch_execute(WATCHED).await?;
     let reads = Reads::new(&url)?;
 
     let log = postgres.log();
@@ -1302,7 +1306,10 @@ async fn reads_go_on_while_schemas_are_swapped() -> Result<()> {
     service.stop().await?;
     world.database().await?.batch_execute("DROP SCHEMA inventory CASCADE").await?;
     let gone = reads.product(products[0]).await.unwrap_err();
-    assert!(matches!(&gone, QueryError::Unavailable { cause, .. } if cause.contains("does not exist")), "{gone}");
+    assert!(
+        matches!(&gone, QueryError::Unavailable(Unreadable { cause, .. }) if cause.contains("does not exist")),
+        "{gone}"
+    );
     let service = world.run_service().await?;
     world.quiet().await?;
     let last = world.last_sequence().await?;

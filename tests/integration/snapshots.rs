@@ -94,6 +94,14 @@ async fn replace(world: &World, info: &ObjectInfo, bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
+/// The same parts behind another label.
+fn relabelled(bytes: &[u8], label: &Value) -> Vec<u8> {
+    let (length, rest) = bytes.split_first_chunk::<4>().unwrap();
+    let label = rmp_serde::to_vec_named(label).unwrap();
+    let parts = &rest[u32::from_be_bytes(*length) as usize..];
+    [&u32::try_from(label.len()).unwrap().to_be_bytes(), label.as_slice(), parts].concat()
+}
+
 /// A world with a product, in which the service has decided an order and is stopped again.
 async fn traded() -> Result<(World, ProductId)> {
     let world = World::without_postgres().await?;
@@ -203,24 +211,36 @@ async fn a_snapshot_of_another_format_or_another_ledger_is_not_used() -> Result<
     let state = save(&world).await?;
     let good = stored(&world).await?.remove(0);
     let bytes = content(&world, &good.name).await?;
+    let (sequence, skipped) = (state.sequence(), 7);
+    let ledger = |created: Value, id: Value| json!({ "streamCreated": created, "lastMessageId": id });
+    let of = &label(&good)["ledger"];
+    let (created, id) = (of["streamCreated"].clone(), of["lastMessageId"].clone());
     for (what, change) in [
         ("an older format", json!({ "format": 0 })),
         ("a newer format", json!({ "format": 2, "unheardOf": true })),
-        ("another stream", json!({ "ledger": { "streamCreated": "2020-01-01T00:00:00Z", "lastMessageId": null } })),
-        ("another sequence than in it", json!({ "sequence": state.sequence() - 1 })),
-        ("beyond the end", json!({ "sequence": state.sequence() + 1 })),
-        ("no label", json!(null)),
+        ("another stream", json!({ "ledger": ledger(json!("2020-01-01T00:00:00Z"), id) })),
+        ("another message", json!({ "ledger": ledger(created.clone(), json!(Uuid::new_v4())) })),
+        ("beyond the end", json!({ "sequence": sequence + 1, "ledger": ledger(created, json!(null)) })),
     ] {
+        // The same in the snapshot and beside it, so that only what is named can be the reason.
         let mut text = label(&good);
-        match change {
-            Value::Object(change) => text.as_object_mut().unwrap().extend(change),
-            other => text = other,
-        }
+        text.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
         let mut info = good.clone();
         info.metadata.insert("label".to_owned(), text.to_string());
+        replace(&world, &info, &relabelled(&bytes, &text)).await?;
+        assert_eq!(newest(&world).await, None, "{what}");
+    }
+    let mut other = label(&good);
+    other["skipped"] = json!(skipped);
+    for (what, beside) in [("another label than in it", other.to_string()), ("no label", String::new())] {
+        let mut info = good.clone();
+        info.metadata.insert("label".to_owned(), beside);
         replace(&world, &info, &bytes).await?;
         assert_eq!(newest(&world).await, None, "{what}");
     }
+    // Written anew as it was it is used: what is refused above is refused for its label.
+    replace(&world, &good, &relabelled(&bytes, &label(&good))).await?;
+    assert_eq!(newest(&world).await.as_ref(), Some(&state));
     replace(&world, &good, &bytes).await?;
     assert_eq!(newest(&world).await.as_ref(), Some(&state));
 

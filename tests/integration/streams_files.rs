@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result};
 use futures::StreamExt;
 use lomash::stack::{Nats, log_tail, scratch};
 use lomash_contract::{EventId, Topic};
-use lomash_ledger::{AppendError, Ledger, NewMessage, streams};
+use lomash_ledger::{AppendError, Ledger, NewMessage, streams, suspects};
 use lomash_tests::{PATIENCE, World, start_until_ready};
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
@@ -92,10 +92,11 @@ async fn the_server_takes_every_file_as_it_is_and_keeps_every_field() -> Result<
         let file: Map<String, Value> = serde_json::from_str(&text)?;
         let (stream, consumer) = name.split_once('.').expect("STREAM.consumer.json");
         assert_eq!(file["durable_name"], *consumer, "the file is named after its consumer");
-        let filter = file["filter_subject"].as_str().unwrap();
+        // One filter is part of the subject, several are not.
+        let filter = file.get("filter_subject").map(|filter| format!(".{}", filter.as_str().unwrap()));
         // The file in the place where the CLI puts it, not read and written again.
         let body = format!("{{\"stream_name\":\"{stream}\",\"config\":{text},\"action\":\"create\"}}");
-        let subject = format!("CONSUMER.CREATE.{stream}.{consumer}.{filter}");
+        let subject = format!("CONSUMER.CREATE.{stream}.{consumer}{}", filter.unwrap_or_default());
         let answer = request(&client, subject, body).await?;
         assert_eq!(answer.get("error"), None, "{name} is refused");
         let info = request(&client, format!("CONSUMER.INFO.{stream}.{consumer}"), "").await?;
@@ -136,6 +137,32 @@ fn the_services_apply_exactly_the_files() -> Result<()> {
         .collect();
     assert_eq!(applied_streams, parsed(files(folder())?)?);
     assert_eq!(applied_consumers, parsed(consumer_files()?)?);
+    Ok(())
+}
+
+/// What a consumer gives up is told to nobody, unless the consumer of its name in `ADVISORIES` hears of it.
+#[test]
+fn whatever_can_be_given_up_is_heard() -> Result<()> {
+    let consumers = consumer_files()?;
+    let mut heard = 0;
+    for (name, text) in &consumers {
+        let file: Value = serde_json::from_str(text)?;
+        let (stream, consumer) = name.split_once('.').unwrap();
+        if stream == streams::ADVISORIES {
+            assert_eq!((&file["max_deliver"], &file["max_ack_pending"]), (&json!(-1), &json!(1)), "{name}");
+            continue;
+        }
+        if file["max_deliver"] == json!(-1) {
+            continue;
+        }
+        assert!(file["max_deliver"].as_i64().is_some_and(|times| times > 2), "{name}: more than among others");
+        let hears = consumers.get(&format!("{}.{consumer}", streams::ADVISORIES)).context(name.clone())?;
+        let hears: Value = serde_json::from_str(hears)?;
+        let advisory = format!("$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.{stream}.{consumer}");
+        assert_eq!(hears["filter_subjects"], json!([advisory, suspects::subject(stream, consumer)]), "{name}");
+        heard += 1;
+    }
+    assert!(heard >= 2, "{heard}");
     Ok(())
 }
 

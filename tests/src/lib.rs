@@ -6,6 +6,7 @@
 //! a time that it hopes is enough: it follows the stream, or looks again and again until a named deadline.
 
 pub mod http;
+pub mod traces;
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -195,7 +196,15 @@ impl World {
     /// # Errors
     /// When its program is not built.
     pub fn service(&self, name: &str) -> anyhow::Result<Service> {
-        let program = lomash::up::program(PROGRAM)?;
+        self.service_of(PROGRAM, name)
+    }
+
+    /// The same for another program of this package.
+    ///
+    /// # Errors
+    /// When it is not built.
+    pub fn service_of(&self, program: &str, name: &str) -> anyhow::Result<Service> {
+        let program = lomash::up::program(program)?;
         let log = self.dir().join(format!("{name}.log"));
         let address = format!("127.0.0.1:{}", free_port()?);
         let service = Service::new(name, &program, &log)

@@ -2,17 +2,32 @@
 
 use std::time::Duration;
 
+use async_nats::Client;
+use async_nats::connection::State;
 use clap::Parser;
-use lomash_ledger::streams;
+use deadpool_postgres::Pool;
+use lomash_ledger::{JetStreamLedger, receive, streams};
+use lomash_platform::postgres::ANALYTICS;
 use lomash_platform::process::Tasks;
+use lomash_platform::projected::Projected;
 use lomash_platform::telemetry::LogFormat;
-use lomash_platform::{Secret, nats};
+use lomash_platform::{Secret, nats, postgres};
+use lomash_web::health::Check;
 use lomash_web::{Health, HttpConfig, Routes, Server, Verifier};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use crate::http::Api;
+use crate::projection::ProjectionError;
+use crate::reads::Reads;
+use crate::{http, observed, projection, rows};
+
 /// How long the last acknowledgements may take to leave.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How often `/readyz` looks at its parts, and how long Postgres may take to answer.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+const LOOK_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The analytics service of Lomash Inventory.
 #[derive(Clone, Debug, Parser)]
@@ -49,10 +64,12 @@ pub struct Config {
 /// # Errors
 /// When it cannot start, or finds something that trying again cannot mend.
 pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
+    let pool = postgres::pool(&config.database_url)?;
+    observed::begin();
     let mut tasks = Tasks::new();
     let health = Health::new();
-    let stream = health.check("stream", true);
-    let _verifier = Verifier::start(&config.http.tokens, &health, stop.clone()).await?;
+    let checks = Checks { stream: health.check("stream", true), metrics: health.check("metrics", true) };
+    let verifier = Verifier::start(&config.http.tokens, &health, stop.clone()).await?;
     let routes = Routes::default();
     let server = Server::bind(&config.http).await?;
     let serving = server.serve(routes.application(&config.http, &health), health.clone(), stop.clone());
@@ -66,8 +83,22 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     for difference in streams::apply(&context, config.stream_replicas).await? {
         warn!(%difference, "the server differs from streams/");
     }
-    stream.ready("connected");
-    routes.open(axum::Router::new());
+
+    let ledger = JetStreamLedger::new(context.clone(), streams::INVENTORY);
+    let projected = Projected::new(pool.clone(), &ANALYTICS);
+    let (queue, queued) = projection::queue();
+    let url = config.database_url.clone();
+    tasks.spawn(projection::run(ledger, pool.clone(), url, projected.clone(), queued, stop.clone()));
+    tasks.spawn({
+        let stop = stop.clone();
+        async move {
+            receive::run(context, projection::receive(), stop, |delivery| queue.handle(delivery)).await;
+            Ok(())
+        }
+    });
+    tasks.spawn(checks.watch(client.clone(), pool, stop.clone()));
+    let api = Api { reads: Reads::new(&config.database_url)?, projected };
+    routes.open(http::routes(api, verifier, &config.http));
     info!("ready");
 
     let outcome = tasks.until(&stop).await;
@@ -78,4 +109,36 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         warn!("the last acknowledgements may be lost; their messages come back and are known");
     }
     outcome
+}
+
+/// What `/readyz` says: without Postgres there is neither anything to answer from nor to write into, so both parts are
+/// required.
+struct Checks {
+    stream: Check,
+    metrics: Check,
+}
+
+impl Checks {
+    async fn watch(self, client: Client, pool: Pool, stop: CancellationToken) -> anyhow::Result<()> {
+        loop {
+            match client.connection_state() {
+                State::Connected => self.stream.ready("connected"),
+                state => self.stream.not_ready(format!("no connection to NATS ({state})")),
+            }
+            match tokio::time::timeout(LOOK_TIMEOUT, look(&pool)).await {
+                Ok(Ok(checkpoint)) => self.metrics.ready(format!("at {checkpoint}")),
+                Ok(Err(problem)) => self.metrics.not_ready(problem.to_string()),
+                Err(_) => self.metrics.not_ready("Postgres does not answer"),
+            }
+            tokio::select! {
+                () = stop.cancelled() => return Ok(()),
+                () = tokio::time::sleep(LOOK_EVERY) => {}
+            }
+        }
+    }
+}
+
+async fn look(pool: &Pool) -> Result<u64, ProjectionError> {
+    let client = pool.get().await.map_err(|error| ProjectionError::Postgres(error.to_string()))?;
+    rows::checkpoint(&client, ANALYTICS.live).await
 }

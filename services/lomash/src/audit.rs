@@ -814,6 +814,11 @@ impl Audit {
         }
     }
 
+    /// A message of `ORDERS`, by its sequence, that waits to be tried alone: it owes nothing yet.
+    pub fn observe_suspect(&mut self, sequence: u64) {
+        self.letters.insert(sequence);
+    }
+
     /// A message of `ORDERS` that is no order.
     pub fn observe_malformed_order(&mut self, sequence: u64, problem: &str) {
         self.totals.malformed_orders += 1;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use lomash::{bench, demo, import, orders, rebuild, reconcile, status, token, up, verify};
+use lomash::{bench, demo, dlq, import, mail_sink, orders, rebuild, reconcile, status, token, up, verify};
 use lomash_platform::telemetry::{self, LogFormat};
 
 /// Lomash Inventory: stock that is never oversold, lost or double-counted.
@@ -20,7 +20,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Start NATS, Postgres, Redis and the services on this machine, until Ctrl-C.
+    /// Start NATS, Postgres, Redis, a mail server and the services on this machine, until Ctrl-C.
     Up(up::UpArgs),
     /// Show the whole way of orders on real servers, check every number, and end.
     Demo(demo::DemoArgs),
@@ -35,10 +35,16 @@ enum Command {
     Rebuild(rebuild::RebuildArgs),
     /// Correct the stock by the counts of the warehouse.
     Reconcile(reconcile::ReconcileArgs),
+    /// Look through dead letters, bring their messages back, or remove them.
+    #[command(subcommand)]
+    Dlq(dlq::DlqCommand),
     /// Measure this system beside its rivals and the limit of the server.
     Bench(bench::BenchArgs),
     /// Show streams, consumers, lag and checkpoints.
     Status(status::StatusArgs),
+    /// Keep mails as files instead of delivering them; `up` starts it.
+    #[command(hide = true)]
+    MailSink(mail_sink::MailSinkArgs),
     /// Mint a bearer token for development.
     Token(token::TokenArgs),
 }
@@ -55,8 +61,10 @@ async fn main() -> ExitCode {
         Command::Verify(args) => verify::run(args).await,
         Command::Rebuild(args) => rebuild::run(args).await,
         Command::Reconcile(args) => reconcile::run(args).await,
+        Command::Dlq(command) => dlq::run(command).await,
         Command::Bench(args) => bench::run(args).await,
         Command::Status(args) => status::run(args).await,
+        Command::MailSink(args) => mail_sink::run(args).await.map(|()| ExitCode::SUCCESS),
         Command::Token(args) => token::run(&args).map(|()| ExitCode::SUCCESS),
     };
     telemetry.stop().await;

@@ -9,19 +9,23 @@
 //!    is the reason to rebuild, so it prevents the swap only when asked to.
 //! 3. Load on to the end of the stream, and swap.
 
+mod metrics;
+
 use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context as _, bail};
 use async_nats::jetstream::Context;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use comfy_table::Cell;
 use lomash_ledger::{JetStreamLedger, Ledger, streams};
 use lomash_platform::Secret;
-use lomash_platform::postgres::{self, Schema};
-use product_service::rebuild::{CLOSE, Rebuild, checkpoint, roll_back};
+use lomash_platform::postgres::{self, ANALYTICS, Family, INVENTORY, Schema};
+use lomash_platform::schemas::{self, Swapped};
+use product_service::rebuild::{CLOSE, Rebuild, roll_back};
 use serde::Serialize;
 
+use self::metrics::AnalyticsShadow;
 use crate::audit::TableReport;
 use crate::output;
 use crate::snapshot::Snapshot;
@@ -33,9 +37,31 @@ const CLIENT_NAME: &str = "lomash rebuild";
 /// How often the shadow is brought to the end of a stream that grows meanwhile before the rest is left to the swap.
 const MAX_APPROACHES: u32 = 20;
 
+/// Which projection is meant.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Projection {
+    /// The read model of the product service.
+    #[default]
+    Inventory,
+    /// The stock metrics of the analytics service.
+    Analytics,
+}
+
+impl Projection {
+    const fn family(self) -> &'static Family {
+        match self {
+            Self::Inventory => &INVENTORY,
+            Self::Analytics => &ANALYTICS,
+        }
+    }
+}
+
 /// Builds the projection anew from the stream beside the live one, compares them, and swaps them. Reads and writes go on.
 #[derive(Clone, Debug, Args)]
 pub struct RebuildArgs {
+    /// Which projection.
+    #[arg(value_enum, default_value_t)]
+    pub projection: Projection,
     /// The NATS server or servers.
     #[arg(long, env = "NATS_URL", hide_env_values = true, default_value = "nats://127.0.0.1:4222")]
     pub nats_url: String,
@@ -140,27 +166,85 @@ impl Comparison {
 pub async fn run(args: RebuildArgs) -> anyhow::Result<ExitCode> {
     let client = lomash_platform::nats::connect(&args.nats_url, CLIENT_NAME).await?;
     let context = async_nats::jetstream::new(client);
+    let family = args.projection.family();
     if args.rollback {
-        let swap = rollback(&context, &args.database_url).await?;
+        let swap = rollback_of(args.projection, &context, &args.database_url).await?;
         if args.json {
             output::print_json(&swap)?;
         } else {
-            print!("{}", render_swap(&swap, "the projection that the last rebuild replaced"));
+            print!("{}", render_swap(&swap, "the projection that the last rebuild replaced", family));
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let outcome = rebuild(&context, &args.database_url, args.options, Show::Progress).await?;
+    let outcome = rebuild_of(args.projection, &context, &args.database_url, args.options, Show::Progress).await?;
     if args.json {
         output::print_json(&outcome)?;
     } else {
-        print!("{}", render(&outcome));
+        print!("{}", render_of(&outcome, family));
     }
     let Options { dry_run, only_if_equal } = args.options;
     let fine = outcome.comparison.is_equal() || !(dry_run || only_if_equal);
     Ok(if fine { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Builds, compares and, if `options` have nothing against it, swaps.
+/// A projection that is being built beside the live one, as the steps of a rebuild see it.
+trait Shadow: Sized {
+    /// Where it stands.
+    fn checkpoint(&self) -> u64;
+
+    /// Loads on, up to `upto` or as near to it as it can stop.
+    async fn load(&mut self, upto: u64, loaded: &mut impl FnMut(u64)) -> anyhow::Result<()>;
+
+    /// Makes what was loaded fit to be read: indexes, statistics.
+    async fn finish(&mut self) -> anyhow::Result<()>;
+
+    /// Writes all that can be written before a swap: the projector waits during it.
+    async fn settle(&mut self) -> anyhow::Result<()>;
+
+    /// Compares it with the live one, at the checkpoint of that. The inner error is about the live one and is told; the
+    /// outer one ends the rebuild.
+    async fn compare(&mut self, database_url: &Secret, show: Show) -> anyhow::Result<anyhow::Result<Comparison>>;
+
+    /// Puts it in the place of the live one.
+    async fn swap(self) -> anyhow::Result<Swapped>;
+
+    /// Drops it.
+    async fn discard(self) -> anyhow::Result<()>;
+}
+
+impl<L: Ledger> Shadow for Rebuild<L> {
+    fn checkpoint(&self) -> u64 {
+        Self::checkpoint(self)
+    }
+
+    async fn load(&mut self, upto: u64, loaded: &mut impl FnMut(u64)) -> anyhow::Result<()> {
+        Self::load(self, upto, loaded).await
+    }
+
+    async fn finish(&mut self) -> anyhow::Result<()> {
+        self.index().await?;
+        Self::settle(self).await?;
+        self.analyze().await
+    }
+
+    async fn settle(&mut self) -> anyhow::Result<()> {
+        Self::settle(self).await
+    }
+
+    async fn compare(&mut self, database_url: &Secret, show: Show) -> anyhow::Result<anyhow::Result<Comparison>> {
+        compare(self, database_url, show).await
+    }
+
+    async fn swap(self) -> anyhow::Result<Swapped> {
+        Self::swap(self).await
+    }
+
+    async fn discard(self) -> anyhow::Result<()> {
+        Self::discard(self).await
+    }
+}
+
+/// Builds the inventory projection, compares it and, if `options` have nothing against it, swaps it.
 ///
 /// # Errors
 /// When it cannot be carried out; the live projection is then as it was.
@@ -170,33 +254,65 @@ pub async fn rebuild(
     options: Options,
     show: Show,
 ) -> anyhow::Result<Outcome> {
-    let ledger = JetStreamLedger::new(context.clone(), streams::INVENTORY);
-    let database = postgres::connect(database_url).await?;
-    let mut shadow = Rebuild::begin(ledger.clone(), database_url).await?;
+    rebuild_of(Projection::Inventory, context, database_url, options, show).await
+}
 
+/// The same for any projection.
+///
+/// # Errors
+/// When it cannot be carried out; the live projection is then as it was.
+pub async fn rebuild_of(
+    projection: Projection,
+    context: &Context,
+    database_url: &Secret,
+    options: Options,
+    show: Show,
+) -> anyhow::Result<Outcome> {
+    let ledger = JetStreamLedger::new(context.clone(), streams::INVENTORY);
+    let family = projection.family();
+    match projection {
+        Projection::Inventory => {
+            let shadow = Rebuild::begin(ledger.clone(), database_url).await?;
+            carry_out(shadow, family, &ledger, database_url, options, show).await
+        }
+        Projection::Analytics => {
+            let shadow = AnalyticsShadow::begin(ledger.clone(), database_url).await?;
+            carry_out(shadow, family, &ledger, database_url, options, show).await
+        }
+    }
+}
+
+async fn carry_out<S: Shadow>(
+    mut shadow: S,
+    family: &'static Family,
+    ledger: &JetStreamLedger,
+    database_url: &Secret,
+    options: Options,
+    show: Show,
+) -> anyhow::Result<Outcome> {
+    let database = postgres::connect(database_url).await?;
+    let live_checkpoint = async || schemas::checkpoint(&database, family, family.live).await;
     let started = Instant::now();
-    let live = checkpoint(&database, Schema::Live).await?.unwrap_or(0);
+    let live = live_checkpoint().await?.unwrap_or(0);
     let goal = if live == 0 { ledger.last_sequence().await? } else { live };
     load(&mut shadow, "loading events", goal, show).await?;
     let loaded_events = shadow.checkpoint();
     let load_time = started.elapsed();
     tell(show, &format!("{} events loaded; building indexes", output::thousands(loaded_events)));
-    shadow.index().await?;
-    shadow.settle().await?;
-    shadow.analyze().await?;
+    shadow.finish().await?;
     let ready_time = started.elapsed();
 
     let comparison = if live == 0 {
         Comparison::NothingLive
     } else {
         for _ in 0..MAX_APPROACHES {
-            let live = checkpoint(&database, Schema::Live).await?.unwrap_or(0);
+            let live = live_checkpoint().await?.unwrap_or(0);
             if live <= shadow.checkpoint() + CLOSE {
                 break;
             }
             load(&mut shadow, "loading what came since", live, show).await?;
         }
-        match compare(&mut shadow, database_url, show).await? {
+        match shadow.compare(database_url, show).await? {
             Ok(comparison) => comparison,
             Err(problem) => Comparison::Unreadable { problem: format!("{problem:#}") },
         }
@@ -221,25 +337,33 @@ pub async fn rebuild(
         }
         load(&mut shadow, "loading what came since", last, show).await?;
     }
-    // All that can be written before is written before: the projector waits during the swap.
     shadow.settle().await?;
-    let swapped = shadow.swap().await?;
-    outcome.swap = Some(Swap {
-        checkpoint: swapped.checkpoint,
-        replaced_checkpoint: swapped.replaced,
-        stream_sequence: ledger.last_sequence().await?,
-        can_be_undone: swapped.kept,
-    });
+    outcome.swap = Some(told(shadow.swap().await?, ledger).await?);
     Ok(outcome)
 }
 
-/// Makes the previous projection live again, and the live one the previous.
+/// Makes the previous inventory projection live again, and the live one the previous.
 ///
 /// # Errors
 /// When it cannot be carried out; the live projection is then as it was.
 pub async fn rollback(context: &Context, database_url: &Secret) -> anyhow::Result<Swap> {
+    rollback_of(Projection::Inventory, context, database_url).await
+}
+
+/// The same for any projection.
+///
+/// # Errors
+/// When it cannot be carried out; the live projection is then as it was.
+pub async fn rollback_of(projection: Projection, context: &Context, database_url: &Secret) -> anyhow::Result<Swap> {
     let ledger = JetStreamLedger::new(context.clone(), streams::INVENTORY);
-    let swapped = roll_back(&ledger, database_url).await?;
+    let swapped = match projection {
+        Projection::Inventory => roll_back(&ledger, database_url).await?,
+        Projection::Analytics => analytics_service::rebuild::roll_back(&ledger, database_url).await?,
+    };
+    told(swapped, &ledger).await
+}
+
+async fn told(swapped: Swapped, ledger: &JetStreamLedger) -> anyhow::Result<Swap> {
     Ok(Swap {
         checkpoint: swapped.checkpoint,
         replaced_checkpoint: swapped.replaced,
@@ -248,14 +372,14 @@ pub async fn rollback(context: &Context, database_url: &Secret) -> anyhow::Resul
     })
 }
 
-async fn load<L: Ledger>(shadow: &mut Rebuild<L>, what: &str, upto: u64, show: Show) -> anyhow::Result<()> {
+async fn load<S: Shadow>(shadow: &mut S, what: &str, upto: u64, show: Show) -> anyhow::Result<()> {
     let mut progress = show.progress(what, upto.saturating_sub(shadow.checkpoint()));
     shadow.load(upto, &mut |loaded| progress.inc(loaded)).await?;
     progress.finish();
     Ok(())
 }
 
-/// The inner error is about the live projection and is told; the outer one ends the rebuild.
+/// See [`Shadow::compare`].
 async fn compare<L: Ledger>(
     shadow: &mut Rebuild<L>,
     database_url: &Secret,
@@ -301,9 +425,14 @@ fn tell(show: Show, sentence: &str) {
     }
 }
 
-/// The outcome as a person reads it.
+/// The outcome of rebuilding the inventory projection, as a person reads it.
 #[must_use]
 pub fn render(outcome: &Outcome) -> String {
+    render_of(outcome, &INVENTORY)
+}
+
+/// The outcome as a person reads it.
+fn render_of(outcome: &Outcome, family: &Family) -> String {
     let Outcome { loaded_events, load_seconds, index_seconds, events_per_second, comparison, swap } = outcome;
     let mut text = format!(
         "Loaded from the stream: {} events in {load_seconds:.1} s, indexes and statistics in {index_seconds:.1} s; {} events \
@@ -351,23 +480,23 @@ pub fn render(outcome: &Outcome) -> String {
         }
     }
     match swap {
-        Some(swap) => text.push_str(&render_swap(swap, "the one that was built")),
+        Some(swap) => text.push_str(&render_swap(swap, "the one that was built", family)),
         None => text.push_str("Not swapped; what was built is dropped, the live projection is as it was.\n"),
     }
     text
 }
 
-fn render_swap(swap: &Swap, what: &str) -> String {
+fn render_swap(swap: &Swap, what: &str, family: &Family) -> String {
     let mut text = format!("Live now: {what}, at sequence {}", output::thousands(swap.checkpoint));
     let behind = swap.stream_sequence.saturating_sub(swap.checkpoint);
     if behind > 0 {
-        text.push_str(&format!(", {} events behind; a running product service catches up", output::thousands(behind)));
+        text.push_str(&format!(", {} events behind; a running service catches up", output::thousands(behind)));
     }
     text.push_str(".\n");
     if swap.can_be_undone {
         text.push_str(&format!(
-            "Kept as {}: what was live before. `lomash rebuild --rollback` swaps them.\n",
-            Schema::Previous
+            "Kept as {}: what was live before. `{} --rollback` swaps them.\n",
+            family.previous, family.rebuild_command
         ));
     }
     text

@@ -12,8 +12,9 @@ use async_nats::jetstream::consumer;
 use clap::Args;
 use comfy_table::Cell;
 use futures::TryStreamExt;
-use lomash_ledger::streams;
+use lomash_ledger::{dead_letter, streams};
 use lomash_platform::Secret;
+use lomash_platform::postgres::{ANALYTICS, Family, INVENTORY};
 use serde::Serialize;
 
 use crate::output;
@@ -48,6 +49,12 @@ pub enum Answer<T> {
     Unavailable(String),
 }
 
+impl<T> Answer<T> {
+    fn of(asked: anyhow::Result<T>) -> Self {
+        asked.map_or_else(|problem| Self::Unavailable(format!("{problem:#}")), Self::Found)
+    }
+}
+
 /// Where everything stands.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -58,6 +65,10 @@ pub struct Snapshot {
     pub consumers: Vec<Part<ConsumerStatus>>,
     /// The projection in Postgres.
     pub projection: Answer<ProjectionStatus>,
+    /// The stock metrics in Postgres.
+    pub analytics: Answer<ProjectionStatus>,
+    /// Low-stock alerts, in Postgres.
+    pub alerts: Answer<AlertStatus>,
 }
 
 /// A named part.
@@ -116,6 +127,22 @@ pub struct ProjectionStatus {
     pub skipped: u64,
 }
 
+/// Low-stock alerts, as the notification service keeps them.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AlertStatus {
+    /// Sequence of the ledger up to which they are recorded.
+    pub checkpoint: u64,
+    /// All of them.
+    pub recorded: u64,
+    /// Not published yet.
+    pub to_publish: u64,
+    /// Mails that wait to be sent.
+    pub to_mail: u64,
+    /// Mails that were refused for good. Not zero is worth a look at `GET /v1/notifications?mail=failed`.
+    pub refused: u64,
+}
+
 /// Runs the command.
 ///
 /// # Errors
@@ -160,14 +187,16 @@ pub async fn status(context: &Context, database_url: Option<&Secret>) -> Snapsho
         };
         streams.push(Part { name, answer });
     }
-    let projection = match database_url {
+    let projection = async |family| match database_url {
         None => Answer::Unavailable("no DATABASE_URL".to_owned()),
-        Some(url) => match projection(url, ledger_end).await {
-            Ok(projection) => Answer::Found(projection),
-            Err(problem) => Answer::Unavailable(format!("{problem:#}")),
-        },
+        Some(url) => Answer::of(projection(url, family, ledger_end).await),
     };
-    Snapshot { streams, consumers, projection }
+    let (projection, analytics) = (projection(&INVENTORY).await, projection(&ANALYTICS).await);
+    let alerts = match database_url {
+        None => Answer::Unavailable("no DATABASE_URL".to_owned()),
+        Some(url) => Answer::of(alerts(url).await),
+    };
+    Snapshot { streams, consumers, projection, analytics, alerts }
 }
 
 /// The durable consumers that are there, and those that are defined and are not.
@@ -177,7 +206,7 @@ fn consumer_parts<E: std::fmt::Display>(
     found: Result<Vec<consumer::Info>, E>,
 ) -> Vec<Part<ConsumerStatus>> {
     let (found, problem) = match found {
-        Ok(found) => (found, "it does not exist; the product service creates it at start".to_owned()),
+        Ok(found) => (found, "it does not exist; the services create it at start".to_owned()),
         Err(problem) => (Vec::new(), problem.to_string()),
     };
     let mut parts: Vec<_> = found
@@ -203,15 +232,17 @@ fn consumer_parts<E: std::fmt::Display>(
     parts
 }
 
-async fn projection(url: &Secret, ledger_end: Option<u64>) -> anyhow::Result<ProjectionStatus> {
+async fn projection(url: &Secret, family: &Family, ledger_end: Option<u64>) -> anyhow::Result<ProjectionStatus> {
     let client = lomash_platform::postgres::connect(url).await?;
-    let query = "SELECT sequence, skipped, (SELECT count(*) FROM inventory.products)
-                 FROM inventory.checkpoint WHERE projection = 'inventory'";
+    let query = format!(
+        "SELECT sequence, skipped, (SELECT count(*) FROM {live}.products) FROM {live}.checkpoint WHERE projection = $1",
+        live = family.live
+    );
     let row = client
-        .query_opt(query, &[])
+        .query_opt(&query, &[&family.projection])
         .await
         .map_err(|problem| anyhow!(problem.as_db_error().map_or_else(|| problem.to_string(), ToString::to_string)))?
-        .ok_or_else(|| anyhow!("there is no checkpoint; the product service creates it at start"))?;
+        .ok_or_else(|| anyhow!("there is no checkpoint; its service creates it at start"))?;
     let unsigned = |column| u64::try_from(row.get::<_, i64>(column)).unwrap_or(0);
     let checkpoint = unsigned(0);
     Ok(ProjectionStatus {
@@ -221,6 +252,22 @@ async fn projection(url: &Secret, ledger_end: Option<u64>) -> anyhow::Result<Pro
         products: unsigned(2),
         skipped: unsigned(1),
     })
+}
+
+async fn alerts(url: &Secret) -> anyhow::Result<AlertStatus> {
+    let client = lomash_platform::postgres::connect(url).await?;
+    let query = "SELECT (SELECT sequence FROM notification.checkpoint),
+                        (SELECT count(*) FROM notification.alerts),
+                        (SELECT count(*) FROM notification.alerts WHERE published_at IS NULL),
+                        (SELECT count(*) FROM notification.mails WHERE state = 'waiting'),
+                        (SELECT count(*) FROM notification.mails WHERE state = 'failed')";
+    let row = client
+        .query_one(query, &[])
+        .await
+        .map_err(|problem| anyhow!(problem.as_db_error().map_or_else(|| problem.to_string(), ToString::to_string)))?;
+    let unsigned = |column| u64::try_from(row.get::<_, Option<i64>>(column).unwrap_or(0)).unwrap_or(0);
+    let (checkpoint, recorded) = (unsigned(0), unsigned(1));
+    Ok(AlertStatus { checkpoint, recorded, to_publish: unsigned(2), to_mail: unsigned(3), refused: unsigned(4) })
 }
 
 /// The status as a person reads it.
@@ -260,20 +307,35 @@ pub fn render(status: &Snapshot) -> String {
         }
     }
     let mut projections = output::table(&["projection", "checkpoint", "events behind", "products", "skipped"]);
-    match &status.projection {
-        Answer::Found(projection) => {
-            projections.add_row([
-                Cell::new("inventory"),
-                output::number_cell(projection.checkpoint),
-                projection.lag_events.map_or_else(|| Cell::new("unknown"), output::number_cell),
-                output::number_cell(projection.products),
-                output::number_cell(projection.skipped),
-            ]);
+    for (family, answer) in [(&INVENTORY, &status.projection), (&ANALYTICS, &status.analytics)] {
+        match answer {
+            Answer::Found(projection) => {
+                projections.add_row([
+                    Cell::new(family.projection),
+                    output::number_cell(projection.checkpoint),
+                    projection.lag_events.map_or_else(|| Cell::new("unknown"), output::number_cell),
+                    output::number_cell(projection.products),
+                    output::number_cell(projection.skipped),
+                ]);
+            }
+            Answer::Unavailable(why) => unavailable.push(format!("projection {}: {why}", family.projection)),
         }
-        Answer::Unavailable(why) => unavailable.push(format!("projection: {why}")),
+    }
+    let mut alerts = output::table(&["low-stock alerts", "recorded to", "to publish", "to mail", "mails refused"]);
+    match &status.alerts {
+        Answer::Found(found) => {
+            let figures = [found.recorded, found.checkpoint, found.to_publish, found.to_mail, found.refused];
+            alerts.add_row(figures.map(output::number_cell));
+        }
+        Answer::Unavailable(why) => unavailable.push(format!("low-stock alerts: {why}")),
     }
     let mut text = String::new();
-    let parts = [("From NATS, as the leaders say:", &streams), ("", &consumers), ("From Postgres:", &projections)];
+    let parts = [
+        ("From NATS, as the leaders say:", &streams),
+        ("", &consumers),
+        ("From Postgres:", &projections),
+        ("", &alerts),
+    ];
     for (source, table) in parts {
         if !table.is_empty() {
             if !source.is_empty() {
@@ -282,8 +344,27 @@ pub fn render(status: &Snapshot) -> String {
             text.push_str(&format!("{table}\n"));
         }
     }
+    let letters = messages_in(status, dead_letter::STREAM);
+    if letters > 0 {
+        let letters = output::thousands(letters);
+        text.push_str(&format!("{letters} dead letters wait for somebody to look at them: `lomash dlq list`\n"));
+    }
+    let suspects = messages_in(status, streams::ADVISORIES);
+    if suspects > 0 {
+        let suspects = output::thousands(suspects);
+        text.push_str(&format!("{suspects} messages were delivered too often and wait to be tried alone\n"));
+    }
     for why in unavailable {
         text.push_str(&format!("not available: {why}\n"));
     }
     text
+}
+
+/// Messages in a stream; 0 when that is not known, which is told elsewhere.
+fn messages_in(status: &Snapshot, stream: &str) -> u64 {
+    let found = status.streams.iter().find(|part| part.name == stream);
+    found.map_or(0, |part| match &part.answer {
+        Answer::Found(stream) => stream.messages,
+        Answer::Unavailable(_) => 0,
+    })
 }

@@ -23,7 +23,7 @@ use serde::Serialize;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use crate::stack::{FolderLock, Kind, Nats, Postgres, Redis, Server, Service, free_port, log_tail};
+use crate::stack::{FolderLock, Kind, Mail, Nats, Postgres, Redis, Server, Service, free_port, log_tail};
 use crate::token::{stack_secret, stack_token, write_private};
 
 /// How long a service may take to be ready: minutes, for the product service folds tens of millions of events.
@@ -104,6 +104,8 @@ pub async fn run(args: UpArgs) -> Result<()> {
 pub struct Stack {
     env_file: EnvFile,
     services: Vec<Service>,
+    /// Where mails land.
+    pub mail: Mail,
     /// The cache.
     pub redis: Redis,
     /// The projection.
@@ -179,20 +181,26 @@ impl Stack {
         // No patience: whoever holds it runs a whole stack.
         let lock = FolderLock::acquire(&data, Duration::ZERO).await?;
         let (nats_dir, postgres_dir, redis_dir) = (data.join("nats"), data.join("postgres"), data.join("redis"));
-        let (nats, postgres, redis) =
-            tokio::try_join!(Nats::start(&nats_dir), Postgres::start(&postgres_dir), Redis::start(&redis_dir))?;
+        let mail_dir = data.join("mail");
+        let (nats, postgres, redis, mail) = tokio::try_join!(
+            Nats::start(&nats_dir),
+            Postgres::start(&postgres_dir),
+            Redis::start(&redis_dir),
+            Mail::start(&mail_dir)
+        )?;
         tokio::try_join!(apply_streams(&nats), apply_sql(&postgres))?;
         let secret = stack_secret(&data)?;
         let env_file = EnvFile(data.join(ENV_FILE));
-        let stack = Self { env_file, services: Vec::new(), redis, postgres, nats, data, secret, _lock: lock };
+        let stack = Self { env_file, services: Vec::new(), mail, redis, postgres, nats, data, secret, _lock: lock };
         stack.write_env_file()?;
         Ok(stack)
     }
 
     async fn start_services(&mut self, product_service: &Path) -> Result<()> {
         let mut services = vec![self.service_at(PRODUCT_SERVICE, product_service)?];
+        let products = services[0].address().context("the service was not told where to listen")?;
         for name in DOWNSTREAM_SERVICES {
-            services.push(self.service(name)?);
+            services.push(self.service(name)?.env("MAIL_LINK_BASE", format!("http://{products}/v1/products/")));
         }
         for service in &mut services {
             service.start()?;
@@ -226,7 +234,8 @@ impl Stack {
             .env("JWT_HS256_SECRET", self.secret.expose())
             .env("NATS_URL", self.nats.url())
             .env("DATABASE_URL", self.postgres.url())
-            .env("REDIS_URL", self.redis.url()))
+            .env("REDIS_URL", self.redis.url())
+            .env("SMTP_URL", self.mail.url()))
     }
 
     /// The running services, to be killed and restarted by tests.
@@ -273,6 +282,8 @@ impl Stack {
             ("NATS_URL", self.nats.url()),
             ("DATABASE_URL", self.postgres.url()),
             ("REDIS_URL", self.redis.url()),
+            ("SMTP_URL", self.mail.url()),
+            ("MAIL_DIR", self.mail.dir().display().to_string()),
             ("ADMIN_TOKEN", self.token(Role::Admin)?),
             ("VIEWER_TOKEN", self.token(Role::Viewer)?),
         ];
@@ -284,7 +295,8 @@ impl Stack {
     /// Everything that was started, in that order.
     #[must_use]
     pub fn parts(&self) -> Vec<Part> {
-        let servers = [server_part(&self.nats), server_part(&self.postgres), server_part(&self.redis)];
+        let servers =
+            [server_part(&self.nats), server_part(&self.postgres), server_part(&self.redis), server_part(&self.mail)];
         let services = self.services.iter().map(|service| Part {
             name: service.name().to_owned(),
             state: state(service.pid()),
@@ -301,13 +313,17 @@ impl Stack {
         let services = self.services.iter().map(|service| {
             async move { (service.name().to_owned(), service.ended().await, service.log().to_owned()) }.boxed()
         });
-        let parts =
-            [server_ended(&self.nats).boxed(), server_ended(&self.postgres).boxed(), server_ended(&self.redis).boxed()];
+        let parts = [
+            server_ended(&self.nats).boxed(),
+            server_ended(&self.postgres).boxed(),
+            server_ended(&self.redis).boxed(),
+            server_ended(&self.mail).boxed(),
+        ];
         let ((name, status, log), _, _) = futures::future::select_all(parts.into_iter().chain(services)).await;
         Ended { name, status, log }
     }
 
-    /// Stops services, then Redis, Postgres and NATS, each in order and within its own bound.
+    /// Stops services, then the mail server, Redis, Postgres and NATS, each in order and within its own bound.
     ///
     /// # Errors
     /// When a part did not end in order; all of them are gone all the same.
@@ -316,6 +332,9 @@ impl Stack {
         // What ended by itself was told by `part_ended`; it cannot be stopped any more.
         for service in self.services.iter_mut().filter(|service| service.pid().is_some()) {
             problems.extend(service.stop().await.err());
+        }
+        if self.mail.pid().is_some() {
+            problems.extend(self.mail.stop().await.err());
         }
         if self.redis.pid().is_some() {
             problems.extend(self.redis.stop().await.err());

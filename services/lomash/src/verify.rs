@@ -6,6 +6,7 @@
 //!
 //! 1. The acknowledgement floor of `product-orders`. Orders are acknowledged last, so whatever is at or below the floor
 //!    was decided, or written as a dead letter, before this moment; everything that is read later contains it.
+//!    Or it is a suspect, handed over to be tried alone before it was acknowledged: those are read right after the floor.
 //! 2. A snapshot of Postgres (one repeatable-read transaction). Its checkpoint is a sequence that the stream had then,
 //!    so a checkpoint beyond what step 3 finds means that the stream went backwards.
 //! 3. The last sequence of `INVENTORY`: the fold ends there, or where the atomic batch ends that it falls into.
@@ -20,14 +21,15 @@ use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
 use async_nats::HeaderMap;
-use async_nats::jetstream::Context;
 use async_nats::jetstream::consumer::{DeliverPolicy, PullConsumer, pull};
+use async_nats::jetstream::context::{GetStreamError, GetStreamErrorKind};
 use async_nats::jetstream::stream::RawMessageErrorKind;
+use async_nats::jetstream::{Context, ErrorCode};
 use clap::Args;
 use comfy_table::Cell;
 use futures::StreamExt;
 use lomash_contract::{ContentType, OrderCreated, Topic, codec, subject};
-use lomash_ledger::{JetStreamLedger, Ledger, READ_STALL_TIMEOUT, ReadError, dead_letter, header, streams};
+use lomash_ledger::{JetStreamLedger, Ledger, READ_STALL_TIMEOUT, ReadError, dead_letter, header, streams, suspects};
 use lomash_platform::Secret;
 use lomash_platform::postgres::Schema;
 use product_service::projection::PROJECTION;
@@ -126,6 +128,9 @@ pub async fn verify(context: &Context, database_url: Option<&Secret>, show: Show
         Err(problem) => Err(format!("the configuration of INVENTORY cannot be read: {problem}")),
     };
     let mut audit = Audit::new(ack_floor(context).await?);
+    for suspect in read_suspects(context).await? {
+        audit.observe_suspect(suspect);
+    }
 
     let mut database = match database_url {
         None => None,
@@ -212,6 +217,10 @@ async fn still_open(
             output::thousands(info.num_ack_pending as u64)
         )));
     }
+    let suspects = read_suspects(context).await?.len() as u64;
+    if suspects > 0 {
+        return Ok(Some(format!("{} orders wait to be tried alone", output::thousands(suspects))));
+    }
     let Some(database) = database else { return Ok(None) };
     let last = ledger.last_sequence().await?;
     let checkpoint = database
@@ -238,6 +247,36 @@ async fn ack_floor(context: &Context) -> anyhow::Result<Option<u64>> {
         None if answer.pointer("/error/code").and_then(serde_json::Value::as_u64) == Some(404) => Ok(None),
         None => bail!("the consumer product-orders cannot be read: {answer}"),
     }
+}
+
+/// The sequences in `ORDERS` of the messages that wait to be tried alone. None where an older service made the streams.
+async fn read_suspects(context: &Context) -> anyhow::Result<Vec<u64>> {
+    let cannot = || format!("{} cannot be read", suspects::STREAM);
+    let stream = match context.get_stream(suspects::STREAM).await {
+        Ok(stream) => stream,
+        Err(problem) if is_missing(&problem) => return Ok(Vec::new()),
+        Err(problem) => return Err(problem).with_context(cannot),
+    };
+    let mut found = Vec::new();
+    let mut sequence = stream.cached_info().state.first_sequence;
+    while sequence <= stream.cached_info().state.last_sequence {
+        // A work queue has one consumer for each subject, so it is read message by message; it is nearly always empty.
+        let asked = stream.raw_message_builder().sequence(sequence).next_by_subject(">");
+        let message = match asked.send().await {
+            Ok(message) => message,
+            Err(problem) if problem.kind() == RawMessageErrorKind::NoMessageFound => break,
+            Err(problem) => return Err(problem).with_context(cannot),
+        };
+        sequence = message.sequence + 1;
+        let case: Option<suspects::Case> = serde_json::from_slice(&message.payload).ok();
+        let ours = |case: &suspects::Case| case.stream == streams::ORDERS && case.consumer == streams::PRODUCT_ORDERS;
+        found.extend(case.filter(ours).map(|case| case.stream_seq));
+    }
+    Ok(found)
+}
+
+fn is_missing(problem: &GetStreamError) -> bool {
+    matches!(problem.kind(), GetStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND)
 }
 
 /// Reads the letters of `product-orders`; returns how many letters the stream lost, whosever they were.

@@ -1,18 +1,45 @@
 //! The process: configuration, start-up, the tasks and their end.
+//!
+//! Needs NATS to start. While Postgres or the mail server is away messages wait in the stream and mails in Postgres.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
+use anyhow::{Context as _, bail, ensure};
+use async_nats::connection::State;
 use clap::Parser;
-use lomash_ledger::streams;
+use lettre::message::{Mailbox, Mailboxes};
+use lomash_contract::limits::{LOW_STOCK_THRESHOLD, MAX_STOCK};
+use lomash_ledger::{JetStreamLedger, Ledger, receive, streams};
 use lomash_platform::process::Tasks;
 use lomash_platform::telemetry::LogFormat;
-use lomash_platform::{Secret, nats};
+use lomash_platform::{Secret, nats, postgres};
+use lomash_web::health::Check;
 use lomash_web::{Health, HttpConfig, Routes, Server, Verifier};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
+use url::Url;
+
+use crate::alerts::Alerts;
+use crate::books::Rules;
+use crate::http::{self, Api};
+use crate::low_stock::Policy;
+use crate::mail::Letterhead;
+use crate::mailer::Mailer;
+use crate::sending::{MAX_CONNECTIONS, MAX_RATE, Sending};
+use crate::{observed, publishing, recorder};
 
 /// How long the last acknowledgements may take to leave.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How often `/readyz` is brought up to date.
+const CHECK_EVERY: Duration = Duration::from_secs(1);
+
+/// How long Postgres may take to answer then.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Most recipients: the team, not a list.
+const MAX_RECIPIENTS: usize = 50;
 
 /// The notification service of Lomash Inventory.
 #[derive(Clone, Debug, Parser)]
@@ -22,7 +49,7 @@ pub struct Config {
     #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222", hide_env_values = true)]
     pub nats_url: Secret,
 
-    /// Postgres for what was sent.
+    /// Postgres for alerts and the mails that wait.
     #[arg(
         long,
         env = "DATABASE_URL",
@@ -34,6 +61,52 @@ pub struct Config {
     /// Copies of each stream that is created: 1 on a laptop, 3 in a cluster.
     #[arg(long, env = "STREAM_REPLICAS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=5))]
     pub stream_replicas: u32,
+
+    /// The mail server: smtp://host, smtp://user:password@host:port?tls=required (STARTTLS), or smtps://user:password@host.
+    /// A path is the name to greet with.
+    #[arg(long, env = "SMTP_URL", default_value = "smtp://127.0.0.1:25", hide_env_values = true)]
+    pub smtp_url: Secret,
+
+    /// Authorities to trust for the mail server instead of the system's, as PEM.
+    #[arg(long, env = "SMTP_CA_FILE", value_name = "FILE")]
+    pub smtp_ca_file: Option<PathBuf>,
+
+    /// Who sends.
+    #[arg(long, env = "MAIL_FROM", default_value = "Lomash Inventory <inventory@localhost.localdomain>")]
+    pub mail_from: Mailbox,
+
+    /// Whom to tell: the admin team, comma-separated.
+    #[arg(long, env = "MAIL_TO", default_value = "Admin team <admins@localhost.localdomain>")]
+    pub mail_to: Mailboxes,
+
+    /// What a product's id is put behind to make the link in a mail.
+    #[arg(long, env = "MAIL_LINK_BASE", default_value = "http://127.0.0.1:8080/v1/products/")]
+    pub mail_link_base: Url,
+
+    /// Which alerts are mailed.
+    #[arg(long, env = "MAIL_POLICY", value_enum, default_value_t)]
+    pub mail_policy: Policy,
+
+    /// Seconds of a digest's period; periods are counted from midnight UTC of 1970-01-01.
+    #[arg(long, env = "MAIL_DIGEST_SECONDS", default_value_t = 24 * 3600, value_parser = clap::value_parser!(u32).range(1..=31 * 24 * 3600))]
+    pub mail_digest_seconds: u32,
+
+    /// A cause that was stored more than so many seconds before this service first sees it is recorded and not mailed.
+    #[arg(long, env = "MAIL_MAX_AGE_SECONDS", default_value_t = 24 * 3600)]
+    pub mail_max_age_seconds: u32,
+
+    /// Connections to the mail server. With one, mails go out in the order of their causes, and at most one is sent twice
+    /// when a process or server dies.
+    #[arg(long, env = "MAIL_CONNECTIONS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_CONNECTIONS)))]
+    pub mail_connections: u32,
+
+    /// Mails a second that this process sends at most.
+    #[arg(long, env = "MAIL_PER_SECOND", default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_RATE)))]
+    pub mail_per_second: u32,
+
+    /// The threshold of products that have none of their own.
+    #[arg(long, env = "LOW_STOCK_THRESHOLD", default_value_t = LOW_STOCK_THRESHOLD, value_parser = clap::value_parser!(u32).range(0..=i64::from(MAX_STOCK)))]
+    pub low_stock_threshold: u32,
 
     /// The HTTP adapter.
     #[command(flatten)]
@@ -49,10 +122,16 @@ pub struct Config {
 /// # Errors
 /// When it cannot start, or finds something that trying again cannot mend.
 pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
+    observed::register();
+    let letterhead = letterhead(&config)?;
+    let mailer = Mailer::new(&config.smtp_url, config.smtp_ca_file.as_ref())?;
+    let pool = postgres::pool(&config.database_url)?;
+    let digest_period = Duration::from_secs(config.mail_digest_seconds.into());
+    let alerts = Alerts::new(pool, config.database_url.clone(), digest_period);
     let mut tasks = Tasks::new();
     let health = Health::new();
-    let stream = health.check("stream", true);
-    let _verifier = Verifier::start(&config.http.tokens, &health, stop.clone()).await?;
+    let checks = Checks::register(&health);
+    let verifier = Verifier::start(&config.http.tokens, &health, stop.clone()).await?;
     let routes = Routes::default();
     let server = Server::bind(&config.http).await?;
     let serving = server.serve(routes.application(&config.http, &health), health.clone(), stop.clone());
@@ -66,8 +145,32 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     for difference in streams::apply(&context, config.stream_replicas).await? {
         warn!(%difference, "the server differs from streams/");
     }
-    stream.ready("connected");
-    routes.open(axum::Router::new());
+    refuse_a_shorter_ledger(&context, &alerts).await?;
+
+    let rules = Rules {
+        policy: config.mail_policy,
+        threshold: config.low_stock_threshold,
+        max_age: Duration::from_secs(config.mail_max_age_seconds.into()),
+    };
+    // The recorder outlives the receiver: what was taken in is still recorded.
+    let recording = CancellationToken::new();
+    let (intake, recorder) = recorder::recorder(context.clone(), alerts.clone(), rules);
+    tasks.spawn(recorder.run(recording.clone()));
+    tasks.spawn({
+        let (context, stop) = (context.clone(), stop.clone());
+        async move {
+            receive::run(context, recorder::receive(), stop, |delivery| intake.handle(delivery)).await;
+            recording.cancel();
+            Ok(())
+        }
+    });
+    tasks.spawn(publishing::run(context, alerts.clone(), stop.clone()));
+    let sending = Sending::new(alerts.clone(), mailer, letterhead, config.mail_per_second);
+    for _ in 0..config.mail_connections {
+        tasks.spawn(sending.clone().run(stop.clone()));
+    }
+    tasks.spawn(checks.watch(client.clone(), alerts.clone(), sending, stop.clone()));
+    routes.open(http::routes(Api { alerts }, verifier, &config.http));
     info!("ready");
 
     let outcome = tasks.until(&stop).await;
@@ -78,4 +181,90 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         warn!("the last acknowledgements may be lost; their messages come back and are known");
     }
     outcome
+}
+
+fn letterhead(config: &Config) -> anyhow::Result<Letterhead> {
+    let recipients = config.mail_to.iter().count();
+    ensure!(
+        (1..=MAX_RECIPIENTS).contains(&recipients),
+        "MAIL_TO names 1 to {MAX_RECIPIENTS} recipients, not {recipients}"
+    );
+    for mailbox in config.mail_to.iter().chain([&config.mail_from]) {
+        let address: &str = mailbox.email.as_ref();
+        ensure!(address.is_ascii(), "MAIL_FROM and MAIL_TO: write the domain of {address} in its ASCII form (xn--…)");
+    }
+    let base = &config.mail_link_base;
+    ensure!(matches!(base.scheme(), "http" | "https"), "MAIL_LINK_BASE is an http or https URL, not {base}");
+    Ok(Letterhead { from: config.mail_from.clone(), to: config.mail_to.clone(), link_base: base.to_string() })
+}
+
+/// A ledger that ends before what was recorded of it is another one: its events would be taken for replays and never told.
+async fn refuse_a_shorter_ledger(context: &async_nats::jetstream::Context, alerts: &Alerts) -> anyhow::Result<()> {
+    let recorded = match alerts.checkpoint().await {
+        Ok(recorded) => recorded,
+        Err(problem) => {
+            warn!(%problem, "starting without it");
+            return Ok(());
+        }
+    };
+    let ledger = JetStreamLedger::new(context.clone(), streams::INVENTORY);
+    let last = ledger.last_sequence().await.context("the end of the ledger cannot be read")?;
+    if recorded > last {
+        bail!(
+            "the stream INVENTORY ends at {last}, but alerts are recorded up to {recorded}: the stream went backwards. \
+             Restore the newer stream; if the older one is the truth from now on, say so by `DROP SCHEMA notification CASCADE`"
+        );
+    }
+    Ok(())
+}
+
+/// The parts of `/readyz`. Without Postgres or the mail server nothing is lost, so only the stream is required.
+struct Checks {
+    stream: Check,
+    postgres: Check,
+    smtp: Check,
+}
+
+impl Checks {
+    fn register(health: &Health) -> Self {
+        Self {
+            stream: health.check("stream", true),
+            postgres: health.check("postgres", false),
+            smtp: health.check("smtp", false),
+        }
+    }
+
+    async fn watch(
+        self,
+        client: async_nats::Client,
+        alerts: Alerts,
+        sending: Sending,
+        stop: CancellationToken,
+    ) -> anyhow::Result<()> {
+        loop {
+            match client.connection_state() {
+                State::Connected => self.stream.ready("connected"),
+                state => self.stream.not_ready(format!("no connection to NATS ({state})")),
+            }
+            let waiting = tokio::time::timeout(CHECK_TIMEOUT, alerts.waiting()).await;
+            observed::waiting(waiting.as_ref().ok().and_then(|waiting| waiting.as_ref().ok()).copied());
+            match waiting {
+                Ok(Ok(waiting)) => self.postgres.ready(format!(
+                    "{} to be published, {} to be mailed, {} refused",
+                    waiting.to_publish, waiting.to_mail, waiting.failed
+                )),
+                Ok(Err(problem)) => self.postgres.not_ready(problem.to_string()),
+                Err(_) => self.postgres.not_ready("Postgres does not answer"),
+            }
+            match sending.condition() {
+                None => self.smtp.not_ready("not connected yet"),
+                Some(Ok(())) => self.smtp.ready("connected when it was last needed"),
+                Some(Err(problem)) => self.smtp.not_ready(problem),
+            }
+            tokio::select! {
+                () = stop.cancelled() => return Ok(()),
+                () = tokio::time::sleep(CHECK_EVERY) => {}
+            }
+        }
+    }
 }

@@ -14,7 +14,6 @@ pub mod http;
 pub mod inventory;
 pub mod observed;
 pub mod orders;
-pub mod projected;
 pub mod projection;
 pub mod readiness;
 pub mod reads;
@@ -24,3 +23,5 @@ pub mod schedule;
 pub mod service;
 pub mod snapshots;
 pub mod warehouse;
+
+pub use lomash_platform::projected;

@@ -204,6 +204,7 @@ pub fn begin(cache: Option<&Cache>) {
     LazyLock::force(&LEDGER_SEQUENCE);
     LazyLock::force(&RECONCILIATIONS);
     LazyLock::force(&ASKED);
+    LazyLock::force(&CACHE);
     if let Some(cache) = cache {
         *CACHE.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(cache.observer()));
     }
@@ -458,19 +459,8 @@ impl Projecting {
     }
 
     /// Around what follows the transaction.
-    pub(crate) fn invalidate_span(&self, products: usize) -> Span {
-        if self.span.is_disabled() {
-            return Span::none();
-        }
-        info_span!(
-            target: trace::TARGET,
-            parent: &self.span,
-            "invalidate",
-            otel.kind = "client",
-            db.system.name = "redis",
-            db.operation.name = "UNLINK",
-            db.operation.batch.size = products,
-        )
+    pub(crate) fn span(&self) -> Span {
+        self.span.clone()
     }
 
     /// The rows are there; these are the times of the stock changes among what was projected.
@@ -490,6 +480,20 @@ impl Projecting {
             trace::fail(span, &problem);
         }
     }
+}
+
+/// Around the invalidation of the cache, when the batch that it follows is traced.
+pub(crate) fn invalidate_span(products: usize) -> Span {
+    trace::step(|| {
+        info_span!(
+            target: trace::TARGET,
+            "invalidate",
+            otel.kind = "client",
+            db.system.name = "redis",
+            db.operation.name = "UNLINK",
+            db.operation.batch.size = products,
+        )
+    })
 }
 
 /// The span of the batch, and one in the trace of each order or command in it, up to as many as a span has links.

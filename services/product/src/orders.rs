@@ -24,8 +24,12 @@ pub const MAX_ORDER_BYTES_IN_FLIGHT: usize = 64 << 20;
 /// Pause before an order comes back that this process could not bring to a decision, for it is stopping.
 const RETRY_PAUSE: Duration = Duration::from_millis(250);
 
-/// Deliveries after which an order whose handling panics is given up.
+/// Panics after which an order whose handling panics is given up.
 const MAX_PANICS: u64 = 3;
+
+/// How often an order that waits for its decision says so: an order is innocent of a ledger that is slow or away. A third of
+/// the consumer's `ack_wait`; most are decided long before the first time.
+const IN_PROGRESS_EVERY: Duration = Duration::from_secs(3);
 
 /// What the product service receives orders by.
 #[must_use]
@@ -37,7 +41,7 @@ pub const fn receive() -> Receive {
         max_in_flight: MAX_ORDERS_IN_FLIGHT,
         max_in_flight_bytes: MAX_ORDER_BYTES_IN_FLIGHT,
         max_panics: MAX_PANICS,
-        in_progress_every: None,
+        in_progress_every: Some(IN_PROGRESS_EVERY),
     }
 }
 
@@ -78,6 +82,11 @@ pub async fn handle(committer: Committer, writing: Writing, delivery: Delivery) 
         Ok(order) => order,
         Err(problem) => return Settle::Dead(problem.to_string()),
     };
+    // The order that a test marks ends every process that handles it.
+    lomash_ledger::crash_point!(
+        "order-handling",
+        std::env::var("FAILPOINTS_ORDER").is_ok_and(|marked| marked == order.order_id.to_string())
+    );
     let carried = delivery.header(header::TRACEPARENT).map(|traceparent| {
         Arc::new(Carried {
             traceparent: Some(traceparent.to_owned()),

@@ -216,8 +216,8 @@ async fn project<L: Ledger, A: AfterCommit>(
         if std::mem::replace(&mut table, applied.table) != applied.table {
             told("what begins with another schema", after_commit.became_active(checkpoint)).await;
         }
-        let span = observed.invalidate_span(applied.changed.len());
-        told("what follows a commit", after_commit.committed(checkpoint, &applied.changed)).instrument(span).await;
+        let following = told("what follows a commit", after_commit.committed(checkpoint, &applied.changed));
+        following.instrument(observed.span()).await;
     }
 }
 

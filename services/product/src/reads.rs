@@ -14,41 +14,26 @@
 //! final only when the projection had reached, when it was read, what the stream held at that instant.
 
 use std::fmt::{self, Write as _};
-use std::future::Future;
 use std::str::FromStr;
-use std::time::Duration;
 
-use deadpool_postgres::{Object, Pool};
 use hashbrown::HashMap;
 use lomash_contract::limits::{LOW_STOCK_THRESHOLD, MAX_NAME_CHARS};
 use lomash_contract::{
     CountedBy, EventId, FailedItem, FailureReason, OrderId, ProductId, Sku, Timestamp, Trigger, UpdatedBy,
 };
 use lomash_platform::Secret;
-use lomash_platform::postgres::{self, Schema};
+use lomash_platform::postgres::Schema;
+use lomash_platform::reader::{Query, Reader, Unreadable, cut};
+pub use lomash_platform::reader::{READ_TIMEOUT, STATEMENT_TIMEOUT};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
-use tokio::time::Instant;
-use tokio_postgres::error::SqlState;
+use tokio_postgres::Row;
 use tokio_postgres::types::{ToSql, Type};
-use tokio_postgres::{Error, Row};
-use tracing::debug;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::projected::NotYetProjected;
 use crate::projection::{PROJECTION, split_words};
-
-/// Longest that Postgres may work on one read; then it gives up.
-pub const STATEMENT_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// Longest that a read may take in all, with the wait for a connection and the second try.
-pub const READ_TIMEOUT: Duration = Duration::from_secs(3);
-
-const _: () = assert!(STATEMENT_TIMEOUT.as_millis() < READ_TIMEOUT.as_millis(), "Postgres gives up before we do");
-
-/// Tries of one read: what a schema that is replaced or a connection that breaks just then can spoil is spoilt once.
-const TRIES: u32 = 2;
 
 /// Most entries of one page.
 pub const MAX_PAGE: u16 = 200;
@@ -140,13 +125,8 @@ pub enum QueryError {
     #[error("the page asked for continues a list that was sorted otherwise")]
     OtherSort,
     /// Postgres is down, too slow, or has no projection just now.
-    #[error("{what} cannot be read just now: {cause}")]
-    Unavailable {
-        /// What was to be read.
-        what: &'static str,
-        /// Why not, for the log.
-        cause: String,
-    },
+    #[error(transparent)]
+    Unavailable(#[from] Unreadable),
 }
 
 /// A piece of a list.
@@ -544,16 +524,7 @@ pub enum StockThen {
 /// Reads the projection. Clones share their connections.
 #[derive(Clone)]
 pub struct Reads {
-    pool: Pool,
-}
-
-/// One statement, with its values and their types.
-struct Query<'q> {
-    what: &'static str,
-    text: &'q str,
-    values: &'q [(&'q (dyn ToSql + Sync), Type)],
-    /// Whether it is planned once a connection.
-    prepared: bool,
+    reader: Reader,
 }
 
 impl Reads {
@@ -563,7 +534,7 @@ impl Reads {
     /// # Errors
     /// When `url` is not a Postgres URL.
     pub fn new(url: &Secret) -> anyhow::Result<Self> {
-        Ok(Self { pool: postgres::pool_for_reads(url, STATEMENT_TIMEOUT)? })
+        Ok(Self { reader: Reader::new(url)? })
     }
 
     /// One product.
@@ -595,7 +566,7 @@ impl Reads {
         let values: Vec<(&(dyn ToSql + Sync), Type)> =
             list.values.iter().map(|(value, kind)| (&**value as &(dyn ToSql + Sync), kind.clone())).collect();
         let asked = Query { what: "the list of products", text: &list.text, values: &values, prepared: false };
-        let (sequence, rows) = self.ask(asked).await?;
+        let (sequence, rows) = self.reader.ask(asked).await?;
         let mut items = rows.iter().map(product).collect::<Result<Vec<_>, _>>()?;
         let next = cut(&mut items, limit).map(|last| query.sort.by.key(last));
         Ok(At { sequence, value: Page { items, next } })
@@ -825,81 +796,8 @@ impl Reads {
         text: &str,
         values: &[(&(dyn ToSql + Sync), Type)],
     ) -> Result<(u64, Vec<Row>), QueryError> {
-        self.ask(Query { what, text, values, prepared: true }).await
+        Ok(self.reader.ask(Query { what, text, values, prepared: true }).await?)
     }
-
-    /// The checkpoint, which every statement selects first, and the rows that have something behind it.
-    async fn ask(&self, query: Query<'_>) -> Result<(u64, Vec<Row>), QueryError> {
-        let deadline = Instant::now() + READ_TIMEOUT;
-        let mut rows = self.rows(&query, deadline).await?;
-        let Some(sequence) = rows.first().map(|row| unsigned(row, 0)) else {
-            let cause = "the projection has no checkpoint: it is being made".to_owned();
-            return Err(QueryError::Unavailable { what: query.what, cause });
-        };
-        // An outer join answers with the checkpoint alone when it finds nothing.
-        rows.retain(|row| !is_null(row, 1));
-        Ok((sequence, rows))
-    }
-
-    async fn rows(&self, query: &Query<'_>, deadline: Instant) -> Result<Vec<Row>, QueryError> {
-        let unavailable = |cause: String| QueryError::Unavailable { what: query.what, cause };
-        let late = || unavailable(format!("Postgres did not answer within {} s", READ_TIMEOUT.as_secs()));
-        let mut tries = 0;
-        loop {
-            tries += 1;
-            let connected = bounded(deadline, self.pool.get()).await.ok_or_else(late)?;
-            let client = connected.map_err(|problem| unavailable(problem.to_string()))?;
-            let Some(answer) = bounded(deadline, query.send(&client)).await else {
-                // Whoever got this connection next would wait for the answer that we did not wait for.
-                drop(Object::take(client));
-                return Err(late());
-            };
-            let problem = match answer {
-                Ok(rows) => return Ok(rows),
-                Err(problem) => problem,
-            };
-            let cause = problem.as_db_error().map_or_else(|| problem.to_string(), ToString::to_string);
-            if tries == TRIES || !is_passing(&problem) {
-                return Err(unavailable(cause));
-            }
-            debug!(what = query.what, cause, "reading again");
-            client.statement_cache.clear();
-            if problem.as_db_error().is_none() {
-                drop(Object::take(client));
-            }
-        }
-    }
-}
-
-impl Query<'_> {
-    async fn send(&self, client: &deadpool_postgres::Client) -> Result<Vec<Row>, Error> {
-        if !self.prepared {
-            return client.query_typed(self.text, self.values).await;
-        }
-        let types: Vec<Type> = self.values.iter().map(|(_, kind)| kind.clone()).collect();
-        let statement = client.prepare_typed_cached(self.text, &types).await?;
-        let values: Vec<&(dyn ToSql + Sync)> = self.values.iter().map(|(value, _)| *value).collect();
-        client.query(&statement, &values).await
-    }
-}
-
-/// What `work` says, if it says it in time.
-async fn bounded<T>(deadline: Instant, work: impl Future<Output = T>) -> Option<T> {
-    tokio::time::timeout_at(deadline, work).await.ok()
-}
-
-/// Whether the same statement on another connection may well succeed: this one broke, or was prepared on tables that were
-/// replaced.
-fn is_passing(problem: &Error) -> bool {
-    const PASSING: [SqlState; 6] = [
-        SqlState::FEATURE_NOT_SUPPORTED, // "cached plan must not change result type"
-        SqlState::UNDEFINED_TABLE,
-        SqlState::UNDEFINED_COLUMN,
-        SqlState::INVALID_SCHEMA_NAME,
-        SqlState::ADMIN_SHUTDOWN,
-        SqlState::CRASH_SHUTDOWN,
-    ];
-    problem.code().is_none_or(|code| PASSING.contains(code))
 }
 
 // ── Statements ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1073,32 +971,6 @@ fn decision_text() -> String {
 
 // ── Rows ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/// Leaves `limit` of the entries; returns the last of them if there were more.
-fn cut<T>(items: &mut Vec<T>, limit: usize) -> Option<&T> {
-    if items.len() <= limit {
-        return None;
-    }
-    items.truncate(limit);
-    items.last()
-}
-
-/// A type that takes any value that is not null, to see whether one is there.
-struct Anything;
-
-impl<'a> tokio_postgres::types::FromSql<'a> for Anything {
-    fn from_sql(_: &Type, _: &'a [u8]) -> Result<Self, Box<dyn std::error::Error + Sync + Send>> {
-        Ok(Self)
-    }
-
-    fn accepts(_: &Type) -> bool {
-        true
-    }
-}
-
-fn is_null(row: &Row, column: usize) -> bool {
-    row.get::<_, Option<Anything>>(column).is_none()
-}
-
 fn bigint(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
@@ -1114,7 +986,7 @@ fn instant(row: &Row, column: usize) -> Timestamp {
 /// What no projector writes.
 fn damaged(what: &'static str) -> QueryError {
     let cause = "the row is damaged; `lomash verify` names it and `lomash rebuild` mends it".to_owned();
-    QueryError::Unavailable { what, cause }
+    Unreadable { what, cause }.into()
 }
 
 fn sku(text: &str) -> Result<Sku, QueryError> {

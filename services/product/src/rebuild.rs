@@ -1,12 +1,8 @@
 //! Rebuilding the projection: the same tables anew from sequence 1, in a schema beside the live one, and the swap.
 //!
-//! Owns the shadow schema and the names of all schemas. Nothing here touches the live rows: until the swap commits,
-//! whatever fails leaves only a shadow behind, which the next rebuild drops. Events are folded by the very rule of the
-//! projector (`Changes::fold`); nothing is published, so no side effect is replayed.
-//!
-//! The swap fences the projector by a lock on the live checkpoint's *table*, which readers do not notice: a projector
-//! takes its own lock on it before anything else, waits, and then finds the checkpoint of the new schema. Renaming a
-//! schema locks no table, and the server makes every prepared statement look its tables up again.
+//! Owns filling the shadow schema; the names of the schemas and the swap are `lomash_platform::schemas`'. Nothing here
+//! touches the live rows. Events are folded by the very rule of the projector (`Changes::fold`); nothing is published, so
+//! no side effect is replayed.
 //!
 //! # Memory
 //! The products (some 400 bytes each), and [`BATCHES_HELD`] batches of [`LOAD_MESSAGES`] messages or [`LOAD_BYTES`].
@@ -14,21 +10,21 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, anyhow, bail, ensure};
+use anyhow::{Context as _, ensure};
 use futures::StreamExt;
 use hashbrown::HashMap;
 use lomash_contract::ProductId;
 use lomash_ledger::{Ledger, ReadError, StoredMessage};
 use lomash_platform::Secret;
-use lomash_platform::postgres::{self, SCHEMAS_LOCK, Schema};
+use lomash_platform::postgres::{INVENTORY, Schema};
+use lomash_platform::schemas::{self, Swap, Swapped};
 use tokio::sync::mpsc;
+use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
-use tokio_postgres::{Client, Transaction};
-use tracing::warn;
 
 use crate::projection::{
-    Changes, PROJECTION, Parsed, ProductRow, ProjectionError, copy_decisions, move_checkpoint, write_counts,
-    write_decisions, write_movements, write_products,
+    Changes, Parsed, ProductRow, ProjectionError, copy_decisions, move_checkpoint, write_counts, write_decisions,
+    write_movements, write_products,
 };
 
 /// Messages after which a transaction of the load is cut at the next end of a batch.
@@ -45,14 +41,8 @@ pub const CLOSE: u64 = 2_000;
 const MAX_INTERRUPTIONS: u32 = 5;
 const INTERRUPTION_PAUSE: Duration = Duration::from_millis(500);
 
-/// How long the swap waits for a lock. Projectors hold theirs for one transaction, readers do not matter.
-const LOCK_TIMEOUT_SECONDS: u32 = 30;
-
 /// Memory of the server for building an index.
 const INDEX_MEMORY: &str = "256MB";
-
-/// Key of the advisory lock that a rebuild holds from its beginning to its end.
-const REBUILD_LOCK: i64 = 0x6c6f_6d61_7368_0003;
 
 /// The tables that are loaded without indexes.
 const BULK_TABLES: [&str; 3] = ["movements", "order_decisions", "counts"];
@@ -75,17 +65,6 @@ pub struct Rebuild<L> {
     indexes: Vec<String>,
 }
 
-/// What a swap did.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Swapped {
-    /// Where the projection that is live now stands.
-    pub checkpoint: u64,
-    /// Where the one stood that was live before; none when there was none.
-    pub replaced: Option<u64>,
-    /// Whether something is kept that [`roll_back`] can go back to.
-    pub kept: bool,
-}
-
 /// Messages up to the end of an atomic batch, parsed.
 #[derive(Default)]
 struct Batch {
@@ -100,12 +79,10 @@ impl<L: Ledger> Rebuild<L> {
     /// # Errors
     /// When another rebuild is at work, the stream ends before the live checkpoint, or a server does not answer.
     pub async fn begin(ledger: L, url: &Secret) -> anyhow::Result<Self> {
-        let client = take_place(url).await?;
-        refuse_backwards(&ledger, &client, Schema::Live).await?;
-        for left_over in [Schema::Discarded, Schema::Shadow] {
-            drop_schema(&client, left_over).await?;
-        }
-        postgres::migrate_into(url, Schema::Shadow).await?;
+        let client = schemas::take_place(url).await?;
+        let seen = schemas::checkpoint(&client, &INVENTORY, INVENTORY.live).await?.unwrap_or(0);
+        reaches(&ledger, seen, INVENTORY.live).await?;
+        schemas::make_shadow(&client, &INVENTORY, url).await?;
         // What is not on disk yet when a transaction returns is so at the latest when the swap commits.
         let settings = format!("SET synchronous_commit = off; SET maintenance_work_mem = '{INDEX_MEMORY}'");
         client.batch_execute(&settings).await.context("the connection cannot be set up")?;
@@ -239,28 +216,12 @@ impl<L: Ledger> Rebuild<L> {
     /// When a server fails or a lock is not to be had; the live schema is then as it was.
     pub async fn swap(mut self) -> anyhow::Result<Swapped> {
         ensure!(self.indexes.is_empty(), "the shadow has no indexes yet");
-        let mut client = connect(&self.url).await?;
-        let transaction = begin_renaming(&mut client).await?;
-        let replaced = fence(&transaction).await?;
+        let mut client = schemas::connect(&self.url).await?;
+        let swap = Swap::begin(&mut client, &INVENTORY).await?;
         let last = self.ledger.last_sequence().await?;
         self.load(last, &mut |_| {}).await?;
         self.settle().await?;
-        if let Some(live) = replaced
-            && self.checkpoint < live
-        {
-            bail!("the shadow ends at {} and the live projection at {live}: not swapped", self.checkpoint);
-        }
-        if exists(&transaction, Schema::Live).await? {
-            if exists(&transaction, Schema::Previous).await? {
-                rename(&transaction, Schema::Previous, Schema::Discarded).await?;
-            }
-            rename(&transaction, Schema::Live, Schema::Previous).await?;
-        }
-        rename(&transaction, Schema::Shadow, Schema::Live).await?;
-        let kept = exists(&transaction, Schema::Previous).await?;
-        commit_renaming(transaction).await?;
-        forget_discarded(&self.client).await;
-        Ok(Swapped { checkpoint: self.checkpoint, replaced, kept })
+        swap.commit(&self.client, self.checkpoint).await
     }
 
     /// Drops the shadow.
@@ -268,109 +229,24 @@ impl<L: Ledger> Rebuild<L> {
     /// # Errors
     /// When Postgres fails.
     pub async fn discard(self) -> anyhow::Result<()> {
-        drop_schema(&self.client, Schema::Shadow).await
+        schemas::drop_schema(&self.client, INVENTORY.shadow).await
     }
 }
 
-/// Makes the previous schema live again, and what was live the previous one, in one transaction: doing it twice undoes
-/// it. The projector catches up from the older checkpoint by itself.
+/// Makes the previous schema live again, and what was live the previous one; see [`schemas::roll_back`].
 ///
 /// # Errors
-/// When there is no previous schema, another rebuild is at work, the stream ends before it, or a server fails; the live
-/// schema is then as it was.
+/// As [`schemas::roll_back`].
 pub async fn roll_back<L: Ledger>(ledger: &L, url: &Secret) -> anyhow::Result<Swapped> {
-    let place = take_place(url).await?;
-    drop_schema(&place, Schema::Discarded).await?;
-    let nothing = "there is no previous projection to go back to: only a rebuild that replaced one leaves it";
-    let previous = checkpoint(&place, Schema::Previous).await?.context(nothing)?;
-    refuse_backwards(ledger, &place, Schema::Previous).await?;
-    // It may be of an older version than the programs that will read it.
-    postgres::migrate_into(url, Schema::Previous).await?;
-    let still = checkpoint(&place, Schema::Previous).await?.context(nothing)?;
-    if still < previous {
-        drop_schema(&place, Schema::Previous).await?;
-        bail!(
-            "the previous projection is of an older version, of which this one cannot make use: it is dropped, and the \
-             live one is as it was; `lomash rebuild` makes it anew"
-        );
-    }
-    let mut client = connect(url).await?;
-    let transaction = begin_renaming(&mut client).await?;
-    let replaced = fence(&transaction).await?;
-    let kept = exists(&transaction, Schema::Live).await?;
-    if kept {
-        rename(&transaction, Schema::Live, Schema::Discarded).await?;
-    }
-    rename(&transaction, Schema::Previous, Schema::Live).await?;
-    if kept {
-        rename(&transaction, Schema::Discarded, Schema::Previous).await?;
-    }
-    commit_renaming(transaction).await?;
-    Ok(Swapped { checkpoint: previous, replaced, kept })
-}
-
-/// Where `schema` stands; none when it has no checkpoint.
-///
-/// # Errors
-/// When Postgres does not answer.
-pub async fn checkpoint(client: &Client, schema: Schema) -> anyhow::Result<Option<u64>> {
-    let table = format!("{schema}.checkpoint");
-    let there = "SELECT to_regclass($1) IS NOT NULL";
-    if !client.query_one(there, &[&table]).await.context("Postgres does not answer")?.get::<_, bool>(0) {
-        return Ok(None);
-    }
-    let query = format!("SELECT sequence FROM {table} WHERE projection = $1");
-    let row = client.query_opt(&query, &[&PROJECTION]).await.with_context(|| format!("{table} cannot be read"))?;
-    Ok(row.map(|row| row.get::<_, i64>(0).unsigned_abs()))
-}
-
-/// A connection whose statement the server ends soon after we have died, however long it would have taken.
-async fn connect(url: &Secret) -> anyhow::Result<Client> {
-    let client = postgres::connect(url).await?;
-    let check = "SET client_connection_check_interval = '1s'";
-    client.batch_execute(check).await.context("the connection cannot be set up")?;
-    Ok(client)
-}
-
-/// A connection that holds the place of the one rebuild.
-async fn take_place(url: &Secret) -> anyhow::Result<Client> {
-    let client = connect(url).await?;
-    let lock = "SELECT pg_try_advisory_lock($1)";
-    let free: bool = client.query_one(lock, &[&REBUILD_LOCK]).await.context("Postgres does not answer")?.get(0);
-    ensure!(
-        free,
-        "another `lomash rebuild` is at work on this database; wait until it has ended (of one that was killed \
-         nothing is left after a few seconds)"
-    );
-    Ok(client)
+    schemas::roll_back(&INVENTORY, url, async |seen| reaches(ledger, seen, Schema::Previous.name()).await).await
 }
 
 /// The checkpoint is read before the stream's end, so only a stream that lost messages is found to be behind it.
-async fn refuse_backwards<L: Ledger>(ledger: &L, client: &Client, schema: Schema) -> anyhow::Result<()> {
-    let seen = checkpoint(client, schema).await?.unwrap_or(0);
+async fn reaches<L: Ledger>(ledger: &L, seen: u64, schema: &str) -> anyhow::Result<()> {
     match ledger.reaches(seen).await {
         Ok(_) => Ok(()),
-        Err(ReadError::WentBackwards { last, .. }) => bail!(
-            "the stream INVENTORY ends at {last}, but {schema} has read it up to {seen}: the stream went backwards. \
-             Restore the newer stream; if the older one is the truth from now on, say so by `DROP SCHEMA {schema} CASCADE`"
-        ),
+        Err(ReadError::WentBackwards { last, .. }) => Err(schemas::went_backwards(last, seen, schema)),
         Err(problem) => Err(problem.into()),
-    }
-}
-
-async fn drop_schema(client: &Client, schema: Schema) -> anyhow::Result<()> {
-    let statement = format!(
-        "SET lock_timeout = '{LOCK_TIMEOUT_SECONDS}s'; DROP SCHEMA IF EXISTS {schema} CASCADE; RESET lock_timeout"
-    );
-    client.batch_execute(&statement).await.with_context(|| {
-        format!("{schema}, which nothing needs any more, cannot be dropped; does something still read from it?")
-    })
-}
-
-/// Drops what no name leads to any more. Outside the swap: a reader from before may still be at it.
-async fn forget_discarded(client: &Client) {
-    if let Err(problem) = drop_schema(client, Schema::Discarded).await {
-        warn!("{problem:#}; the next rebuild drops it");
     }
 }
 
@@ -444,50 +320,4 @@ impl Batch {
         self.parsed.append(&mut other.parsed);
         self.messages.append(&mut other.messages);
     }
-}
-
-async fn begin_renaming(client: &mut Client) -> anyhow::Result<Transaction<'_>> {
-    let transaction = client.transaction().await.context("Postgres does not begin a transaction")?;
-    let wait = format!("SET LOCAL lock_timeout = '{LOCK_TIMEOUT_SECONDS}s'");
-    transaction.batch_execute(&wait).await.context("the transaction cannot be set up")?;
-    let lock = "SELECT pg_advisory_xact_lock($1)";
-    transaction
-        .execute(lock, &[&SCHEMAS_LOCK])
-        .await
-        .context("the names of the schemas cannot be locked; is a migration or a `lomash verify` stuck? Try again")?;
-    Ok(transaction)
-}
-
-/// Stops projectors until the transaction ends; returns the live checkpoint, if there is one.
-async fn fence(transaction: &Transaction<'_>) -> anyhow::Result<Option<u64>> {
-    let there = "SELECT to_regclass($1) IS NOT NULL";
-    let table = format!("{}.checkpoint", Schema::Live);
-    if !transaction.query_one(there, &[&table]).await.context("Postgres does not answer")?.get::<_, bool>(0) {
-        return Ok(None);
-    }
-    // EXCLUSIVE: in the way of whoever writes or locks rows, and of no reader.
-    transaction.batch_execute(&format!("LOCK TABLE {table} IN EXCLUSIVE MODE")).await.with_context(|| {
-        format!(
-            "{table} cannot be locked within {LOCK_TIMEOUT_SECONDS} s: a projector is stuck in a transaction; try again"
-        )
-    })?;
-    let query = format!("SELECT sequence FROM {table} WHERE projection = $1");
-    let row = transaction.query_opt(&query, &[&PROJECTION]).await.with_context(|| format!("{table} cannot be read"))?;
-    Ok(row.map(|row| row.get::<_, i64>(0).unsigned_abs()))
-}
-
-async fn exists(transaction: &Transaction<'_>, schema: Schema) -> anyhow::Result<bool> {
-    let query = "SELECT to_regnamespace($1) IS NOT NULL";
-    Ok(transaction.query_one(query, &[&schema.name()]).await.context("Postgres does not answer")?.get(0))
-}
-
-async fn rename(transaction: &Transaction<'_>, from: Schema, to: Schema) -> anyhow::Result<()> {
-    let statement = format!("ALTER SCHEMA {from} RENAME TO {to}");
-    transaction.batch_execute(&statement).await.with_context(|| format!("`{statement}` failed; nothing is swapped"))
-}
-
-async fn commit_renaming(transaction: Transaction<'_>) -> anyhow::Result<()> {
-    transaction.commit().await.map_err(|problem| {
-        anyhow!(problem).context("it is not known whether the swap was committed; `lomash status` shows what is live")
-    })
 }

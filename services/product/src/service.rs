@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use clap::Parser;
 use lomash_contract::Timestamp;
+use lomash_ledger::dead_letter::Letters;
 use lomash_ledger::streams::{self, Difference};
 use lomash_ledger::{JetStreamLedger, Ledger, receive};
 use lomash_platform::process::Tasks;
@@ -154,7 +155,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let writing = Writing::default();
     let writer = Writer::new(client.clone(), committer.clone(), writing.clone());
     let mut commit_task = tokio::spawn(commit_loop);
-    let projected = Projected::new(pool.clone());
+    let projected = Projected::new(pool.clone(), &postgres::INVENTORY);
     let reports = Reports::new(pool.clone(), config.database_url.clone());
     let reconciliation = Reconciliation::new(context.clone(), reports.clone(), warehouse.is_some());
     let runner = Runner::new(Parts {
@@ -210,6 +211,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         streams: Streams::default(),
         imports: Imports::default(),
         reconciliation,
+        dead_letters: Letters::new(async_nats::jetstream::new(client.clone())),
         stop: stop.clone(),
     };
     routes.open(http::routes(api, verifier, &config.http));

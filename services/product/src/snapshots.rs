@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt, BufWriter};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::committer::Committer;
 use crate::inventory::State;
@@ -49,7 +49,7 @@ pub const FORMAT: u32 = 1;
 /// How often a writer says that it is at work; a third of the consumer's `ack_wait`.
 const IN_PROGRESS_EVERY: Duration = Duration::from_secs(10);
 
-/// Deliveries of a tick after which writing is left to the next tick.
+/// Deliveries of a tick after which writing is left to the next tick, also when each ended its process.
 const MAX_TRIES: u64 = 3;
 
 /// Pause before another try.
@@ -454,6 +454,10 @@ pub async fn handle(
     stop: CancellationToken,
     tick: Delivery,
 ) -> Settle {
+    if tick.deliveries > MAX_TRIES {
+        error!(deliveries = tick.deliveries, "a tick was not survived; it is dropped, and the next one tries again");
+        return Settle::Done;
+    }
     let started = Instant::now();
     let saving = async {
         let Some(frozen) = committer.freeze().await else { return Ok(None) };

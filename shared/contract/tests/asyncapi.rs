@@ -12,7 +12,7 @@ use jsonschema::{Draft, Validator};
 use lomash_contract::limits::{
     LOW_STOCK_THRESHOLD, MAX_LINE_QUANTITY, MAX_NAME_CHARS, MAX_ORDER_ITEMS, MAX_SKU_CHARS, MAX_STOCK,
 };
-use lomash_contract::{ChangedField, ContentType, EventType, FailureReason, Topic, Trigger, Version};
+use lomash_contract::{ChangedField, ContentType, EventType, FailureReason, Topic, Trigger, Version, subject};
 use messages::{GOLDEN, decode_as, golden_value};
 use serde::de::value::Error as AnyError;
 use serde::de::{DeserializeOwned, Deserializer, Error, Visitor};
@@ -117,7 +117,9 @@ fn channels_are_the_topics_and_carry_their_event() {
         .values()
         .map(|channel| channel["address"].as_str().unwrap())
         .collect();
-    assert_eq!(addresses, Topic::ALL.iter().map(|topic| topic.as_str()).collect());
+    let letters = subject::dead_letter("{consumer}");
+    let topics = Topic::ALL.iter().map(|topic| topic.as_str());
+    assert_eq!(addresses, topics.chain([letters.as_str()]).collect());
     for topic in Topic::ALL {
         let message = message_of(&document, topic);
         assert_eq!(message["name"], topic.event_type().as_str());
@@ -131,7 +133,7 @@ fn stored_topics_name_their_keyed_subject() {
     for channel in document["channels"].as_object().unwrap().values() {
         let address = channel["address"].as_str().unwrap();
         let key = match address {
-            "lomash.orders.created" | "lomash.notifications.low-stock" => continue,
+            "lomash.orders.created" | "lomash.notifications.low-stock" | "lomash.dlq.{consumer}" => continue,
             "lomash.inventory.update-failed" => "{orderId}",
             _ => "{productId}",
         };
@@ -155,7 +157,7 @@ fn every_channel_has_its_operation() {
         }
         assert!(seen.insert(address), "{address} has two operations");
     }
-    assert_eq!(seen.len(), Topic::ALL.len());
+    assert_eq!(seen.len(), Topic::ALL.len() + 1, "the topics and the dead letters");
 }
 
 #[test]

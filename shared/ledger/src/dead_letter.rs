@@ -1,15 +1,21 @@
 //! Dead letters: messages that cannot be handled, kept with their reason so that nothing is swallowed.
 //!
 //! A letter is the original message (payload and headers) under `lomash.dlq.{consumer}` with headers that say where
-//! it came from and why it is here. Its `Nats-Msg-Id` is made of consumer, stream and sequence, so a message that
-//! dies twice is one letter.
+//! it came from and why it is here. Its `Nats-Msg-Id` is made of consumer, stream, sequence and the number of redrives, so a
+//! message that dies twice is one letter, and one that dies again after a redrive is another.
+//!
+//! What operators do with letters (list, redrive, discard) is in `letters.rs`, for the command line and HTTP alike.
+
+mod letters;
 
 use std::time::Duration;
 
 use async_nats::HeaderMap;
 use async_nats::jetstream::Context;
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 
+pub use self::letters::{Filter, Letter, Letters, LettersError, MAX_SCANNED, Origin, Page, Redriven, Way, Whole};
 use crate::jetstream::header_text;
 
 /// The stream that holds the letters.
@@ -24,16 +30,105 @@ pub const ORIGIN_SEQUENCE: &str = "Lomash-Dead-Sequence";
 pub const ORIGIN_MESSAGE_ID: &str = "Lomash-Dead-Message-Id";
 /// The consumer that gave it up.
 pub const CONSUMER: &str = "Lomash-Dead-Consumer";
-/// How often it was delivered.
+/// How often it was tried: deliveries, and tries of the loop itself within one.
 pub const DELIVERIES: &str = "Lomash-Dead-Deliveries";
 /// Why, as a sentence.
 pub const REASON: &str = "Lomash-Dead-Reason";
+/// How often it was brought back before it died this time; not there when never. Travels with the redriven message.
+pub const REDRIVES: &str = "Lomash-Dead-Redrives";
+/// Its former deaths, a header each, the oldest first. Travels with the redriven message.
+pub const HISTORY: &str = "Lomash-Dead-History";
+
+/// All headers that a letter has beside those of its original.
+pub const HEADERS: [&str; 9] = [
+    ORIGIN_STREAM,
+    ORIGIN_SUBJECT,
+    ORIGIN_SEQUENCE,
+    ORIGIN_MESSAGE_ID,
+    CONSUMER,
+    DELIVERIES,
+    REASON,
+    REDRIVES,
+    HISTORY,
+];
+
+/// What all of them begin with.
+const PREFIX: &str = "Lomash-Dead-";
 
 /// Longest reason that is kept, in characters.
 pub const MAX_REASON_CHARS: usize = 1_000;
 
+/// Former deaths that are kept; of more, the last ones.
+pub const MAX_HISTORY: usize = 5;
+
+/// Longest record of a former death, in characters.
+pub const MAX_HISTORY_CHARS: usize = 300;
+
 /// How long the stream may take to confirm a letter; the original is kept until it has.
 pub const STORE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What became of a message before it came back.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Past {
+    /// How often it was brought back.
+    pub redrives: u32,
+    /// Its former deaths, the oldest first.
+    pub history: Vec<String>,
+}
+
+impl Past {
+    /// What a message's headers say of it. They come from outside: what is there is bounded and never trusted further than
+    /// to be shown.
+    #[must_use]
+    pub fn of(headers: Option<&HeaderMap>) -> Self {
+        let Some(headers) = headers else { return Self::default() };
+        let redrives = headers.get(REDRIVES).and_then(|text| text.as_str().parse().ok()).unwrap_or(0);
+        let history = headers.get_all(HISTORY).map(|entry| bounded(entry.as_str(), MAX_HISTORY_CHARS)).collect();
+        Self { redrives, history }.trimmed()
+    }
+
+    /// With one more death, to be brought back once more.
+    #[must_use]
+    fn and_redriven_after(mut self, death: &str) -> Self {
+        self.redrives = self.redrives.saturating_add(1);
+        self.history.push(bounded(death, MAX_HISTORY_CHARS));
+        self.trimmed()
+    }
+
+    fn trimmed(mut self) -> Self {
+        self.history.drain(..self.history.len().saturating_sub(MAX_HISTORY));
+        self
+    }
+
+    fn write(&self, headers: &mut HeaderMap) {
+        if self.redrives > 0 {
+            headers.insert(REDRIVES, self.redrives.to_string());
+        }
+        for death in &self.history {
+            headers.append(HISTORY, death.as_str());
+        }
+    }
+}
+
+fn bounded(text: &str, chars: usize) -> String {
+    header_text(text).chars().take(chars).collect()
+}
+
+/// The headers of a message that are its publisher's: the server acts on its own, and on a copy they would mean something
+/// else; ours are written anew.
+fn publisher_headers(original: &HeaderMap) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    for (name, values) in original.iter() {
+        let text: &str = name.as_ref();
+        if !text.starts_with("Nats-") && !text.starts_with(PREFIX) {
+            for value in values {
+                headers.append(name.clone(), value.clone());
+            }
+        }
+    }
+    headers
+}
 
 /// How many letters wait to be redriven or discarded; nothing when the server does not say.
 pub async fn count(context: &Context) -> Option<u64> {
@@ -52,10 +147,12 @@ pub struct DeadLetter<'a> {
     pub subject: &'a str,
     /// Its sequence in the stream.
     pub sequence: u64,
-    /// How often it was delivered.
+    /// How often it was tried.
     pub deliveries: u64,
     /// Why, as a sentence.
     pub reason: &'a str,
+    /// What became of it before.
+    pub past: Past,
     /// Its headers.
     pub headers: Option<&'a HeaderMap>,
     /// Its payload.
@@ -73,30 +170,26 @@ impl DeadLetter<'_> {
     /// # Errors
     /// [`StoreError`] when the stream did not confirm it; storing it again is harmless.
     pub async fn store(self, context: &Context) -> Result<(), StoreError> {
-        let mut headers = HeaderMap::new();
+        let mut headers = self.headers.map(publisher_headers).unwrap_or_default();
         if let Some(original) = self.headers {
-            for (name, values) in original.iter() {
-                let name_text: &str = name.as_ref();
-                // The server acts on its own headers; on a copy they would mean something else.
-                if !name_text.starts_with("Nats-") && !name_text.starts_with("Lomash-Dead-") {
-                    for value in values {
-                        headers.append(name.clone(), value.clone());
-                    }
-                }
-            }
-            if let Some(id) = original.get(async_nats::header::NATS_MESSAGE_ID) {
+            // Of a message that was brought back, the id under which it came first.
+            let id = original.get(ORIGIN_MESSAGE_ID).or_else(|| original.get(async_nats::header::NATS_MESSAGE_ID));
+            if let Some(id) = id {
                 headers.insert(ORIGIN_MESSAGE_ID, id.clone());
             }
         }
-        let reason: String = header_text(self.reason).chars().take(MAX_REASON_CHARS).collect();
-        let id = format!("dead.{}.{}.{}", self.consumer, self.stream, self.sequence);
+        let mut id = format!("dead.{}.{}.{}", self.consumer, self.stream, self.sequence);
+        if self.past.redrives > 0 {
+            id.push_str(&format!(".{}", self.past.redrives));
+        }
         headers.insert(async_nats::header::NATS_MESSAGE_ID, id);
         headers.insert(ORIGIN_STREAM, self.stream);
         headers.insert(ORIGIN_SUBJECT, self.subject);
         headers.insert(ORIGIN_SEQUENCE, self.sequence.to_string());
         headers.insert(CONSUMER, self.consumer);
         headers.insert(DELIVERIES, self.deliveries.to_string());
-        headers.insert(REASON, reason.as_str());
+        headers.insert(REASON, bounded(self.reason, MAX_REASON_CHARS));
+        self.past.write(&mut headers);
         let subject = lomash_contract::subject::dead_letter(self.consumer);
         let stored = async {
             let ack = context.publish_with_headers(subject, headers, self.payload).await.map_err(|e| e.to_string())?;
@@ -107,5 +200,37 @@ impl DeadLetter<'_> {
             Ok(Err(error)) => Err(StoreError(error)),
             Err(_) => Err(StoreError(format!("no answer within {} s", STORE_TIMEOUT.as_secs()))),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Other teams read their letters by that file.
+    #[test]
+    fn docs_asyncapi_names_every_header_and_no_other() {
+        let text = include_str!("../../../docs/asyncapi.yaml");
+        let document: serde_json::Value = serde_norway::from_str(text).expect("YAML");
+        let schema = &document["components"]["schemas"]["DeadLetterHeaders"];
+        let mut named: Vec<&str> =
+            schema["properties"].as_object().expect("properties").keys().map(String::as_str).collect();
+        let mut ours = [&HEADERS[..], &["Nats-Msg-Id"]].concat();
+        named.sort_unstable();
+        ours.sort_unstable();
+        assert_eq!(named, ours);
+        let not_always = [ORIGIN_MESSAGE_ID, REDRIVES, HISTORY];
+        let mut required: Vec<_> =
+            schema["required"].as_array().expect("a list").iter().filter_map(|name| name.as_str()).collect();
+        ours.retain(|name| !not_always.contains(name));
+        required.sort_unstable();
+        assert_eq!(required, ours);
+        let example = &document["components"]["messages"]["DeadLetter"]["examples"][0]["headers"];
+        for name in example.as_object().expect("headers").keys() {
+            assert!(named.contains(&name.as_str()) || name == crate::header::TRACEPARENT, "{name}");
+        }
+        let kept = format!("the last {}", ["none", "one", "two", "three", "four", "five"][MAX_HISTORY]);
+        let history = schema["properties"][HISTORY]["description"].as_str().expect("a description");
+        assert!(history.contains(&kept), "{history}");
     }
 }

@@ -14,8 +14,10 @@ use async_nats::header::{
 use async_nats::jetstream::consumer::{DeliverPolicy, pull};
 use async_nats::jetstream::{self, Context};
 use async_nats::{HeaderMap, Request, client::RequestErrorKind};
+use bytes::Bytes;
 use futures::stream::{self, StreamExt};
 use serde::Deserialize;
+use time::OffsetDateTime;
 
 use crate::{
     AppendError, BatchPosition, Carried, Ledger, Messages, NewMessage, ReadError, StoredMessage, crash_point, header,
@@ -254,10 +256,19 @@ fn stored(message: jetstream::Message) -> Result<StoredMessage, ReadError> {
         (info.stream_sequence, info.published)
     };
     let message = message.message;
-    let text = |name: &str| {
-        let headers = message.headers.as_ref()?;
-        headers.get(name).map(|value| value.as_str().to_owned())
-    };
+    let subject = message.subject.into_string();
+    Ok(with_headers(sequence, stored_at, subject, message.headers.as_ref(), message.payload))
+}
+
+/// A stored message with what its headers say.
+pub(crate) fn with_headers(
+    sequence: u64,
+    stored_at: OffsetDateTime,
+    subject: String,
+    headers: Option<&HeaderMap>,
+    payload: Bytes,
+) -> StoredMessage {
+    let text = |name: &str| headers?.get(name).map(|value| value.as_str().to_owned());
     let batch = text("Nats-Batch-Id").map(|id| BatchPosition {
         id,
         sequence: text("Nats-Batch-Sequence").and_then(|value| value.parse().ok()).unwrap_or(0),
@@ -270,14 +281,14 @@ fn stored(message: jetstream::Message) -> Result<StoredMessage, ReadError> {
         reason: text(header::REASON).map(|reason| header_text(&reason)),
         command: text(header::COMMAND),
     };
-    Ok(StoredMessage {
+    StoredMessage {
         sequence,
         stored_at,
         message_id: text("Nats-Msg-Id"),
         expected_last_sequence: text("Nats-Expected-Last-Sequence").and_then(|value| value.parse().ok()),
         batch,
         carried,
-        subject: message.subject.into_string(),
-        payload: message.payload,
-    })
+        subject,
+        payload,
+    }
 }

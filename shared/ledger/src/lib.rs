@@ -11,6 +11,7 @@ mod memory;
 mod observed;
 pub mod receive;
 pub mod streams;
+pub mod suspects;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -255,6 +256,10 @@ pub trait Ledger: Clone + Send + Sync + 'static {
 macro_rules! crash_point {
     ($name:literal) => {
         $crate::fail::fail_point!($name, |_| ::std::process::abort());
+    };
+    // Only when the condition holds, for example of one message among many.
+    ($name:literal, $condition:expr) => {
+        $crate::fail::fail_point!($name, $condition, |_| ::std::process::abort());
     };
 }
 

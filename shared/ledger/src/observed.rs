@@ -118,7 +118,9 @@ struct ConsumerInfo {
 }
 
 async fn consumer_info(context: &Context, stream: &str, consumer: &str) -> Result<ConsumerInfo, String> {
-    let answer = context.request(format!("CONSUMER.INFO.{stream}.{consumer}"), &()).await;
+    // The server wants no request, or an empty one; nothing at all would be sent as `null`.
+    let request = serde_json::json!({});
+    let answer = context.request(format!("CONSUMER.INFO.{stream}.{consumer}"), &request).await;
     let answer: serde_json::Value = answer.map_err(|error: jetstream::context::RequestError| error.to_string())?;
     match answer.pointer("/error/description").and_then(serde_json::Value::as_str) {
         Some(problem) => Err(problem.to_owned()),

@@ -1,12 +1,18 @@
 //! The one receive loop: pull, hand to the handler, settle.
 //!
-//! A handler says what happened ([`Settle`]); the loop acknowledges, asks for redelivery or writes a dead letter.
-//! Acknowledging comes last, so every handler must bear seeing a message twice. The loop survives a lost connection,
-//! a restarted server and a panicking handler.
+//! A handler says what happened ([`Settle`]); the loop acknowledges, tries again or writes a dead letter. Acknowledging
+//! comes last, so every handler must bear seeing a message twice. The loop survives a lost connection, a restarted server
+//! and a panicking handler.
+//!
+//! The server counts deliveries, and only what a process did not survive may count against a message. So the loop tries
+//! again by itself, without giving the message back; and a message that was delivered often is not handled among others
+//! any more but alone, see [`crate::suspects`].
 
 use std::convert::Infallible;
 use std::future::Future;
+use std::ops::ControlFlow;
 use std::panic::AssertUnwindSafe;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_nats::HeaderMap;
@@ -19,9 +25,11 @@ use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, debug, error, info, warn};
 
-use crate::dead_letter::DeadLetter;
+use crate::dead_letter::{DeadLetter, Past, StoreError};
+use crate::jetstream::with_headers;
 use crate::observed::{LagWatch, Observed, process_span, tell_settled};
-use crate::streams;
+use crate::suspects::{self, Case, Court};
+use crate::{StoredMessage, streams};
 
 /// How long one pull request waits at the server.
 ///
@@ -41,8 +49,20 @@ pub const REOPEN_PAUSE: Duration = Duration::from_millis(500);
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause before a message comes back whose dead letter could not be stored.
 pub const DEAD_LETTER_RETRY: Duration = Duration::from_secs(2);
-/// Pause before a message comes back whose handler panicked.
+/// Pause before a message is tried again whose handler panicked.
 pub const PANIC_RETRY: Duration = Duration::from_secs(1);
+/// Deliveries after which a message is not handled among others any more: twice, because once is any failover. Whatever was
+/// in flight when a process died, twice in a row, is tried alone from then on.
+pub const MAX_DELIVERIES_AMONG_OTHERS: u64 = 2;
+/// How often, in an `ack_wait`, the server is told that a message is being kept for its next try.
+pub const KEEP_SHARE: u32 = 3;
+/// How long after the start suspects wait: a process that dies of what it received first dies before, and not of a suspect
+/// that was unlucky to be tried in that moment.
+pub const COURT_OPENS_AFTER: Duration = Duration::from_secs(3);
+/// Letters that are logged one by one in a window; the rest of it is counted. A flood must not fill the disk by its log.
+pub const LETTERS_LOGGED: u64 = 20;
+/// The window of [`LETTERS_LOGGED`].
+pub const LETTERS_LOGGED_IN: Duration = Duration::from_secs(10);
 
 const _: () = assert!(PULL_HEARTBEAT.as_millis() * 2 <= PULL_EXPIRES.as_millis(), "the server requires it");
 
@@ -51,7 +71,8 @@ const _: () = assert!(PULL_HEARTBEAT.as_millis() * 2 <= PULL_EXPIRES.as_millis()
 pub enum Settle {
     /// Handled: acknowledge.
     Done,
-    /// Not now: deliver again after the pause.
+    /// Not now: a server is away, or the process stops. The loop keeps the message and tries again after the pause, for as
+    /// long as it takes; a process that stops gives it back.
     Retry(Duration),
     /// Never: write a dead letter with this reason, then drop the message.
     Dead(String),
@@ -80,6 +101,12 @@ impl Delivery {
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.as_ref()?.get(name).map(async_nats::HeaderValue::as_str)
     }
+
+    /// The message as any reader of the stream gets it.
+    #[must_use]
+    pub fn into_stored(self) -> StoredMessage {
+        with_headers(self.sequence, self.stored_at, self.subject, self.headers.as_ref(), self.payload)
+    }
 }
 
 /// What to receive and within which bounds.
@@ -95,32 +122,72 @@ pub struct Receive {
     pub max_in_flight: usize,
     /// Most bytes of payload handled at once; one message may go over it.
     pub max_in_flight_bytes: usize,
-    /// Deliveries after which a message whose handler panics is given up.
+    /// Panics of its handler after which a message is given up.
     pub max_panics: u64,
-    /// How often the server is told that a handler is still at work, when one may take longer than the consumer's
-    /// `ack_wait`; a third of that is right. `None` for handlers that are always faster.
+    /// How often the server is told that a handler is still at work, when one may rightly take longer than the consumer's
+    /// `ack_wait`; a third of that is right. `None` for handlers that are always faster: one that is not has failed, is
+    /// ended, and its message comes back.
     pub in_progress_every: Option<Duration>,
 }
 
 /// Receives until `stop`, then lets the handlers at work finish.
 ///
 /// Handlers are started in the order of the stream; what they do before their first `await` happens in that order.
+///
+/// Beside it, what became suspect is tried alone, when `streams/consumers` has a consumer of that name in `ADVISORIES`.
 pub async fn run<H, F>(context: Context, receive: Receive, stop: CancellationToken, handler: H)
 where
-    H: Fn(Delivery) -> F,
+    H: Fn(Delivery) -> F + Sync,
     F: Future<Output = Settle> + Send,
 {
-    let observed = Observed::new(&receive);
-    let _lag = LagWatch::start(context.clone(), &receive);
+    if !streams::is_defined(suspects::STREAM, receive.consumer) {
+        return receive_on(&context, &receive, &stop, &handler, false).await;
+    }
+    let court = Court { context: &context, receive: &receive, handler: &handler, told: Told::default() };
+    let (court, suspects) = (&court, suspects::receive(&receive));
+    let hearing = |advisory| court.hear(advisory);
+    // Where one message is at work at a time, each was alone all along.
+    let moves_suspects = receive.max_in_flight > 1;
+    tokio::join!(receive_on(&context, &receive, &stop, &handler, moves_suspects), async {
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = tokio::time::sleep(COURT_OPENS_AFTER) => receive_on(&context, &suspects, &stop, &hearing, false).await,
+        }
+    },);
+}
+
+async fn receive_on<H, F>(
+    context: &Context,
+    receive: &Receive,
+    stop: &CancellationToken,
+    handler: &H,
+    moves_suspects: bool,
+) where
+    H: Fn(Delivery) -> F + Sync,
+    F: Future<Output = Settle> + Send,
+{
+    let told = Told::default();
+    let observed = Observed::new(receive);
+    let _lag = LagWatch::start(context.clone(), receive);
     while !stop.is_cancelled() {
         let opened = tokio::select! {
             () = stop.cancelled() => break,
-            opened = open(&context, &receive) => opened,
+            opened = open(context, receive) => opened,
         };
         match opened {
-            Ok(messages) => {
+            Ok((messages, ack_wait)) => {
                 info!(stream = receive.stream, consumer = receive.consumer, "receiving");
-                pump(&context, &receive, &observed, messages, &stop, &handler).await;
+                let work = Work {
+                    context,
+                    receive,
+                    stop,
+                    handler,
+                    moves_suspects,
+                    ack_wait,
+                    told: &told,
+                    observed: &observed,
+                };
+                pump(&work, messages).await;
             }
             Err(problem) => warn!(consumer = receive.consumer, problem, "cannot receive yet, trying again"),
         }
@@ -131,10 +198,25 @@ where
     }
 }
 
-async fn open(context: &Context, receive: &Receive) -> Result<pull::Stream, String> {
+/// What a loop works with.
+struct Work<'a, H> {
+    context: &'a Context,
+    receive: &'a Receive,
+    stop: &'a CancellationToken,
+    handler: &'a H,
+    /// Whether what was delivered too often is handed over to be tried alone.
+    moves_suspects: bool,
+    /// The consumer's: a message that is silent for so long is delivered again.
+    ack_wait: Duration,
+    told: &'a Told,
+    observed: &'a Observed,
+}
+
+async fn open(context: &Context, receive: &Receive) -> Result<(pull::Stream, Duration), String> {
     streams::ensure_consumer(context, receive.stream, receive.consumer).await.map_err(|error| error.to_string())?;
     let consumer: PullConsumer =
         context.get_consumer_from_stream(receive.consumer, receive.stream).await.map_err(|error| error.to_string())?;
+    let ack_wait = consumer.cached_info().config.ack_wait;
     let mut builder = consumer
         .stream()
         .max_messages_per_batch(PREFETCH_MESSAGES.min(receive.max_in_flight))
@@ -143,20 +225,16 @@ async fn open(context: &Context, receive: &Receive) -> Result<pull::Stream, Stri
     if let Some(group) = receive.group {
         builder = builder.group(group);
     }
-    builder.messages().await.map_err(|error| error.to_string())
+    let messages = builder.messages().await.map_err(|error| error.to_string())?;
+    Ok((messages, ack_wait))
 }
 
-async fn pump<H, F>(
-    context: &Context,
-    receive: &Receive,
-    observed: &Observed,
-    mut messages: pull::Stream,
-    stop: &CancellationToken,
-    handler: &H,
-) where
-    H: Fn(Delivery) -> F,
+async fn pump<H, F>(work: &Work<'_, H>, mut messages: pull::Stream)
+where
+    H: Fn(Delivery) -> F + Sync,
     F: Future<Output = Settle> + Send,
 {
+    let Work { context, receive, stop, .. } = *work;
     let mut at_work = FuturesUnordered::new();
     let mut bytes_at_work = 0;
     let mut pin: Option<String> = None;
@@ -176,7 +254,7 @@ async fn pump<H, F>(
                         pin = Some(given.to_string());
                     }
                     bytes_at_work += bytes;
-                    at_work.push(handle(context, receive, observed, message, handler).map(move |()| bytes));
+                    at_work.push(handle(work, message).map(move |()| bytes));
                 }
                 Some(Err(problem)) => {
                     debug!(consumer = receive.consumer, %problem, "pull interrupted");
@@ -220,17 +298,12 @@ async fn hand_over(context: &Context, receive: &Receive, group: &str, pin: &str)
     }
 }
 
-fn handle<'a, H, F>(
-    context: &'a Context,
-    receive: &'a Receive,
-    observed: &'a Observed,
-    message: jetstream::Message,
-    handler: &H,
-) -> impl Future<Output = ()> + 'a + use<'a, H, F>
+fn handle<'a, H, F>(work: &'a Work<'a, H>, message: jetstream::Message) -> impl Future<Output = ()> + 'a + use<'a, H, F>
 where
-    H: Fn(Delivery) -> F,
+    H: Fn(Delivery) -> F + Sync,
     F: Future<Output = Settle> + Send + 'a,
 {
+    let Work { context, receive, .. } = *work;
     let (sequence, deliveries, stored_at) = match message.info() {
         Ok(info) => (info.stream_sequence, u64::try_from(info.delivered).unwrap_or(1), info.published),
         Err(_) => (0, 1, OffsetDateTime::UNIX_EPOCH),
@@ -238,7 +311,7 @@ where
     let since = Instant::now();
     let span = process_span(receive, &message, sequence, deliveries);
     let (message, acker) = message.split();
-    let delivery = Delivery {
+    let delivery = move |message: &async_nats::Message| Delivery {
         subject: message.subject.to_string(),
         headers: message.headers.clone(),
         payload: message.payload.clone(),
@@ -246,59 +319,173 @@ where
         deliveries,
         stored_at,
     };
-    let handled = std::panic::catch_unwind(AssertUnwindSafe(|| span.in_scope(|| handler(delivery))));
+    let is_suspect = work.moves_suspects && deliveries > MAX_DELIVERIES_AMONG_OTHERS;
+    let handled = (!is_suspect).then(|| span.in_scope(|| call(work.handler, delivery(&message))));
     let told = span.clone();
     async move {
-        let outcome = match (handled, receive.in_progress_every) {
-            (Ok(future), None) => AssertUnwindSafe(future).catch_unwind().await,
-            (Ok(future), Some(every)) => tokio::select! {
-                outcome = AssertUnwindSafe(future).catch_unwind() => outcome,
-                never = stay_in_progress(&acker, every) => match never {},
-            },
-            (Err(panic), _) => Err(panic),
-        };
-        let settle = outcome.unwrap_or_else(|panic| {
-            let what = panic_text(&*panic);
-            error!(consumer = receive.consumer, sequence, deliveries, panic = what, "handler panicked");
-            if deliveries >= receive.max_panics {
-                Settle::Dead(format!("the handler panicked {deliveries} times, last with: {what}"))
-            } else {
-                Settle::Retry(PANIC_RETRY)
-            }
-        });
-        observed.settled(&settle, since);
-        tell_settled(&told, &settle);
-        let kind = match settle {
-            Settle::Done => AckKind::Ack,
-            Settle::Retry(pause) => AckKind::Nak(Some(pause)),
-            Settle::Dead(reason) => {
-                let letter = DeadLetter {
-                    stream: receive.stream,
-                    consumer: receive.consumer,
-                    subject: &message.subject,
-                    sequence,
-                    deliveries,
-                    reason: &reason,
-                    headers: message.headers.as_ref(),
-                    payload: message.payload,
-                };
-                match letter.store(context).await {
-                    Ok(()) => {
-                        warn!(consumer = receive.consumer, sequence, reason, "dead letter");
-                        AckKind::Term
-                    }
+        let mut keeping = Keeping { acker: &acker, stop: work.stop, every: work.ack_wait / KEEP_SHARE, told: since };
+        let Some(mut handled) = handled else {
+            let case = Case::new(receive.stream, receive.consumer, sequence, deliveries);
+            let kind = loop {
+                match case.summon(context).await {
+                    Ok(()) => break Some(AckKind::Ack),
                     Err(problem) => {
-                        error!(consumer = receive.consumer, sequence, reason, %problem, "the message comes back");
-                        AckKind::Nak(Some(DEAD_LETTER_RETRY))
+                        debug!(consumer = receive.consumer, sequence, problem, "cannot hand a suspect over yet");
+                        if keeping.pause(DEAD_LETTER_RETRY).await.is_break() {
+                            break Some(AckKind::Nak(None));
+                        }
                     }
+                }
+            };
+            info!(consumer = receive.consumer, sequence, deliveries, "delivered too often, to be tried alone");
+            return settle(receive, &acker, sequence, kind).await;
+        };
+        let (mut tries, mut panics) = (0, 0);
+        let kind = loop {
+            let outcome = match (handled, receive.in_progress_every) {
+                (Ok(future), None) => {
+                    match tokio::time::timeout(work.ack_wait, AssertUnwindSafe(future).catch_unwind()).await {
+                        Ok(outcome) => outcome,
+                        Err(_) => {
+                            let seconds = work.ack_wait.as_secs_f64();
+                            error!(consumer = receive.consumer, sequence, deliveries, seconds, "handler does not end");
+                            break None;
+                        }
+                    }
+                }
+                (Ok(future), Some(every)) => tokio::select! {
+                    outcome = AssertUnwindSafe(future).catch_unwind() => outcome,
+                    never = stay_in_progress(&acker, every) => match never {},
+                },
+                (Err(panic), _) => Err(panic),
+            };
+            let settle = outcome.unwrap_or_else(|panic| {
+                panics += 1;
+                let what = panic_text(&*panic);
+                error!(consumer = receive.consumer, sequence, deliveries, panics, panic = what, "handler panicked");
+                if panics >= receive.max_panics {
+                    Settle::Dead(format!("the handler panicked {panics} times, last with: {what}"))
+                } else {
+                    Settle::Retry(PANIC_RETRY)
+                }
+            });
+            work.observed.settled(&settle, since);
+            tell_settled(&told, &settle);
+            match settle {
+                Settle::Done => break Some(AckKind::Ack),
+                Settle::Retry(pause) => {
+                    if keeping.pause(pause).await.is_break() {
+                        break Some(AckKind::Nak(Some(pause)));
+                    }
+                    tries += 1;
+                    handled = call(work.handler, delivery(&message));
+                }
+                Settle::Dead(reason) => {
+                    let letter = DeadLetter {
+                        stream: receive.stream,
+                        consumer: receive.consumer,
+                        subject: &message.subject,
+                        sequence,
+                        deliveries: deliveries + tries,
+                        reason: &reason,
+                        past: Past::of(message.headers.as_ref()),
+                        headers: message.headers.as_ref(),
+                        payload: message.payload.clone(),
+                    };
+                    let stored = letter.store(context).await;
+                    work.told.letter(receive.consumer, sequence, &reason, stored.as_ref().err());
+                    // The original stays where it is until its letter is stored.
+                    break Some(stored.map_or(AckKind::Nak(Some(DEAD_LETTER_RETRY)), |()| AckKind::Term));
                 }
             }
         };
-        if let Err(problem) = acker.ack_with(kind).await {
-            debug!(consumer = receive.consumer, sequence, %problem, "could not settle; the message comes back");
-        }
+        settle(receive, &acker, sequence, kind).await;
     }
     .instrument(span)
+}
+
+/// Calls a handler, which may panic before it returns its future.
+pub(crate) fn call<H, F>(handler: &H, delivery: Delivery) -> std::thread::Result<F>
+where
+    H: Fn(Delivery) -> F,
+{
+    std::panic::catch_unwind(AssertUnwindSafe(|| handler(delivery)))
+}
+
+/// The last that is said about a delivery; nothing, when it is not ours any more.
+async fn settle(receive: &Receive, acker: &jetstream::message::Acker, sequence: u64, kind: Option<AckKind>) {
+    let Some(kind) = kind else { return };
+    if let Err(problem) = acker.ack_with(kind).await {
+        debug!(consumer = receive.consumer, sequence, %problem, "could not settle; the message comes back");
+    }
+}
+
+/// A message that is kept for its next try: the server hears that it is in progress, and does not count.
+struct Keeping<'a> {
+    acker: &'a jetstream::message::Acker,
+    stop: &'a CancellationToken,
+    every: Duration,
+    told: Instant,
+}
+
+impl Keeping<'_> {
+    /// Breaks when the loop stops and the message must be given back.
+    async fn pause(&mut self, pause: Duration) -> ControlFlow<()> {
+        let end = Instant::now() + pause;
+        loop {
+            // Also before the first pause: short ones would add up to more than the server's patience.
+            if self.told.elapsed() >= self.every {
+                self.told = Instant::now();
+                if let Err(problem) = self.acker.ack_with(AckKind::Progress).await {
+                    debug!(%problem, "could not say that a message is kept");
+                }
+            }
+            let next = end.min(self.told + self.every);
+            tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return ControlFlow::Break(()),
+                () = tokio::time::sleep_until(next.into()) => {}
+            }
+            if next == end {
+                return ControlFlow::Continue(());
+            }
+        }
+    }
+}
+
+/// Tells of dead letters: the first of a window one by one, the rest by their number.
+#[derive(Debug, Default)]
+pub(crate) struct Told(Mutex<Window>);
+
+#[derive(Debug, Default)]
+struct Window {
+    began: Option<Instant>,
+    letters: u64,
+    unstored: u64,
+}
+
+impl Told {
+    pub(crate) fn letter(&self, consumer: &str, sequence: u64, reason: &str, problem: Option<&StoreError>) {
+        let mut window = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if window.began.is_none_or(|began| began.elapsed() >= LETTERS_LOGGED_IN) {
+            let more = window.letters.saturating_sub(LETTERS_LOGGED);
+            if more > 0 {
+                warn!(consumer, more, unstored = window.unstored, "dead letters that were not logged one by one");
+            }
+            *window = Window { began: Some(Instant::now()), ..Window::default() };
+        }
+        window.letters += 1;
+        window.unstored += u64::from(problem.is_some());
+        if window.letters > LETTERS_LOGGED {
+            return;
+        }
+        match problem {
+            None => warn!(consumer, sequence, reason, "dead letter"),
+            Some(problem) => {
+                error!(consumer, sequence, reason, %problem, "the message stays in its stream and comes back")
+            }
+        }
+    }
 }
 
 /// Tells the server again and again that the message is being handled, so that it is not delivered to another replica
@@ -312,7 +499,7 @@ async fn stay_in_progress(acker: &jetstream::message::Acker, every: Duration) ->
     }
 }
 
-fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
     text.unwrap_or("no message").to_owned()
 }

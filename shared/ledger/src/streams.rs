@@ -17,6 +17,15 @@ pub const PRODUCT_ORDERS: &str = "product-orders";
 /// Its priority group.
 pub const PRODUCT_ORDERS_GROUP: &str = "orders";
 
+/// The durable consumer by which the analytics service receives the events of the ledger.
+pub const ANALYTICS: &str = "analytics";
+/// Its priority group.
+pub const ANALYTICS_GROUP: &str = "analytics";
+/// The durable consumer by which the notification service receives changes of stock and thresholds.
+pub const NOTIFICATION: &str = "notification";
+/// Its priority group.
+pub const NOTIFICATION_GROUP: &str = "notification";
+
 /// The work queue: schedules and what they start.
 pub const JOBS: &str = "JOBS";
 /// The durable consumer by which reconciliation runs are received, one at a time.
@@ -28,6 +37,10 @@ pub const SNAPSHOT_TICKS: &str = "snapshots";
 pub const SNAPSHOTS_BUCKET: &str = "SNAPSHOTS";
 /// Its stream, whose name and subjects an object store prescribes.
 pub const SNAPSHOTS: &str = "OBJ_SNAPSHOTS";
+
+/// Messages that were delivered too often: what the server gave up, and what is to be tried alone. Its consumers are named
+/// after those whose messages they are, see [`crate::suspects`].
+pub const ADVISORIES: &str = "ADVISORIES";
 
 /// How long to wait for JetStream to answer while it starts or elects a leader.
 pub const READY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -107,8 +120,23 @@ pub fn definitions() -> Vec<Definition> {
         consumers: consumers.iter().map(|(name, text)| ((*name).to_owned(), object(text))).collect(),
     };
     vec![
+        stream(
+            ADVISORIES,
+            include_str!("../../../streams/ADVISORIES.json"),
+            &[
+                (PRODUCT_ORDERS, include_str!("../../../streams/consumers/ADVISORIES.product-orders.json")),
+                (RECONCILIATION, include_str!("../../../streams/consumers/ADVISORIES.reconciliation.json")),
+            ],
+        ),
         stream("DEAD_LETTERS", include_str!("../../../streams/DEAD_LETTERS.json"), &[]),
-        stream(INVENTORY, include_str!("../../../streams/INVENTORY.json"), &[]),
+        stream(
+            INVENTORY,
+            include_str!("../../../streams/INVENTORY.json"),
+            &[
+                (ANALYTICS, include_str!("../../../streams/consumers/INVENTORY.analytics.json")),
+                (NOTIFICATION, include_str!("../../../streams/consumers/INVENTORY.notification.json")),
+            ],
+        ),
         stream(
             JOBS,
             include_str!("../../../streams/JOBS.json"),
@@ -125,6 +153,44 @@ pub fn definitions() -> Vec<Definition> {
             &[(PRODUCT_ORDERS, include_str!("../../../streams/consumers/ORDERS.product-orders.json"))],
         ),
     ]
+}
+
+/// Whether the files define this durable consumer.
+#[must_use]
+pub fn is_defined(stream: &str, consumer: &str) -> bool {
+    let mut defined = definitions().into_iter().filter(|definition| definition.name == stream);
+    defined.any(|definition| definition.consumers.iter().any(|(name, _)| name == consumer))
+}
+
+/// Whether the files define a stream of this name that takes messages on this very subject.
+#[must_use]
+pub fn takes(stream: &str, subject: &str) -> bool {
+    let defined = definitions().into_iter().find(|definition| definition.name == stream);
+    let patterns = defined.as_ref().and_then(|defined| defined.config.get("subjects")).and_then(Value::as_array);
+    let mut patterns = patterns.into_iter().flatten().filter_map(Value::as_str);
+    let is_literal = subject.split('.').all(|token| !token.is_empty() && !token.contains(['*', '>', ' ']));
+    is_literal && patterns.any(|pattern| matches(pattern, subject))
+}
+
+/// NATS' own rule: `*` is one token, `>` all that follow.
+fn matches(pattern: &str, subject: &str) -> bool {
+    let mut tokens = subject.split('.');
+    for wanted in pattern.split('.') {
+        match (wanted, tokens.next()) {
+            (">", Some(_)) => return true,
+            ("*", Some(_)) => {}
+            (wanted, Some(token)) if wanted == token => {}
+            _ => return false,
+        }
+    }
+    tokens.next().is_none()
+}
+
+/// Whether the files define this stream as a work queue: what is settled is gone from it.
+#[must_use]
+pub fn is_work_queue(stream: &str) -> bool {
+    let mut defined = definitions().into_iter().filter(|definition| definition.name == stream);
+    defined.any(|definition| definition.config.get("retention").and_then(Value::as_str) == Some("workqueue"))
 }
 
 async fn call(context: &Context, subject: String, body: &Value) -> Result<Value, StreamsError> {
@@ -227,7 +293,8 @@ async fn ensure(
     refusal(&label, &answer).map_or(Ok(Vec::new()), Err)
 }
 
-/// The subject by which the `nats` CLI creates a consumer: its filter is part of it, so that permissions can name it.
+/// The subject by which the `nats` CLI creates a consumer: its filter is part of it, so that permissions can name it. With
+/// several filters there is none in the subject; the server requires that.
 fn consumer_create_subject(stream: &str, consumer: &str, config: &Map<String, Value>) -> String {
     match config.get("filter_subject").and_then(Value::as_str) {
         Some(filter) if !filter.is_empty() => format!("CONSUMER.CREATE.{stream}.{consumer}.{filter}"),

@@ -18,13 +18,24 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long to wait for a free connection of the pool.
 pub const WAIT_TIMEOUT: Duration = Duration::from_secs(5);
 
+mod analytics {
+    refinery::embed_migrations!("../../sql/analytics");
+}
+
 mod inventory {
     refinery::embed_migrations!("../../sql/inventory");
+}
+
+mod notification {
+    refinery::embed_migrations!("../../sql/notification");
 }
 
 mod reconciliation {
     refinery::embed_migrations!("../../sql/reconciliation");
 }
+
+/// The schema with the alerts of the notification service, and its outbox.
+pub const NOTIFICATION: &str = "notification";
 
 /// The schema with the reports of reconciliation runs. They are no projection: a rebuild leaves them alone.
 pub const RECONCILIATION: &str = "reconciliation";
@@ -135,17 +146,57 @@ pub async fn connect(url: &Secret) -> anyhow::Result<tokio_postgres::Client> {
 /// that opens several tables one after the other and must get all of them from one schema.
 pub const SCHEMAS_LOCK: i64 = 0x6c6f_6d61_7368_0001;
 
-/// A schema with the tables of `sql/inventory/`. Its name is never anything else than one of these, so it can stand in a
-/// statement.
+/// The schemas of one projection: the same tables under several names, of which one is read. A name is never anything else
+/// than one of these, so it can stand in a statement.
+#[derive(Debug)]
+pub struct Family {
+    /// Its name in the table `checkpoint`, and for operators.
+    pub projection: &'static str,
+    /// What is read, and what a service projects into.
+    pub live: &'static str,
+    /// What a rebuild fills beside it.
+    pub shadow: &'static str,
+    /// What was live before the last rebuild, kept to go back to.
+    pub previous: &'static str,
+    /// What was previous before that: to be dropped as soon as nobody reads it any more.
+    pub discarded: &'static str,
+    /// What makes it anew.
+    pub rebuild_command: &'static str,
+    migrations: fn() -> refinery::Runner,
+}
+
+/// The read model of the product service, `sql/inventory/`.
+pub static INVENTORY: Family = Family {
+    projection: "inventory",
+    live: "inventory",
+    shadow: "inventory_rebuild",
+    previous: "inventory_previous",
+    discarded: "inventory_discarded",
+    rebuild_command: "lomash rebuild",
+    migrations: inventory::migrations::runner,
+};
+
+/// The stock metrics of the analytics service, `sql/analytics/`.
+pub static ANALYTICS: Family = Family {
+    projection: "analytics",
+    live: "analytics",
+    shadow: "analytics_rebuild",
+    previous: "analytics_previous",
+    discarded: "analytics_discarded",
+    rebuild_command: "lomash rebuild analytics",
+    migrations: analytics::migrations::runner,
+};
+
+/// One of the schemas of [`INVENTORY`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Schema {
-    /// What is read, and what the product service projects into.
+    /// See [`Family::live`].
     Live,
-    /// What a rebuild fills beside it.
+    /// See [`Family::shadow`].
     Shadow,
-    /// What was live before the last rebuild, kept to go back to.
+    /// See [`Family::previous`].
     Previous,
-    /// What was previous before that: to be dropped as soon as nobody reads it any more.
+    /// See [`Family::discarded`].
     Discarded,
 }
 
@@ -154,10 +205,10 @@ impl Schema {
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
-            Self::Live => "inventory",
-            Self::Shadow => "inventory_rebuild",
-            Self::Previous => "inventory_previous",
-            Self::Discarded => "inventory_discarded",
+            Self::Live => INVENTORY.live,
+            Self::Shadow => INVENTORY.shadow,
+            Self::Previous => INVENTORY.previous,
+            Self::Discarded => INVENTORY.discarded,
         }
     }
 }
@@ -181,8 +232,17 @@ pub async fn migrate(url: &Secret) -> anyhow::Result<()> {
 /// # Errors
 /// As [`migrate`].
 pub async fn migrate_into(url: &Secret, schema: Schema) -> anyhow::Result<()> {
-    let remedy = "`lomash rebuild` makes the projection anew from the stream";
-    migrate_with(url, schema.name(), inventory::migrations::runner(), remedy).await
+    migrate_schema(url, &INVENTORY, schema.name()).await
+}
+
+/// Brings one of the schemas of `family` to the newest version, and makes it if it is not there. Several processes may do
+/// so at once.
+///
+/// # Errors
+/// As [`migrate`].
+pub async fn migrate_schema(url: &Secret, family: &Family, schema: &'static str) -> anyhow::Result<()> {
+    let remedy = format!("`{}` makes the projection anew from the stream", family.rebuild_command);
+    migrate_with(url, schema, (family.migrations)(), &remedy).await
 }
 
 /// Brings the schema of the reconciliation reports to the newest version, and makes it if it is not there. Several
@@ -193,6 +253,16 @@ pub async fn migrate_into(url: &Secret, schema: Schema) -> anyhow::Result<()> {
 pub async fn migrate_reconciliation(url: &Secret) -> anyhow::Result<()> {
     let remedy = "dropping the schema loses the reports and nothing else";
     migrate_with(url, RECONCILIATION, reconciliation::migrations::runner(), remedy).await
+}
+
+/// Brings the schema of the notification service to the newest version, and makes it if it is not there. Several processes
+/// may do so at once.
+///
+/// # Errors
+/// As [`migrate`].
+pub async fn migrate_notification(url: &Secret) -> anyhow::Result<()> {
+    let remedy = "without the schema the service reads the ledger again, and mails what is younger than a day again";
+    migrate_with(url, NOTIFICATION, notification::migrations::runner(), remedy).await
 }
 
 async fn migrate_with(

@@ -17,7 +17,7 @@ use opentelemetry_otlp::{Protocol, SpanExporter, WithExportConfig as _};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::trace::{BatchConfigBuilder, BatchSpanProcessor, SdkTracerProvider};
 use tracing::{Event, Metadata, Subscriber};
-use tracing_subscriber::filter::{FilterExt as _, filter_fn};
+use tracing_subscriber::filter::{FilterExt as _, LevelFilter, filter_fn};
 use tracing_subscriber::fmt::format::{Format, Writer};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::layer::SubscriberExt as _;
@@ -71,7 +71,8 @@ pub fn start(service: &'static str, format: LogFormat, default_filter: &str) -> 
         Err(problem) => (None, Some(problem)),
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default_filter));
-    let filter = filter.and(filter_fn(|metadata| !is_trace(metadata)));
+    // The hints keep what nobody listens to as cheap as without these filters.
+    let filter = filter.and(filter_fn(|metadata| !is_trace(metadata)).with_max_level_hint(LevelFilter::TRACE));
     let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
     let logs = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(colours);
     let logs = match format {
@@ -92,7 +93,7 @@ pub fn start(service: &'static str, format: LogFormat, default_filter: &str) -> 
             .with_threads(false)
             .with_target(false)
             .with_tracked_inactivity(false)
-            .with_filter(filter_fn(is_trace))
+            .with_filter(filter_fn(is_trace).with_max_level_hint(LevelFilter::INFO))
     });
     // An error means that logging is set up already, as in tests.
     let first = tracing_subscriber::registry().with(logs).with(traces).try_init().is_ok();

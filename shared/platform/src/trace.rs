@@ -4,6 +4,20 @@
 //! one for something that came from outside asks [`begin`] first: it says no while export is off, so that a span costs one
 //! atomic read then, and while the collector does not keep up, so that a hanging one costs no more. What is not traced still
 //! hands on the context that it was given.
+//!
+//! A handler of the ledger's receive loop runs inside the span of its message. It names what the message is about by
+//! `Span::current().record("order.id", display(id))` (`product.id`, `event.id` likewise), gives what it publishes the headers
+//! of [`Reference::current`], and makes a span of its own around a step that takes time:
+//!
+//! ```ignore
+//! let span = trace::step(|| info_span!(target: trace::TARGET, "send mail", otel.kind = "client", server.address = host));
+//! let sent = mailer.send(mail).instrument(span.clone()).await;
+//! if let Err(problem) = &sent {
+//!     trace::fail(&span, problem);
+//! }
+//! ```
+//!
+//! With export off, or for a message that is not traced, none of this costs anything worth counting.
 
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -34,19 +48,21 @@ static ROOM: AtomicUsize = AtomicUsize::new(0);
 /// Whether a caller's decision not to trace is ours too.
 static PARENT_DECIDES: AtomicBool = AtomicBool::new(true);
 
-static SPANS: LazyLock<Family<Labels<1>, Counter>> = LazyLock::new(|| {
+/// Spans by what became of them.
+struct Outcomes {
+    exported: Counter,
+    failed: Counter,
+    dropped: Counter,
+    skipped: Counter,
+}
+
+static SPANS: LazyLock<Outcomes> = LazyLock::new(|| {
     let help = "Spans by what became of them: exported, failed (the collector did not take them), dropped (the queue was \
                 full), or skipped (a message or request was not traced, for the collector does not keep up)";
-    let spans = Metrics::of_process().register("lomash_trace_spans", help, Family::default());
-    for outcome in ["exported", "failed", "dropped", "skipped"] {
-        drop(spans.get_or_create(&[("outcome", outcome)]));
-    }
-    spans
+    let spans = Metrics::of_process().register("lomash_trace_spans", help, Family::<Labels<1>, Counter>::default());
+    let of = |outcome| spans.get_or_create_owned(&[("outcome", outcome)]);
+    Outcomes { exported: of("exported"), failed: of("failed"), dropped: of("dropped"), skipped: of("skipped") }
 });
-
-fn count(outcome: &'static str, spans: usize) {
-    SPANS.get_or_create(&[("outcome", outcome)]).inc_by(spans as u64);
-}
 
 /// From now on spans are made, about `room` outstanding ones at most.
 pub(crate) fn turn_on(room: usize, parent_decides: bool) {
@@ -174,11 +190,23 @@ pub fn link_all(span: &Span, references: impl IntoIterator<Item = Reference>) {
     }
 }
 
+/// Gives a span that was begun another name, now that more is known.
+pub fn rename(span: &Span, name: String) {
+    if !span.is_disabled() {
+        span.context().span().update_name(name);
+    }
+}
+
 /// Says that what `span` is about failed, with a word or a sentence why.
 pub fn fail(span: &Span, why: impl std::fmt::Display) {
     if !span.is_disabled() {
         span.set_status(Status::error(why.to_string()));
     }
+}
+
+/// The span of a step of what the task is at, made only when that is traced: without a parent it would begin a trace.
+pub fn step(make: impl FnOnce() -> Span) -> Span {
+    if Reference::is_current() { make() } else { Span::none() }
 }
 
 /// What the span of something that came from outside continues.
@@ -221,7 +249,7 @@ pub fn has_room() -> bool {
     }
     let room = OUTSTANDING.load(Ordering::Relaxed) < ROOM.load(Ordering::Relaxed);
     if !room {
-        count("skipped", 1);
+        SPANS.skipped.inc();
     }
     room
 }
@@ -249,7 +277,7 @@ impl SpanProcessor for Counted {
         if QUEUED.fetch_add(1, Ordering::Relaxed) >= self.capacity {
             let _ = QUEUED.fetch_sub(1, Ordering::Relaxed);
             OUTSTANDING.fetch_sub(1, Ordering::Relaxed);
-            count("dropped", 1);
+            SPANS.dropped.inc();
             return;
         }
         self.batches.on_end(span);
@@ -281,7 +309,8 @@ impl<E: SpanExporter> SpanExporter for Settling<E> {
         let outcome = self.0.export(batch).await;
         QUEUED.fetch_sub(spans, Ordering::Relaxed);
         OUTSTANDING.fetch_sub(spans, Ordering::Relaxed);
-        count(if outcome.is_ok() { "exported" } else { "failed" }, spans);
+        let outcomes = if outcome.is_ok() { &SPANS.exported } else { &SPANS.failed };
+        outcomes.inc_by(spans as u64);
         outcome
     }
 

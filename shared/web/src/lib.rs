@@ -21,8 +21,10 @@ pub mod health;
 mod jwks;
 pub mod limits;
 mod observed;
+pub mod openapi;
 pub mod problem;
 pub mod routes;
+pub mod sequences;
 pub mod server;
 
 pub use auth::{Admin, Caller, Gate, Role, Verifier, Viewer};

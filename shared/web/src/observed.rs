@@ -107,7 +107,7 @@ pub(crate) fn answered(span: &Span, method: &Method, route: Option<&str>, status
     span.record("http.response.status_code", status.as_u16());
     if let Some(route) = route {
         span.record("http.route", route);
-        span.record("otel.name", format!("{method} {route}"));
+        trace::rename(span, format!("{method} {route}"));
     }
     if status.is_server_error() {
         trace::fail(span, status.as_str());

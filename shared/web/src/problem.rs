@@ -128,6 +128,9 @@ problem_types! {
     /// 503: not possible at this moment.
     UNAVAILABLE = ("unavailable", SERVICE_UNAVAILABLE, "Unavailable",
         "Something that the service needs is not there at the moment. Try again after `Retry-After` seconds.");
+    /// 503: the projection is not there yet.
+    NOT_YET_PROJECTED = ("not-yet-projected", SERVICE_UNAVAILABLE, "Not yet projected",
+        "The read model has not reached the sequence asked for; `reached` is where it is. Try again after `Retry-After`.");
     /// 503: the keys that tokens are checked with could not be fetched yet.
     KEYS_UNAVAILABLE = ("keys-unavailable", SERVICE_UNAVAILABLE, "Keys unavailable",
         "The keys to check tokens with could not be fetched yet. Try again after `Retry-After` seconds.");
@@ -451,6 +454,14 @@ impl IntoResponse for Problem {
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
         response
     }
+}
+
+/// As people write sentences.
+#[must_use]
+pub fn sentence(text: &str) -> String {
+    let mut letters = text.chars();
+    let first = letters.next().map(|first| first.to_uppercase().to_string()).unwrap_or_default();
+    format!("{first}{}.", letters.as_str().trim_end_matches('.'))
 }
 
 /// The fallback of a router: 404.

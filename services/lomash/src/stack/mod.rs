@@ -1,6 +1,6 @@
 //! Real servers as children: what `lomash up`, `lomash demo`, the tests and the benchmarks run on.
 //!
-//! [`Nats`], [`Postgres`] and [`Redis`] each keep their data and their log in one folder, listen on a free
+//! [`Nats`], [`Postgres`], [`Redis`] and [`Mail`] each keep their data and their log in one folder, listen on a free
 //! loopback port, and can be killed, paused, stopped and started again on the same port and data. [`Service`]
 //! does the same for a program of ours. Nothing here touches a server that it did not start.
 //!
@@ -11,6 +11,7 @@
 //! - **A port is ours only when the server that answers on it is.** Every probe checks who answers.
 
 mod lock;
+mod mail;
 mod nats;
 mod port;
 mod postgres;
@@ -27,6 +28,7 @@ use std::{
 };
 
 pub use lock::FolderLock;
+pub use mail::MailServer;
 pub use nats::NatsServer;
 pub use port::free_port;
 pub use postgres::PostgresServer;
@@ -41,6 +43,8 @@ pub type Nats = Server<NatsServer>;
 pub type Postgres = Server<PostgresServer>;
 /// A Redis or Valkey server.
 pub type Redis = Server<RedisServer>;
+/// A mail server that keeps mails as files in its folder.
+pub type Mail = Server<MailServer>;
 
 /// Lines of a server's log that an error shows: enough for a stack of start-up messages, one screen at most.
 const LOG_TAIL_LINES: usize = 20;

@@ -11,7 +11,7 @@ use fred::interfaces::{FredResult, KeysInterface};
 use fred::prelude::{Client, Error, ErrorKind, Key as RedisKey, Value};
 use lomash_contract::ProductId;
 use tokio::time::Instant;
-use tracing::{debug, info, warn};
+use tracing::{Instrument as _, debug, info, warn};
 use uuid::Uuid;
 
 use super::health::count;
@@ -19,6 +19,7 @@ use super::redis::{Connection, Lost, Script};
 use super::{
     FILTER_PREFIX, Key, LIST_PREFIX, LISTS_MARK, PRODUCT_PREFIX, Shared, WATERMARK, WATERMARK_TTL, milliseconds,
 };
+use crate::observed;
 use crate::projection::AfterCommit;
 
 /// Longest that the projection is held up, whatever Redis does.
@@ -314,7 +315,8 @@ impl AfterCommit for super::Cache {
 
     async fn committed(&self, reached: u64, changed: &[ProductId]) {
         if self.shared.config.is_some() {
-            self.shared.hear(reached, News::Committed(changed)).await;
+            let span = observed::invalidate_span(changed.len());
+            self.shared.hear(reached, News::Committed(changed)).instrument(span).await;
         }
     }
 

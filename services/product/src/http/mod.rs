@@ -5,6 +5,7 @@
 //! `lomash_web`'s. The OpenAPI document is made from the handlers ([`document`]); the copy in `docs/openapi.json` is
 //! kept equal by a test.
 
+mod dead_letters;
 mod imports;
 mod inventory;
 mod openapi;
@@ -22,6 +23,7 @@ use std::time::Duration;
 use axum::routing::get;
 use axum::{Json, Router};
 use lomash_ledger::JetStreamLedger;
+use lomash_ledger::dead_letter::Letters;
 use lomash_web::routes::BearerScheme;
 use lomash_web::{Gate, HttpConfig, Verifier, limits};
 use tokio_util::sync::CancellationToken;
@@ -61,6 +63,8 @@ pub struct Api {
     pub imports: Imports,
     /// Where reconciliation runs are asked for.
     pub reconciliation: Reconciliation,
+    /// Messages that could not be handled.
+    pub dead_letters: Letters,
     /// Cancelled when the process stops: what has no end ends then.
     pub stop: CancellationToken,
 }
@@ -90,6 +94,9 @@ fn ordinary_routes() -> OpenApiRouter<Api> {
         .routes(routes!(reconciliations::start, reconciliations::list))
         .routes(routes!(reconciliations::show))
         .routes(routes!(reconciliations::decide))
+        .routes(routes!(dead_letters::list))
+        .routes(routes!(dead_letters::show))
+        .routes(routes!(dead_letters::redrive))
 }
 
 /// Routes with limits of their own.

@@ -2,6 +2,7 @@
 
 use axum::http::StatusCode;
 use lomash_web::Problem;
+pub(super) use lomash_web::problem::sentence;
 use lomash_web::problem::{ProblemDocument, ProblemType};
 use serde_json::json;
 use utoipa::IntoResponses;
@@ -55,12 +56,15 @@ problem_types! {
     /// 409: there is no warehouse to ask.
     NO_WAREHOUSE = ("no-warehouse", CONFLICT, "No warehouse",
         "Figures of the warehouse were asked for, and the service is not told where it is (`WAREHOUSE_URL`).");
+    /// 404: no such letter.
+    DEAD_LETTER_NOT_FOUND = ("dead-letter-not-found", NOT_FOUND, "No such dead letter",
+        "No dead letter is kept under the sequence: it was redriven or discarded, or never was.");
+    /// 409: its message cannot be brought back.
+    NO_WAY_BACK = ("no-way-back", CONFLICT, "No way back",
+        "The message cannot be brought back where it came from; the letter stays. `detail` says what to do instead.");
     /// 422: the key was used for another request.
     IDEMPOTENCY_KEY_REUSED = ("idempotency-key-reused", UNPROCESSABLE_ENTITY, "Idempotency key reused",
         "The `Idempotency-Key` was used for another request before. Use a new key for a new request.");
-    /// 503: the projection is not there yet.
-    NOT_YET_PROJECTED = ("not-yet-projected", SERVICE_UNAVAILABLE, "Not yet projected",
-        "The read model has not reached the sequence asked for; `reached` is where it is. Try again after `Retry-After`.");
     /// 503: no decision in time.
     OUTCOME_UNKNOWN = ("outcome-unknown", SERVICE_UNAVAILABLE, "Outcome unknown",
         "The write was not decided in time. It may yet be carried out: repeat it under the same `Idempotency-Key`, which tells.");
@@ -105,13 +109,6 @@ fn pointer(field: &str) -> String {
         "low-stock threshold" => "/lowStockThreshold".to_owned(),
         other => format!("/{other}"),
     }
-}
-
-/// As people write sentences.
-pub(super) fn sentence(text: &str) -> String {
-    let mut letters = text.chars();
-    let first = letters.next().map(|first| first.to_uppercase().to_string()).unwrap_or_default();
-    format!("{first}{}.", letters.as_str().trim_end_matches('.'))
 }
 
 macro_rules! problem_responses {

@@ -6,7 +6,6 @@
 
 use std::future::Future;
 
-use axum::Json;
 use axum::extract::State;
 use axum::http::header::ETAG;
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
@@ -14,18 +13,16 @@ use axum::response::{IntoResponse, Response};
 use lomash_contract::limits::{MAX_NAME_CHARS, MAX_SKU_CHARS};
 use lomash_contract::{OrderId, ProductId, Timestamp, Trigger};
 use lomash_ledger::Ledger;
-use lomash_web::extract::single_header;
-use lomash_web::{Path, Problem, Query, Viewer, cursor};
+use lomash_platform::reader::Unreadable;
+use lomash_web::sequences::{LOMASH_SEQUENCE, RETRY_AFTER_SECONDS, min_sequence, not_yet_projected, sequence, told};
+use lomash_web::{Path, Problem, Query, Viewer, cursor, sequences};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
-use super::problems::{
-    NOT_YET_PROJECTED, NOT_YET_REGISTERED, ORDER_NOT_DECIDED, PRODUCT_NOT_FOUND, ReadProblems, sentence,
-};
-use super::writes::LOMASH_SEQUENCE;
+use super::problems::{NOT_YET_REGISTERED, ORDER_NOT_DECIDED, PRODUCT_NOT_FOUND, ReadProblems, sentence};
 use super::{Api, preconditions};
 use crate::cache::Key;
 use crate::projected::NotYetProjected;
@@ -34,12 +31,7 @@ use crate::reads::{
     ProductKey, ProductQuery, QueryError,
 };
 
-const LOMASH_MIN_SEQUENCE: &str = "lomash-min-sequence";
-
 const NANOSECONDS_OF_A_MILLISECOND: u32 = 1_000_000;
-
-/// Seconds after which a read is worth trying again.
-const RETRY_AFTER_SECONDS: u64 = 1;
 
 /// A page of products.
 #[derive(Debug, Serialize, ToSchema)]
@@ -194,7 +186,12 @@ pub(super) async fn products(
         sort.map(|text| text.parse().map_err(|problem| invalid("sort", &problem))).transpose()?.unwrap_or_default();
     let list = ("products", &filter, sort);
     let after: Option<ProductKey> = cursor.map(|cursor| cursor::open(&list, &cursor)).transpose()?;
-    let query = ProductQuery { limit: page_limit(limit)?, after, sort, filter: filter.clone() };
+    let query = ProductQuery {
+        limit: sequences::page_limit(limit, DEFAULT_PAGE, MAX_PAGE)?,
+        after,
+        sort,
+        filter: filter.clone(),
+    };
     let text = serde_json::to_string(&query).map_err(Problem::internal)?;
     let key = if filter.is_empty() { Key::list(&text) } else { Key::filter(&text) };
     let min = min_sequence(&headers)?;
@@ -282,7 +279,8 @@ pub(super) async fn history(
     let HistoryParameters { trigger, oldest_first, limit, cursor } = parameters;
     let list = ("history", product_id, trigger, oldest_first);
     let after: Option<u64> = cursor.map(|cursor| cursor::open(&list, &cursor)).transpose()?;
-    let query = HistoryQuery { oldest_first, after, trigger, limit: page_limit(limit)? };
+    let query =
+        HistoryQuery { oldest_first, after, trigger, limit: sequences::page_limit(limit, DEFAULT_PAGE, MAX_PAGE)? };
     let min = min_sequence(&headers)?;
     let page = found(&api, min, || api.reads.history(product_id, &query)).await;
     let At { sequence, value: Page { items, next } } = page.map_err(unanswered)?;
@@ -362,30 +360,13 @@ pub(super) fn unanswered(problem: QueryError) -> Problem {
             };
             Problem::new(kind, sentence(&what.to_string()))
         }
-        QueryError::NotYet(not_yet) => Problem::new(&NOT_YET_PROJECTED, sentence(&not_yet.to_string()))
-            .with("wanted", not_yet.wanted)
-            .with("reached", not_yet.reached)
-            .with_retry_after(RETRY_AFTER_SECONDS),
+        QueryError::NotYet(not_yet) => not_yet_projected(not_yet),
         QueryError::OtherSort => Problem::invalid_parameter("cursor", "continues a list that was sorted otherwise"),
-        QueryError::Unavailable { what, cause } => {
+        QueryError::Unavailable(Unreadable { what, cause }) => {
             tracing::warn!(what, cause, "a read was not answered");
             Problem::unavailable(sentence(&format!("{what} cannot be read just now")), RETRY_AFTER_SECONDS)
         }
     }
-}
-
-/// The sequence that the answer must not be older than.
-fn min_sequence(headers: &HeaderMap) -> Result<Option<u64>, Problem> {
-    let Some(text) = single_header(headers, LOMASH_MIN_SEQUENCE)? else { return Ok(None) };
-    let bad =
-        || Problem::invalid_header(LOMASH_MIN_SEQUENCE, "must be a sequence of the ledger, as in Lomash-Sequence");
-    sequence(text).map(Some).ok_or_else(bad)
-}
-
-/// A sequence of the ledger, in digits alone; those beyond what is stored as a signed number are none.
-pub(super) fn sequence(text: &str) -> Option<u64> {
-    let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    text.parse().ok().filter(|sequence| digits && i64::try_from(*sequence).is_ok())
 }
 
 fn moment(text: &str) -> Result<AsOf, Problem> {
@@ -412,21 +393,8 @@ fn moment(text: &str) -> Result<AsOf, Problem> {
     Ok(AsOf::Instant(instant.saturating_add(rest)))
 }
 
-fn page_limit(limit: Option<u16>) -> Result<u16, Problem> {
-    let limit = limit.unwrap_or(DEFAULT_PAGE);
-    let fits = (1..=MAX_PAGE).contains(&limit);
-    if fits { Ok(limit) } else { Err(Problem::invalid_parameter("limit", format!("must be from 1 to {MAX_PAGE}"))) }
-}
-
 fn invalid(name: &str, problem: &dyn std::fmt::Display) -> Problem {
     Problem::invalid_parameter(name, problem.to_string())
-}
-
-/// An answer as of a sequence.
-fn told(sequence: u64, body: &impl Serialize) -> Response {
-    let mut response = Json(body).into_response();
-    response.headers_mut().insert(LOMASH_SEQUENCE.clone(), HeaderValue::from(sequence));
-    response
 }
 
 /// An answer about a product at a version.

@@ -22,7 +22,7 @@ use utoipa::IntoParams;
 
 use super::Api;
 use super::problems::ReadProblems;
-use super::queries::sequence;
+use lomash_web::sequences::sequence;
 
 /// Clients at once: each has a consumer on the stream.
 pub const MAX_STREAMS: usize = 100;

@@ -13,6 +13,7 @@ use futures::StreamExt;
 use lomash_contract::{Envelope, LedgerEvent, ProductId, UpdatedBy};
 use lomash_ledger::{Carried, Ledger, header};
 use lomash_web::extract::single_header;
+use lomash_web::sequences::LOMASH_SEQUENCE;
 use lomash_web::{Caller, Problem};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -24,8 +25,6 @@ use crate::commands::MAX_REASON_CHARS;
 use crate::committer::Committed;
 use crate::inventory::{Action, CommandMark, Outcome, ProductCommand};
 
-/// The sequence of the ledger that an answer shows, or that a read must have reached.
-pub(super) static LOMASH_SEQUENCE: HeaderName = HeaderName::from_static("lomash-sequence");
 pub(super) static IDEMPOTENT_REPLAYED: HeaderName = HeaderName::from_static("idempotent-replayed");
 const IDEMPOTENCY_KEY: &str = "idempotency-key";
 

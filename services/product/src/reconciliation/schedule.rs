@@ -27,7 +27,7 @@ pub const DEFAULT_SCHEDULE: &str = "0 0 */6 * * *";
 /// How often a run says that it is at work; a third of the consumer's `ack_wait`.
 pub const IN_PROGRESS_EVERY: Duration = Duration::from_secs(10);
 
-/// Deliveries after which a run that panics is given up.
+/// Panics after which a run that panics is given up.
 const MAX_PANICS: u64 = 3;
 
 /// Runs that ticks start have ids in this namespace: `lomash.jobs.reconciliation` among the DNS names.

@@ -1,22 +1,20 @@
-//! How far the projection is, and waiting until it is far enough: what lets a reader see its own write.
+//! How far a projection is, and waiting until it is far enough: what lets a reader see its own write.
 //!
 //! Owns one number in this process. The projector announces it when it is active here; when it is active in another
 //! replica, one of those who wait asks Postgres, for all of them, and nobody asks while nobody waits.
 //!
 //! The number is about the live schema as it was when somebody looked. A projection that was dropped or rolled back
-//! stands lower than it did: whoever has waited still compares the sequence of the snapshot that it read
-//! ([`crate::reads::At::at_least`]).
+//! stands lower than it did: whoever has waited still compares the sequence of the snapshot that it read.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use deadpool_postgres::Pool;
-use lomash_platform::postgres::Schema;
 use tokio::sync::{Mutex, watch};
 use tracing::debug;
 
-use crate::projection::PROJECTION;
+use crate::postgres::Family;
 
 /// Longest that a reader waits for the projection; beyond it "not yet" is the better answer.
 pub const WAIT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -45,6 +43,7 @@ pub struct Projected {
 
 struct Shared {
     pool: Pool,
+    family: &'static Family,
     reached: watch::Sender<u64>,
     /// Whether the projector of this process is the active one.
     announced: AtomicBool,
@@ -53,11 +52,11 @@ struct Shared {
 }
 
 impl Projected {
-    /// Nothing is known yet; `pool` leads to the projection.
+    /// Nothing is known yet; `pool` leads to the live schema of `family`.
     #[must_use]
-    pub fn new(pool: Pool) -> Self {
+    pub fn new(pool: Pool, family: &'static Family) -> Self {
         let (reached, announced, polling) = (watch::Sender::new(0), AtomicBool::new(false), Mutex::new(()));
-        Self { shared: Arc::new(Shared { pool, reached, announced, polling }) }
+        Self { shared: Arc::new(Shared { pool, family, reached, announced, polling }) }
     }
 
     /// The highest checkpoint that this process has heard of; 0 when it has not heard of any.
@@ -85,8 +84,14 @@ impl Projected {
         }
     }
 
+    /// The live rows were seen at `checkpoint`, by a projector that is not the only one.
+    pub fn saw(&self, checkpoint: u64) {
+        self.shared.saw(checkpoint);
+    }
+
     /// The projector of this process is the active one and stands at `checkpoint`, until the answer is dropped.
-    pub(crate) fn announce(&self, checkpoint: u64) -> Announcer<'_> {
+    #[must_use]
+    pub fn announce(&self, checkpoint: u64) -> Announcer<'_> {
         // It may be lower than before: the schema was dropped or rolled back.
         self.shared.reached.send_replace(checkpoint);
         self.shared.announced.store(true, Ordering::Relaxed);
@@ -102,13 +107,7 @@ impl Shared {
             if !self.announced.load(Ordering::Relaxed) {
                 match tokio::time::timeout(POLL_TIMEOUT, self.checkpoint()).await {
                     // Only upwards: the projector of this process may have begun to announce meanwhile.
-                    Ok(Ok(checkpoint)) => {
-                        self.reached.send_if_modified(|reached| {
-                            let further = checkpoint > *reached;
-                            *reached = (*reached).max(checkpoint);
-                            further
-                        });
-                    }
+                    Ok(Ok(checkpoint)) => self.saw(checkpoint),
                     Ok(Err(problem)) => debug!(%problem, "the checkpoint cannot be read just now"),
                     Err(_) => debug!("Postgres does not tell the checkpoint in time"),
                 }
@@ -117,21 +116,30 @@ impl Shared {
         }
     }
 
+    fn saw(&self, checkpoint: u64) {
+        self.reached.send_if_modified(|reached| {
+            let further = checkpoint > *reached;
+            *reached = (*reached).max(checkpoint);
+            further
+        });
+    }
+
     async fn checkpoint(&self) -> Result<u64, String> {
         let client = self.pool.get().await.map_err(|problem| problem.to_string())?;
-        let query = format!("SELECT sequence FROM {}.checkpoint WHERE projection = $1", Schema::Live);
+        let query = format!("SELECT sequence FROM {}.checkpoint WHERE projection = $1", self.family.live);
         let statement = client.prepare_cached(&query).await.map_err(|problem| problem.to_string())?;
-        let row = client.query_one(&statement, &[&PROJECTION]).await.map_err(|problem| problem.to_string())?;
+        let row =
+            client.query_one(&statement, &[&self.family.projection]).await.map_err(|problem| problem.to_string())?;
         Ok(row.get::<_, i64>(0).unsigned_abs())
     }
 }
 
 /// The active projector's end of [`Projected`].
-pub(crate) struct Announcer<'p>(&'p Shared);
+pub struct Announcer<'p>(&'p Shared);
 
 impl Announcer<'_> {
     /// The projection reached `checkpoint`.
-    pub(crate) fn reached(&self, checkpoint: u64) {
+    pub fn reached(&self, checkpoint: u64) {
         self.0.reached.send_replace(checkpoint);
     }
 }

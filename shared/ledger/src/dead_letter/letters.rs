@@ -1,0 +1,550 @@
+//! What operators do with dead letters: look through them, redrive them, discard them.
+//!
+//! A letter is removed only after the stream confirmed what takes its place. Redriving the same one twice is harmless: the
+//! second copy has the same message id, and beyond the window of de-duplication whoever handles it knows it.
+//!
+//! A message is brought back in one of two ways. What came from outside (`ORDERS`, `JOBS`) is published again on its original
+//! subject. The ledger is never written to: an event of `INVENTORY` that one consumer could not handle is put before that
+//! consumer's handler again as a suspect (see [`crate::suspects`]), read from the ledger where it has been all the time.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use async_nats::HeaderMap;
+use async_nats::header::{NATS_EXPECTED_STREAM, NATS_MESSAGE_ID};
+use async_nats::jetstream::context::GetStreamErrorKind;
+use async_nats::jetstream::message::StreamMessage;
+use async_nats::jetstream::stream::{RawMessageErrorKind, Stream};
+use async_nats::jetstream::{Context, ErrorCode};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
+use lomash_contract::{Timestamp, subject};
+use serde::Serialize;
+
+use super::{
+    CONSUMER, DELIVERIES, ORIGIN_MESSAGE_ID, ORIGIN_SEQUENCE, ORIGIN_STREAM, ORIGIN_SUBJECT, Past, REASON, STREAM,
+    publisher_headers,
+};
+use crate::header;
+use crate::streams::{self, INVENTORY};
+use crate::suspects::{self, Case};
+
+/// Letters that one page looks at, whether they fit its filter or not. A page may therefore be short, or empty, and not the
+/// last one.
+pub const MAX_SCANNED: usize = 2_000;
+
+/// How long a republication may take to be confirmed.
+pub const REPUBLISH_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Which letters.
+#[derive(Clone, Debug, Default, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Filter {
+    /// Of this consumer.
+    pub consumer: Option<String>,
+    /// With this in the reason, in whatever case.
+    pub reason: Option<String>,
+    /// Published on this subject.
+    pub subject: Option<String>,
+    /// That died at this moment or later.
+    pub since: Option<Timestamp>,
+    /// That died before this moment.
+    pub until: Option<Timestamp>,
+}
+
+impl Filter {
+    /// Whether the letter is one of them.
+    #[must_use]
+    pub fn fits(&self, letter: &Letter) -> bool {
+        let same = |wanted: &Option<String>, found: &str| wanted.as_deref().is_none_or(|wanted| wanted == found);
+        let origin = letter.origin.as_ref();
+        same(&self.consumer, &letter.consumer)
+            && same(&self.subject, origin.map_or("", |origin| &origin.subject))
+            && self.since.is_none_or(|since| letter.died_at >= since)
+            && self.until.is_none_or(|until| letter.died_at < until)
+            && self.reason.as_deref().is_none_or(|part| letter.reason.to_lowercase().contains(&part.to_lowercase()))
+    }
+}
+
+/// Where a message was before it died.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Origin {
+    /// The stream.
+    pub stream: String,
+    /// The subject it was published on.
+    pub subject: String,
+    /// Its sequence in the stream.
+    pub sequence: u64,
+    /// The `Nats-Msg-Id` under which it came first.
+    pub message_id: Option<String>,
+}
+
+/// A dead letter, without its content.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Letter {
+    /// Its sequence in `DEAD_LETTERS`: its name.
+    pub sequence: u64,
+    /// When it was written.
+    pub died_at: Timestamp,
+    /// The consumer that gave the message up.
+    pub consumer: String,
+    /// Why.
+    pub reason: String,
+    /// How often it was tried.
+    pub attempts: u64,
+    /// Its former deaths, when it was brought back before.
+    #[serde(flatten)]
+    pub past: Past,
+    /// Where it came from; none when the letter does not say, for then it was not written by us.
+    pub origin: Option<Origin>,
+    /// W3C trace context of the original.
+    pub traceparent: Option<String>,
+    /// Bytes of the payload.
+    pub bytes: usize,
+    /// The headers of the original.
+    #[serde(skip)]
+    pub headers: HeaderMap,
+    /// The payload of the original.
+    #[serde(skip)]
+    pub payload: Bytes,
+}
+
+/// A letter with its content.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Whole {
+    /// The letter.
+    #[serde(flatten)]
+    pub letter: Letter,
+    /// The headers of the original.
+    pub headers: BTreeMap<String, Vec<String>>,
+    /// The payload of the original, when it is text.
+    pub payload: Option<String>,
+    /// The payload of the original in base64, when it is no text.
+    pub payload_base64: Option<String>,
+}
+
+impl From<Letter> for Whole {
+    fn from(letter: Letter) -> Self {
+        let headers = letter.headers.iter().map(|(name, values)| {
+            (name.to_string(), values.iter().map(|value| value.as_str().to_owned()).collect::<Vec<_>>())
+        });
+        let headers = headers.collect();
+        let (payload, payload_base64) = match std::str::from_utf8(&letter.payload) {
+            Ok(text) => (Some(text.to_owned()), None),
+            Err(_) => (None, Some(STANDARD.encode(&letter.payload))),
+        };
+        Self { letter, headers, payload, payload_base64 }
+    }
+}
+
+impl Letter {
+    fn of(message: StreamMessage) -> Self {
+        let StreamMessage { subject, sequence, headers, payload, time } = message;
+        let text = |name: &str| headers.get(name).map(|value| value.as_str().to_owned());
+        let number = |name: &str| text(name).and_then(|text| text.parse().ok());
+        let consumer = text(CONSUMER).unwrap_or_else(|| subject.rsplit('.').next().unwrap_or_default().to_owned());
+        let origin = match (text(ORIGIN_STREAM), text(ORIGIN_SUBJECT), number(ORIGIN_SEQUENCE)) {
+            (Some(stream), Some(subject), Some(sequence)) => {
+                Some(Origin { stream, subject, sequence, message_id: text(ORIGIN_MESSAGE_ID) })
+            }
+            _ => None,
+        };
+        Self {
+            sequence,
+            died_at: Timestamp::new(time),
+            consumer,
+            reason: text(REASON).unwrap_or_else(|| "the letter does not say why it is here".to_owned()),
+            attempts: number(DELIVERIES).unwrap_or(0),
+            past: Past::of(Some(&headers)),
+            origin,
+            traceparent: text(header::TRACEPARENT),
+            bytes: payload.len(),
+            headers: publisher_headers(&headers),
+            payload,
+        }
+    }
+
+    /// What its next life will know of this death.
+    fn obituary(&self) -> String {
+        let origin = self.origin.as_ref().map_or_else(String::new, |o| format!("{} {}, ", o.stream, o.sequence));
+        format!("{} {origin}{} attempts: {}", self.died_at, self.attempts, self.reason)
+    }
+
+    /// The same for every redrive of this letter, and of no other.
+    fn redrive_id(&self) -> String {
+        format!("redrive.{}.{}", self.sequence, self.died_at.get().unix_timestamp_nanos())
+    }
+}
+
+/// Some letters.
+#[derive(Clone, Debug)]
+pub struct Page {
+    /// The letters, the oldest first.
+    pub letters: Vec<Letter>,
+    /// After which sequence to go on; none when there are no more.
+    pub next: Option<u64>,
+    /// The last sequence of the stream when it was read.
+    pub as_of: u64,
+    /// Letters in the stream then.
+    pub total: u64,
+}
+
+/// In which way a message was brought back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase", tag = "way", rename_all_fields = "camelCase")]
+pub enum Way {
+    /// Published again.
+    Republished {
+        /// On this subject.
+        subject: String,
+        /// Stored in this stream.
+        stream: String,
+        /// Under this sequence.
+        sequence: u64,
+        /// Whether it had been there already, from an earlier redrive of the letter.
+        duplicate: bool,
+    },
+    /// Put before its consumer again, with nothing published on its subject.
+    ToConsumer {
+        /// The stream that has it.
+        stream: String,
+        /// The consumer whose handler gets it.
+        consumer: String,
+    },
+}
+
+/// A letter that was brought back.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Redriven {
+    /// The letter's sequence. It is removed.
+    pub letter: u64,
+    /// How often its message has been brought back now.
+    pub redrives: u32,
+    /// How.
+    #[serde(flatten)]
+    pub way: Way,
+}
+
+/// Why something could not be done with letters.
+#[derive(Debug, thiserror::Error)]
+pub enum LettersError {
+    /// JetStream did not answer; worth another try.
+    #[error("{STREAM} cannot be reached just now: {0}")]
+    Unavailable(String),
+    /// The stream is not there.
+    #[error("the stream {STREAM} does not exist; the product service creates it at start")]
+    NoStream,
+    /// No such letter.
+    #[error("there is no dead letter {0}: it was redriven or discarded, or never was")]
+    NotFound(u64),
+    /// It has no way back; the letter stays.
+    #[error("the dead letter {letter} cannot be redriven: {why}")]
+    NoWayBack {
+        /// The letter.
+        letter: u64,
+        /// Why, and what to do instead.
+        why: String,
+    },
+    /// Its stream did not take it; the letter stays.
+    #[error("the dead letter {letter} was not redriven, its stream did not confirm it: {why}")]
+    NotConfirmed {
+        /// The letter.
+        letter: u64,
+        /// What was said.
+        why: String,
+    },
+    /// It was brought back, and the letter could not be removed.
+    #[error("the dead letter {letter} was redriven and could not be removed: {why}; discard it")]
+    NotRemoved {
+        /// The letter.
+        letter: u64,
+        /// What was said.
+        why: String,
+    },
+}
+
+/// The letters in `DEAD_LETTERS`, as the stream's leader has them.
+#[derive(Clone, Debug)]
+pub struct Letters {
+    context: Context,
+}
+
+impl Letters {
+    /// Over this connection.
+    #[must_use]
+    pub const fn new(context: Context) -> Self {
+        Self { context }
+    }
+
+    async fn stream(&self) -> Result<Stream, LettersError> {
+        self.context.get_stream(STREAM).await.map_err(|problem| match problem.kind() {
+            GetStreamErrorKind::JetStream(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND => {
+                LettersError::NoStream
+            }
+            _ => LettersError::Unavailable(problem.to_string()),
+        })
+    }
+
+    /// At most `limit` letters after the sequence `after` that fit the filter; looks at [`MAX_SCANNED`] at most.
+    ///
+    /// # Errors
+    /// When the stream cannot be read.
+    pub async fn page(&self, filter: &Filter, after: u64, limit: usize) -> Result<Page, LettersError> {
+        let stream = self.stream().await?;
+        let state = &stream.cached_info().state;
+        let mut page = Page { letters: Vec::new(), next: None, as_of: state.last_sequence, total: state.messages };
+        // A consumer's name is one token; anything else is nobody's.
+        let subject = match filter.consumer.as_deref() {
+            None => subject::dead_letter("*"),
+            Some(name) if is_token(name) => subject::dead_letter(name),
+            Some(_) => return Ok(page),
+        };
+        let mut after = after;
+        for _ in 0..MAX_SCANNED {
+            if after >= page.as_of {
+                return Ok(page);
+            }
+            let asked = stream.raw_message_builder().sequence(after + 1).next_by_subject(subject.as_str());
+            let message = match asked.send().await {
+                Ok(message) => message,
+                Err(problem) if problem.kind() == RawMessageErrorKind::NoMessageFound => return Ok(page),
+                Err(problem) => return Err(LettersError::Unavailable(problem.to_string())),
+            };
+            // Letters that came while this was read belong to the next look.
+            if message.sequence > page.as_of {
+                return Ok(page);
+            }
+            if page.letters.len() == limit {
+                break;
+            }
+            after = message.sequence;
+            let letter = Letter::of(message);
+            if filter.fits(&letter) {
+                page.letters.push(letter);
+            }
+        }
+        page.next = Some(after);
+        Ok(page)
+    }
+
+    /// The letter of this sequence.
+    ///
+    /// # Errors
+    /// [`LettersError::NotFound`], or when the stream cannot be read.
+    pub async fn get(&self, sequence: u64) -> Result<Letter, LettersError> {
+        // The server takes 0 for no sequence at all.
+        if sequence == 0 {
+            return Err(LettersError::NotFound(sequence));
+        }
+        match self.stream().await?.get_raw_message(sequence).await {
+            Ok(message) => Ok(Letter::of(message)),
+            Err(problem) if problem.kind() == RawMessageErrorKind::NoMessageFound => {
+                Err(LettersError::NotFound(sequence))
+            }
+            Err(problem) => Err(LettersError::Unavailable(problem.to_string())),
+        }
+    }
+
+    /// Brings the message of a letter back, and removes the letter once that is confirmed.
+    ///
+    /// # Errors
+    /// [`LettersError`]; but for [`LettersError::NotRemoved`] nothing happened, or it may have and doing it again is harmless.
+    pub async fn redrive(&self, sequence: u64) -> Result<Redriven, LettersError> {
+        let letter = self.get(sequence).await?;
+        let past = letter.past.clone().and_redriven_after(&letter.obituary());
+        let redrives = past.redrives;
+        let way = match way_back(&letter)? {
+            WayBack::Republish(origin) => self.republish(&letter, origin, &past).await?,
+            WayBack::ToConsumer(origin) => {
+                let case = Case::new(&origin.stream, &letter.consumer, origin.sequence, letter.attempts);
+                let case = case.redriven(past, letter.redrive_id());
+                let not_confirmed = |why| LettersError::NotConfirmed { letter: sequence, why };
+                case.summon(&self.context).await.map_err(not_confirmed)?;
+                Way::ToConsumer { stream: origin.stream.clone(), consumer: letter.consumer.clone() }
+            }
+        };
+        match self.discard(sequence).await {
+            // Somebody else redrove it in the same moment: under the same id, so it is there once.
+            Ok(()) | Err(LettersError::NotFound(_)) => Ok(Redriven { letter: sequence, redrives, way }),
+            Err(problem) => Err(LettersError::NotRemoved { letter: sequence, why: problem.to_string() }),
+        }
+    }
+
+    async fn republish(&self, letter: &Letter, origin: &Origin, past: &Past) -> Result<Way, LettersError> {
+        let mut headers = letter.headers.clone();
+        headers.insert(NATS_MESSAGE_ID, letter.redrive_id());
+        // Whatever a letter claims of its subject: it goes back into that stream, or nowhere.
+        headers.insert(NATS_EXPECTED_STREAM, origin.stream.as_str());
+        if let Some(id) = &origin.message_id {
+            headers.insert(ORIGIN_MESSAGE_ID, id.as_str());
+        }
+        past.write(&mut headers);
+        let publishing = async {
+            let sent = self.context.publish_with_headers(origin.subject.clone(), headers, letter.payload.clone());
+            sent.await.map_err(|e| e.to_string())?.await.map_err(|e| e.to_string())
+        };
+        let why = match tokio::time::timeout(REPUBLISH_TIMEOUT, publishing).await {
+            Ok(Ok(ack)) => {
+                let subject = origin.subject.clone();
+                let (stream, sequence, duplicate) = (ack.stream, ack.sequence, ack.duplicate);
+                return Ok(Way::Republished { subject, stream, sequence, duplicate });
+            }
+            Ok(Err(problem)) => problem,
+            Err(_) => format!("no answer within {} s", REPUBLISH_TIMEOUT.as_secs()),
+        };
+        Err(LettersError::NotConfirmed { letter: letter.sequence, why })
+    }
+
+    /// What [`Letters::redrive`] would do, as a sentence.
+    ///
+    /// # Errors
+    /// [`LettersError::NoWayBack`].
+    pub fn preview(letter: &Letter) -> Result<String, LettersError> {
+        Ok(match way_back(letter)? {
+            WayBack::Republish(origin) => format!("would be published again on {}", origin.subject),
+            WayBack::ToConsumer(origin) => {
+                format!("would be put before {} again, from {} {}", letter.consumer, origin.stream, origin.sequence)
+            }
+        })
+    }
+
+    /// Removes a letter for good.
+    ///
+    /// # Errors
+    /// [`LettersError::NotFound`], or when the stream cannot be reached.
+    pub async fn discard(&self, sequence: u64) -> Result<(), LettersError> {
+        let Err(problem) = self.stream().await?.delete_message(sequence).await else { return Ok(()) };
+        // The server has no code of its own for a message that is not there.
+        self.get(sequence).await?;
+        Err(LettersError::Unavailable(problem.to_string()))
+    }
+}
+
+enum WayBack<'l> {
+    Republish(&'l Origin),
+    ToConsumer(&'l Origin),
+}
+
+/// How a letter's message can come back. A letter is only bytes, so what it says is held against what is defined.
+fn way_back(letter: &Letter) -> Result<WayBack<'_>, LettersError> {
+    let none = |why: String| Err(LettersError::NoWayBack { letter: letter.sequence, why });
+    let Some(origin) = &letter.origin else {
+        return none("it does not say where it came from; discard it".to_owned());
+    };
+    let (stream, consumer) = (origin.stream.as_str(), letter.consumer.as_str());
+    if stream == INVENTORY {
+        return if streams::is_defined(INVENTORY, consumer) && streams::is_defined(suspects::STREAM, consumer) {
+            Ok(WayBack::ToConsumer(origin))
+        } else {
+            none(format!(
+                "it is an event of the ledger, which is never written to again, and {consumer} is not a consumer that \
+                 takes it back; rebuild what {consumer} derives from the ledger (`lomash rebuild`), then discard it"
+            ))
+        };
+    }
+    if streams::takes(stream, &origin.subject) {
+        Ok(WayBack::Republish(origin))
+    } else {
+        none(format!("{stream} takes nothing on the subject `{}`; discard it", origin.subject))
+    }
+}
+
+fn is_token(name: &str) -> bool {
+    !name.is_empty() && !name.contains(['.', '*', '>']) && !name.contains(char::is_whitespace)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dead_letter::{HISTORY, MAX_HISTORY, MAX_HISTORY_CHARS, REDRIVES};
+
+    fn letter(headers: &[(&str, &str)]) -> Letter {
+        let mut map = HeaderMap::new();
+        for (name, value) in headers {
+            map.append(*name, *value);
+        }
+        Letter::of(StreamMessage {
+            subject: "lomash.dlq.product-orders".into(),
+            sequence: 4,
+            headers: map,
+            payload: Bytes::from_static(b"\xff{}"),
+            time: time::OffsetDateTime::UNIX_EPOCH,
+        })
+    }
+
+    fn from(stream: &str, subject: &str, consumer: &str) -> Letter {
+        letter(&[
+            (ORIGIN_STREAM, stream),
+            (ORIGIN_SUBJECT, subject),
+            (ORIGIN_SEQUENCE, "7"),
+            (CONSUMER, consumer),
+            (DELIVERIES, "3"),
+            (REASON, "No Payload"),
+            ("traceparent", "00-1-2-01"),
+        ])
+    }
+
+    #[test]
+    fn a_letter_is_read_whatever_it_says() {
+        let bare = letter(&[]);
+        assert_eq!((bare.consumer.as_str(), bare.attempts, &bare.origin), ("product-orders", 0, &None));
+        let whole = Whole::from(from("ORDERS", "lomash.orders.created", "product-orders"));
+        assert_eq!(whole.letter.traceparent.as_deref(), Some("00-1-2-01"));
+        assert_eq!((whole.payload, whole.payload_base64.as_deref()), (None, Some("/3t9")));
+        assert_eq!(whole.headers.keys().collect::<Vec<_>>(), ["traceparent"], "ours are not the original's");
+    }
+
+    #[test]
+    fn the_way_back_is_into_the_stream_it_came_from_and_never_into_the_ledger() {
+        let way = |stream, subject, consumer| Letters::preview(&from(stream, subject, consumer));
+        let orders = way("ORDERS", "lomash.orders.created", "product-orders").expect("a way");
+        assert!(orders.contains("published again on lomash.orders.created"), "{orders}");
+        way("JOBS", "lomash.jobs.reconciliation", "reconciliation").expect("a way");
+        for (stream, subject, consumer) in [
+            ("ORDERS", "lomash.inventory.updated.x", "product-orders"),
+            ("ORDERS", "lomash.orders.*", "product-orders"),
+            ("ORDERS", "lomash.orders.>", "product-orders"),
+            ("ORDERS", "", "product-orders"),
+            ("INVENTORY", "lomash.inventory.updated.x", "somebody"),
+            ("ELSEWHERE", "lomash.orders.created", "product-orders"),
+        ] {
+            let problem = way(stream, subject, consumer).expect_err("no way back");
+            assert!(matches!(problem, LettersError::NoWayBack { letter: 4, .. }), "{problem}");
+        }
+        let none = Letters::preview(&letter(&[])).expect_err("no way back").to_string();
+        assert!(none.contains("does not say where it came from"), "{none}");
+    }
+
+    #[test]
+    fn filters_hold_what_they_say() {
+        let letter = from("ORDERS", "lomash.orders.created", "product-orders");
+        let text = |text: &str| Some(text.to_owned());
+        let filter = Filter { consumer: text("product-orders"), reason: text("no pay"), ..Filter::default() };
+        assert!(filter.fits(&letter));
+        assert!(!Filter { consumer: text("product"), ..filter.clone() }.fits(&letter));
+        assert!(!Filter { reason: text("no order"), ..filter.clone() }.fits(&letter));
+        assert!(!Filter { subject: text("lomash.jobs.reconciliation"), ..filter.clone() }.fits(&letter));
+        let at = Some(letter.died_at);
+        assert!(Filter { since: at, ..filter.clone() }.fits(&letter));
+        assert!(!Filter { until: at, ..filter }.fits(&letter));
+    }
+
+    #[test]
+    fn the_past_is_kept_and_bounded() {
+        let mut past = Past::default();
+        for number in 0..9 {
+            past = past.and_redriven_after(&format!("{number}{}", "\r\n".repeat(MAX_HISTORY_CHARS)));
+        }
+        assert_eq!((past.redrives, past.history.len()), (9, MAX_HISTORY));
+        assert!(past.history[0].starts_with('4') && past.history[0].len() == MAX_HISTORY_CHARS);
+        let mut headers = HeaderMap::new();
+        past.write(&mut headers);
+        assert_eq!(Past::of(Some(&headers)), past);
+        assert_eq!((headers.get_all(HISTORY).count(), headers.get_all(REDRIVES).count()), (MAX_HISTORY, 1));
+    }
+}
