@@ -98,7 +98,7 @@ impl Products {
             at
         } else {
             let at = u32::try_from(self.len()).expect("fewer than four billion products");
-            if self.len() % PAGE_PRODUCTS == 0 {
+            if self.len().is_multiple_of(PAGE_PRODUCTS) {
                 self.pages.push(Arc::new(Page(Vec::with_capacity(PAGE_PRODUCTS))));
             }
             if let Some(page) = self.pages.last_mut() {
