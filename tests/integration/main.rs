@@ -18,6 +18,7 @@ mod reads;
 mod rebuild;
 mod reconciliation;
 mod replicas;
+mod snapshots;
 mod streams_files;
 mod telemetry;
 mod upkeep;

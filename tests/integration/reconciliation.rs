@@ -19,8 +19,9 @@ use lomash_web::Role;
 use product_service::inventory::{Action, Count};
 use product_service::reconciliation::reports::{KEPT_REPORTS, NewRun, Reports};
 use product_service::reconciliation::run::Reconciliation;
-use product_service::reconciliation::schedule::{self, Schedule};
+use product_service::reconciliation::schedule;
 use product_service::reconciliation::{Figures, RefusalReason, Report, Request, Row, RowResult, StartedBy, Status};
+use product_service::schedule::Schedule;
 use product_service::service::Config;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
@@ -422,7 +423,7 @@ async fn each_tick_of_the_schedule_reaches_one_of_two_receivers() -> Result<()> 
     assert_eq!(sequences.len(), all, "each once: {ticks:?}");
 
     // Another expression takes its place; `off` takes it away.
-    schedule::set_up(&world.context, &Schedule::default()).await?;
+    schedule::set_up(&world.context, &Schedule::At(schedule::DEFAULT_SCHEDULE.to_owned())).await?;
     assert!(stored(&world).await? > first);
     schedule::set_up(&world.context, &Schedule::Off).await?;
     assert_eq!(stored(&world).await?, None);

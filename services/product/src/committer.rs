@@ -1,8 +1,10 @@
 //! The group committer: the one task of a process that writes to the ledger, and the one place where a conflict is
 //! met.
 //!
-//! Owns the [`State`]. While a commit is in flight the next commands queue up; they are decided in order against what
-//! the ones before left and stored as one atomic batch that names the sequence it was decided on. Whatever goes wrong
+//! Owns the [`State`]. While a commit is in flight the next commands are decided already, in order, on top of what is being
+//! stored, so that they are ready when it is; they become one atomic batch that names the sequence it was decided on. One
+//! batch is in flight at a time: what was decided ahead is sent when the one before is stored, and forgotten when it is not.
+//! Whatever goes wrong
 //! (conflict, duplicate, timeout, lost connection), the committer does one thing: it catches up with the stream and
 //! decides again what is still undecided. A stale or paused writer can therefore only fail.
 
@@ -10,7 +12,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use hashbrown::HashMap;
 use lomash_contract::{ContentType, Envelope, EventId, LedgerEvent, Timestamp, Version, codec};
@@ -21,6 +23,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, Span, debug, error, info, warn};
 
+use crate::inventory::frozen::Frozen;
 use crate::inventory::{Command, CommandMark, Decision, Draft, Fact, Outcome, Rejection, State, decide};
 use crate::observed;
 
@@ -29,6 +32,9 @@ pub const MAX_QUEUED_COMMANDS: usize = 4 * MAX_BATCH_MESSAGES;
 
 /// Commands taken into one batch at most, when their messages do not fill it earlier.
 const MAX_GROUP_COMMANDS: usize = MAX_BATCH_MESSAGES;
+
+/// Commands or events at which the committer works before it looks again after the batch in flight: some 0.2 ms.
+const AHEAD_AT_ONCE: usize = 64;
 
 /// How often an idle committer looks whether another writer moved the stream, to stay warm.
 pub const IDLE_CATCH_UP: Duration = Duration::from_secs(1);
@@ -145,6 +151,7 @@ impl Submission {
 pub struct Committer {
     queue: mpsc::Sender<Submission>,
     sequence: watch::Receiver<u64>,
+    copies: mpsc::Sender<oneshot::Sender<Frozen>>,
 }
 
 impl Committer {
@@ -161,6 +168,13 @@ impl Committer {
             answer.await.unwrap_or(Err(CommandError::Stopping))
         };
         deciding.instrument(span).await
+    }
+
+    /// A copy of the state, made between two commits without holding them up. None when the committer is stopping.
+    pub async fn freeze(&self) -> Option<Frozen> {
+        let (reply, copy) = oneshot::channel();
+        self.copies.send(reply).await.ok()?;
+        copy.await.ok()
     }
 
     /// The sequence up to which this process knows the ledger.
@@ -217,8 +231,10 @@ pub fn committer<L: Ledger>(
 ) -> (Committer, impl Future<Output = Result<State, ReadError>> + Send) {
     let (queue, submissions) = mpsc::channel(MAX_QUEUED_COMMANDS);
     let (known, sequence) = watch::channel(state.sequence());
-    let running = Running { ledger, state, clock, stop, known, max_batch_messages: MAX_BATCH_MESSAGES, alone: 0 };
-    (Committer { queue, sequence }, running.run(submissions))
+    let (copies, asked) = mpsc::channel(1);
+    let running =
+        Running { ledger, state, clock, stop, known, asked, max_batch_messages: MAX_BATCH_MESSAGES, alone: 0 };
+    (Committer { queue, sequence, copies }, running.run(submissions))
 }
 
 struct Running<L> {
@@ -227,6 +243,8 @@ struct Running<L> {
     clock: fn() -> Timestamp,
     stop: CancellationToken,
     known: watch::Sender<u64>,
+    /// Whoever wants a copy of the state.
+    asked: mpsc::Receiver<oneshot::Sender<Frozen>>,
     max_batch_messages: usize,
     /// How many of the next commands are to be stored in a batch of their own.
     alone: usize,
@@ -237,8 +255,85 @@ struct Batch {
     decided_at: Timestamp,
     facts: Vec<Fact>,
     messages: Vec<NewMessage>,
+    encoder: Encoder,
     /// One for each submission taken, in order. `last_message` is the position after its last event in the batch.
     verdicts: Vec<Verdict>,
+}
+
+impl Batch {
+    fn at(now: Timestamp) -> Self {
+        let encoder = Encoder::default();
+        Self { decided_at: now, facts: Vec::new(), messages: Vec::new(), encoder, verdicts: Vec::new() }
+    }
+
+    /// Decides one more command; false when it does not fit any more.
+    fn add(&mut self, draft: &mut Draft<'_>, submission: &Submission, max_messages: usize) -> bool {
+        let verdict = match decide(draft, &submission.command, self.decided_at) {
+            Decision::Settled(outcome) => Verdict::Settled(outcome),
+            Decision::Reject(rejection) => Verdict::Reject(rejection.into()),
+            Decision::Store(facts, _) if facts.len() > max_messages => {
+                Verdict::Reject(CommandError::TooLarge { messages: facts.len(), limit: max_messages })
+            }
+            Decision::Store(facts, _) if self.facts.len() + facts.len() > max_messages => return false,
+            Decision::Store(facts, outcome) => {
+                draft.apply(&facts);
+                let first_event = facts.first().map(|fact| fact.event_id).expect("a decision stores something");
+                for fact in &facts {
+                    let payload = self.encoder.encode(&envelope(fact, self.decided_at));
+                    self.messages.push(message(fact, payload, submission.carried.clone()));
+                }
+                self.facts.extend(facts);
+                Verdict::Store { outcome, first_event, last_message: self.facts.len() }
+            }
+        };
+        self.verdicts.push(verdict);
+        true
+    }
+}
+
+/// The batch after the one in flight, decided as if that were stored already.
+struct Ahead<'a> {
+    in_flight: &'a Batch,
+    draft: Draft<'a>,
+    /// How many facts of the batch in flight the draft has taken in.
+    applied: usize,
+    batch: Batch,
+    max_messages: usize,
+    /// Whether nothing more is to be decided.
+    is_full: bool,
+}
+
+impl<'a> Ahead<'a> {
+    fn of(state: &'a State, in_flight: &'a Batch, now: Timestamp, max_messages: usize) -> Self {
+        let (draft, batch) = (Draft::new(state), Batch::at(now));
+        Self { in_flight, draft, applied: 0, batch, max_messages, is_full: false }
+    }
+
+    /// How many of those that wait have a verdict, in flight or ahead.
+    const fn decided(&self) -> usize {
+        self.in_flight.verdicts.len() + self.batch.verdicts.len()
+    }
+
+    const fn has_work(&self, waiting: usize) -> bool {
+        !self.is_full && (self.decided() < waiting || self.applied < self.in_flight.facts.len())
+    }
+
+    /// Does a little of what there is to do.
+    fn go_on(&mut self, waiting: &VecDeque<Submission>) {
+        let facts = &self.in_flight.facts[self.applied..];
+        if !facts.is_empty() {
+            let facts = &facts[..facts.len().min(AHEAD_AT_ONCE)];
+            self.draft.apply(facts);
+            self.applied += facts.len();
+            return;
+        }
+        for submission in waiting.iter().skip(self.decided()).take(AHEAD_AT_ONCE) {
+            if !self.batch.add(&mut self.draft, submission, self.max_messages) {
+                self.is_full = true;
+                return;
+            }
+        }
+    }
 }
 
 enum Verdict {
@@ -251,11 +346,20 @@ impl<L: Ledger> Running<L> {
     async fn run(mut self, mut submissions: mpsc::Receiver<Submission>) -> Result<State, ReadError> {
         let mut waiting: VecDeque<Submission> = VecDeque::new();
         let mut taken = Vec::new();
+        // Of the first of those that wait.
+        let mut ahead: Option<Batch> = None;
         loop {
+            while let Ok(reply) = self.asked.try_recv() {
+                let _ = reply.send(self.state.freeze());
+            }
             if waiting.is_empty() {
                 tokio::select! {
                     biased;
                     () = self.stop.cancelled() => break,
+                    Some(reply) = self.asked.recv() => {
+                        let _ = reply.send(self.state.freeze());
+                        continue;
+                    }
                     count = submissions.recv_many(&mut taken, MAX_GROUP_COMMANDS) => {
                         if count == 0 {
                             break;
@@ -280,7 +384,7 @@ impl<L: Ledger> Running<L> {
             if self.stop.is_cancelled() {
                 break;
             }
-            self.commit(&mut waiting).await?;
+            ahead = self.commit(ahead, &mut waiting, &mut submissions).await?;
         }
         submissions.close();
         for submission in waiting {
@@ -292,12 +396,16 @@ impl<L: Ledger> Running<L> {
         Ok(self.state)
     }
 
-    /// Decides and stores the first of the waiting commands, as many as fit into a batch. Whatever the outcome, the
-    /// commands it settled are answered and the others are still waiting.
-    async fn commit(&mut self, waiting: &mut VecDeque<Submission>) -> Result<(), ReadError> {
-        let most = if self.alone > 0 { 1 } else { MAX_GROUP_COMMANDS };
-        self.alone = self.alone.saturating_sub(1);
-        let batch = self.decide(waiting, most);
+    /// Stores `ahead`, or else decides the first of the waiting commands, as many as fit into a batch, and stores those.
+    /// Whatever the outcome, the commands it settled are answered and the others are still waiting. Returns what was
+    /// decided ahead meanwhile, of the first of those.
+    async fn commit(
+        &mut self,
+        ahead: Option<Batch>,
+        waiting: &mut VecDeque<Submission>,
+        submissions: &mut mpsc::Receiver<Submission>,
+    ) -> Result<Option<Batch>, ReadError> {
+        let batch = ahead.unwrap_or_else(|| self.decide(waiting));
         if batch.messages.is_empty() {
             // Saying no, or that all is so already, needs a fresh look: another writer may have changed it.
             let before = self.state.sequence();
@@ -309,12 +417,12 @@ impl<L: Ledger> Running<L> {
             if fresh && self.state.sequence() == before {
                 self.settle(batch, waiting, before);
             }
-            return Ok(());
+            return Ok(None);
         }
         let expected = self.state.sequence();
         let decisions = waiting.iter().take(batch.verdicts.len()).map(|submission| &submission.span);
         let observed = observed::Commit::begin(decisions, batch.messages.len(), batch.verdicts.len());
-        let stored = self.ledger.append(&batch.messages, expected).instrument(observed.span()).await;
+        let (stored, ahead) = self.store(&batch, waiting, submissions).instrument(observed.span()).await;
         observed.end(&stored);
         match stored {
             Ok(last) => {
@@ -325,9 +433,11 @@ impl<L: Ledger> Running<L> {
                 }
                 self.known.send_replace(last);
                 self.settle(batch, waiting, expected);
-                Ok(())
+                Ok(ahead)
             }
             Err(problem) => {
+                // What was decided ahead rests on what may not be there.
+                drop(ahead);
                 info!(%problem, expected, messages = batch.messages.len(), "not committed; catching up");
                 if matches!(problem, AppendError::Unknown(_)) {
                     for (submission, verdict) in waiting.iter_mut().zip(&batch.verdicts) {
@@ -336,9 +446,44 @@ impl<L: Ledger> Running<L> {
                         }
                     }
                 }
-                self.recover(problem, batch.verdicts.len(), waiting).await
+                self.recover(problem, batch.verdicts.len(), waiting).await?;
+                Ok(None)
             }
         }
+    }
+
+    /// Stores the batch, and meanwhile takes further commands in and decides them ahead.
+    async fn store(
+        &mut self,
+        batch: &Batch,
+        waiting: &mut VecDeque<Submission>,
+        submissions: &mut mpsc::Receiver<Submission>,
+    ) -> (Result<u64, AppendError>, Option<Batch>) {
+        // Sending goes first, as far as the connection takes it; tokio's budget would otherwise let deciding starve it.
+        let appending = tokio::task::unconstrained(self.ledger.append(&batch.messages, self.state.sequence()));
+        tokio::pin!(appending);
+        let mut ahead = Ahead::of(&self.state, batch, (self.clock)(), self.max_batch_messages);
+        ahead.is_full |= self.alone > 0;
+        let mut taken = Vec::new();
+        let mut open = true;
+        let stored = loop {
+            let room = MAX_GROUP_COMMANDS.saturating_sub(waiting.len() - batch.verdicts.len()).min(AHEAD_AT_ONCE);
+            let takes = open && room > 0 && !ahead.is_full;
+            tokio::select! {
+                biased;
+                stored = &mut appending => break stored,
+                () = std::future::ready(()), if ahead.has_work(waiting.len()) => ahead.go_on(waiting),
+                Some(reply) = self.asked.recv() => {
+                    let _ = reply.send(self.state.freeze());
+                }
+                count = submissions.recv_many(&mut taken, room), if takes => {
+                    open = count > 0;
+                    waiting.extend(taken.drain(..).filter(|submission| !submission.is_abandoned()));
+                }
+            }
+        };
+        let Ahead { batch, .. } = ahead;
+        (stored, Some(batch).filter(|batch| !batch.verdicts.is_empty()))
     }
 
     async fn recover(
@@ -377,30 +522,16 @@ impl<L: Ledger> Running<L> {
         Ok(())
     }
 
-    fn decide(&self, waiting: &VecDeque<Submission>, most: usize) -> Batch {
-        let now = (self.clock)();
+    /// Decides the first of the waiting commands, as many as fit into a batch.
+    fn decide(&mut self, waiting: &VecDeque<Submission>) -> Batch {
+        let most = if self.alone > 0 { 1 } else { MAX_GROUP_COMMANDS };
+        self.alone = self.alone.saturating_sub(1);
         let mut draft = Draft::new(&self.state);
-        let mut batch = Batch { decided_at: now, facts: Vec::new(), messages: Vec::new(), verdicts: Vec::new() };
+        let mut batch = Batch::at((self.clock)());
         for submission in waiting.iter().take(most) {
-            let verdict = match decide(&draft, &submission.command, now) {
-                Decision::Settled(outcome) => Verdict::Settled(outcome),
-                Decision::Reject(rejection) => Verdict::Reject(rejection.into()),
-                Decision::Store(facts, _) if facts.len() > self.max_batch_messages => {
-                    let error = CommandError::TooLarge { messages: facts.len(), limit: self.max_batch_messages };
-                    Verdict::Reject(error)
-                }
-                Decision::Store(facts, _) if batch.facts.len() + facts.len() > self.max_batch_messages => break,
-                Decision::Store(facts, outcome) => {
-                    draft.apply(&facts);
-                    let first_event = facts.first().map(|fact| fact.event_id).expect("a decision stores something");
-                    for fact in &facts {
-                        batch.messages.push(message(fact, now, submission.carried.clone()));
-                    }
-                    batch.facts.extend(facts);
-                    Verdict::Store { outcome, first_event, last_message: batch.facts.len() }
-                }
-            };
-            batch.verdicts.push(verdict);
+            if !batch.add(&mut draft, submission, self.max_batch_messages) {
+                break;
+            }
         }
         batch
     }
@@ -498,7 +629,7 @@ fn envelope(fact: &Fact, now: Timestamp) -> Envelope<&LedgerEvent> {
     }
 }
 
-fn message(fact: &Fact, now: Timestamp, carried: Option<Arc<Carried>>) -> NewMessage {
+fn message(fact: &Fact, payload: Bytes, carried: Option<Arc<Carried>>) -> NewMessage {
     let carried = match fact.mark {
         None => carried,
         Some(mark) => {
@@ -506,11 +637,28 @@ fn message(fact: &Fact, now: Timestamp, carried: Option<Arc<Carried>>) -> NewMes
             Some(Arc::new(Carried { command: Some(mark.to_string()), ..beside }))
         }
     };
-    NewMessage {
-        subject: fact.event.subject().to_string(),
-        event_id: fact.event_id,
-        payload: Bytes::from(codec::encode(ContentType::Json, &envelope(fact, now))),
-        carried,
+    NewMessage { subject: fact.event.subject().to_string(), event_id: fact.event_id, payload, carried }
+}
+
+/// Makes the payloads of a batch without an allocation for each: they share pages.
+#[derive(Default)]
+struct Encoder {
+    one: Vec<u8>,
+    page: BytesMut,
+}
+
+impl Encoder {
+    /// Some 180 events.
+    const PAGE_BYTES: usize = 64 << 10;
+
+    fn encode(&mut self, envelope: &Envelope<&LedgerEvent>) -> Bytes {
+        self.one.clear();
+        codec::encode_into(ContentType::Json, envelope, &mut self.one);
+        if self.page.capacity() < self.one.len() {
+            self.page = BytesMut::with_capacity(Self::PAGE_BYTES.max(self.one.len()));
+        }
+        self.page.extend_from_slice(&self.one);
+        self.page.split().freeze()
     }
 }
 

@@ -147,11 +147,80 @@ async fn foreign_messages_are_skipped_and_do_not_stop_the_writer() {
     });
     let forged = Fact { event_id: Uuid::new_v4().into(), event, mark: None };
     let last = ledger.last_sequence().await.expect("readable");
-    ledger.append(&[message(&forged, clock(), None)], last).await.expect("a foreign message gets in");
+    ledger.append(&[stored_as(&forged)], last).await.expect("a foreign message gets in");
     committer.submit(order(1, 1, 5), None).await.expect("the order is decided all the same");
     let mut state = State::default();
     catch_up(&ledger, &mut state, |_, _| {}).await.expect("readable");
     assert_eq!((state.skipped(), stock(&state, 1)), (1, 0));
+}
+
+/// A fact as whoever else writes would store it.
+fn stored_as(fact: &Fact) -> NewMessage {
+    message(fact, Encoder::default().encode(&envelope(fact, clock())), None)
+}
+
+/// The order that comes while another one is being stored is decided ahead, as if that one were stored: nothing is left
+/// for it. Then the one before meets a conflict, for somebody put five more on stock. What was decided ahead is forgotten.
+#[tokio::test]
+async fn what_was_decided_ahead_falls_with_the_batch_before_it() {
+    let ledger = MemoryLedger::default();
+    let (committer, _running) = start(&ledger);
+    committer.submit(register(1, 1), None).await.expect("a registration");
+    let event = LedgerEvent::InventoryUpdated(InventoryUpdated {
+        product_id: product_id(1),
+        sku: "SKU-1".parse().expect("a valid sku"),
+        previous_quantity: 1,
+        new_quantity: 6,
+        trigger: lomash_contract::Trigger::AdminUpdate,
+        order_id: None,
+        updated_by: UpdatedBy::System,
+    });
+    let delivery = Fact { event_id: Uuid::new_v4().into(), event, mark: None };
+    let last = ledger.last_sequence().await.expect("readable");
+    ledger.append(&[stored_as(&delivery)], last).await.expect("another writer's event");
+    let submit = |n| {
+        let committer = committer.clone();
+        tokio::spawn(async move { committer.submit(order(n, 1, 1), None).await })
+    };
+    let mut answers = vec![submit(1)];
+    // The committer takes the first one up, and the others come on its way to the ledger.
+    tokio::task::yield_now().await;
+    tokio::task::yield_now().await;
+    answers.extend([submit(2), submit(3)]);
+    for answer in answers {
+        assert_eq!(answer.await.expect("no panic").expect("decided").outcome, Outcome::Allocated);
+    }
+    assert_eq!(stock(&fold(&ledger).await, 1), 3);
+}
+
+/// What was decided ahead rests on what is being stored: one product, one unit for each order, one order after the other.
+#[tokio::test]
+async fn orders_that_come_while_others_are_being_stored_see_what_those_left() {
+    let ledger = MemoryLedger::default();
+    let (committer, _running) = start(&ledger);
+    committer.submit(register(1, 50), None).await.expect("a registration");
+    let mut answers = Vec::new();
+    for n in 0..90 {
+        // Every order twice, the second time perhaps while the first is in flight.
+        for _ in 0..2 {
+            let committer = committer.clone();
+            answers.push(tokio::spawn(async move { committer.submit(order(n, 1, 1), None).await }));
+        }
+        tokio::task::yield_now().await;
+    }
+    let mut outcomes = hashbrown::HashMap::<&str, usize>::new();
+    for answer in answers {
+        let kind = match answer.await.expect("no panic").expect("decided").outcome {
+            Outcome::Allocated => "allocated",
+            Outcome::Refused { .. } => "refused",
+            Outcome::AlreadyDecided => "known",
+            other => panic!("an order came to {other:?}"),
+        };
+        *outcomes.entry(kind).or_default() += 1;
+    }
+    let expected = hashbrown::HashMap::from([("allocated", 50), ("refused", 40), ("known", 90)]);
+    assert_eq!(outcomes, expected);
+    assert_eq!(stock(&fold(&ledger).await, 1), 0);
 }
 
 #[tokio::test]

@@ -2,7 +2,12 @@
 //!
 //! Pure: no I/O, no clock, no randomness, no async. Time and ids come in as arguments. [`State`] is the fold of the
 //! `INVENTORY` stream up to a sequence and is never changed but by [`State::evolve`]; [`Draft`] is that state with the
-//! decisions of a batch on top, which become real when the batch is stored or vanish with it.
+//! decisions of a batch on top, which become real when the batch is stored or vanish with it. How the state lies in memory
+//! and how it is copied is in [`frozen`] and the two files beside it.
+
+mod decided;
+pub mod frozen;
+mod products;
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -21,6 +26,9 @@ use lomash_contract::{
 };
 use serde::{Deserialize, Deserializer, Serialize};
 use uuid::Uuid;
+
+use self::decided::Decided;
+use self::products::Products;
 
 // ── Commands ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -441,13 +449,12 @@ impl Remembered {
     }
 }
 
-/// The fold of the ledger up to a sequence. 10 million decided orders cost some 300 MB, a million products as much.
+/// The fold of the ledger up to a sequence.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct State {
     sequence: u64,
-    products: HashMap<ProductId, Product>,
-    skus: HashMap<Sku, ProductId>,
-    decided: HashSet<OrderId>,
+    products: Products,
+    decided: Decided,
     remembered: Remembered,
     skipped: u64,
 }
@@ -479,7 +486,7 @@ impl State {
         self.products.get(id)
     }
 
-    /// All products, in no order.
+    /// All products, in the order in which they were registered.
     pub fn products(&self) -> impl Iterator<Item = (&ProductId, &Product)> {
         self.products.iter()
     }
@@ -520,19 +527,26 @@ impl State {
         if let Some(mark) = mark {
             self.remembered.note(mark, sequence);
         }
-        let id = ProductId(event.key());
-        if let Some(sku) = registered_sku(event) {
-            let previous = self.products.get(&id).map(|product| &product.details.sku);
-            if let Some(previous) = previous.filter(|previous| *previous != sku) {
-                self.skus.remove(previous);
-            }
-            self.skus.insert(sku.clone(), id);
-        }
         if let Some(order) = decided_order(event) {
             self.decided.insert(order);
         }
-        if let Some(product) = evolved(self.products.get(&id), sequence, event) {
-            self.products.insert(id, product);
+        match event {
+            LedgerEvent::ProductRegistered(ProductRegistered(details)) => {
+                self.products.put(Product::registered(details, sequence));
+            }
+            LedgerEvent::ProductRevised(ProductRevised(details)) => {
+                if let Some(mut product) = self.products.get(&details.product_id).cloned() {
+                    product.evolve(sequence, event);
+                    self.products.put(product);
+                }
+            }
+            LedgerEvent::InventoryUpdated(InventoryUpdated { product_id, .. })
+            | LedgerEvent::InventoryCounted(InventoryCounted { product_id, .. }) => {
+                if let Some(product) = self.products.get_mut(product_id) {
+                    product.evolve(sequence, event);
+                }
+            }
+            LedgerEvent::InventoryUpdateFailed(_) | LedgerEvent::ProductUpdated(_) => {}
         }
     }
 
@@ -551,30 +565,35 @@ impl State {
     }
 }
 
-/// The product after `event`, if the event is about one.
-fn evolved(previous: Option<&Product>, sequence: u64, event: &LedgerEvent) -> Option<Product> {
-    match event {
-        LedgerEvent::ProductRegistered(ProductRegistered(details)) => {
-            Some(Product { details: Arc::new(details.clone()), quantity: 0, version: sequence, count: None })
-        }
-        LedgerEvent::ProductRevised(ProductRevised(details)) => {
-            Some(Product { details: Arc::new(details.clone()), version: sequence, ..previous?.clone() })
-        }
-        LedgerEvent::InventoryUpdated(updated) => {
-            let mut product = Product { quantity: updated.new_quantity, version: sequence, ..previous?.clone() };
-            if let (Trigger::ScheduledSync, Some(count)) = (updated.trigger, &mut product.count) {
-                count.corrected = true;
+impl Product {
+    fn registered(details: &ProductDetails, sequence: u64) -> Self {
+        Self { details: Arc::new(details.clone()), quantity: 0, version: sequence, count: None }
+    }
+
+    /// Records what happened to a product that is registered; its id is the event's.
+    fn evolve(&mut self, sequence: u64, event: &LedgerEvent) {
+        match event {
+            LedgerEvent::ProductRevised(ProductRevised(details)) => {
+                self.details = Arc::new(details.clone());
+                self.version = sequence;
             }
-            Some(product)
+            LedgerEvent::InventoryUpdated(updated) => {
+                self.quantity = updated.new_quantity;
+                self.version = sequence;
+                if let (Trigger::ScheduledSync, Some(count)) = (updated.trigger, &mut self.count) {
+                    count.corrected = true;
+                }
+            }
+            LedgerEvent::InventoryCounted(InventoryCounted { quantity, counted_at, .. }) => {
+                let (quantity, counted_at) = (*quantity, *counted_at);
+                if self.count.as_deref().is_none_or(|count| count.counted_at < counted_at) {
+                    self.count = Some(Box::new(CountOnRecord { quantity, counted_at, corrected: false }));
+                }
+            }
+            LedgerEvent::ProductRegistered(_)
+            | LedgerEvent::InventoryUpdateFailed(_)
+            | LedgerEvent::ProductUpdated(_) => {}
         }
-        LedgerEvent::InventoryCounted(counted) => {
-            let InventoryCounted { quantity, counted_at, .. } = *counted;
-            let newer = |count: &CountOnRecord| count.counted_at < counted_at;
-            let previous = previous.filter(|product| product.count.as_deref().is_none_or(newer))?;
-            let count = CountOnRecord { quantity, counted_at, corrected: false };
-            Some(Product { count: Some(Box::new(count)), ..previous.clone() })
-        }
-        LedgerEvent::InventoryUpdateFailed(_) | LedgerEvent::ProductUpdated(_) => None,
     }
 }
 
@@ -600,7 +619,7 @@ impl View for State {
     }
 
     fn sku_owner(&self, sku: &Sku) -> Option<ProductId> {
-        self.skus.get(sku).copied()
+        self.products.owner(sku)
     }
 
     fn is_decided(&self, order: &OrderId) -> bool {
@@ -653,8 +672,18 @@ impl<'s> Draft<'s> {
             if let Some(order) = decided_order(event) {
                 self.decided.insert(order);
             }
-            if let Some(product) = evolved(self.product(&id), self.sequence, event) {
-                self.products.insert(id, product);
+            match (event, self.products.entry(id)) {
+                (LedgerEvent::InventoryUpdateFailed(_) | LedgerEvent::ProductUpdated(_), _) => {}
+                (LedgerEvent::ProductRegistered(ProductRegistered(details)), place) => {
+                    place.insert(Product::registered(details, self.sequence));
+                }
+                (_, Entry::Occupied(mut product)) => product.get_mut().evolve(self.sequence, event),
+                (_, Entry::Vacant(place)) => {
+                    if let Some(mut product) = self.state.product(&id).cloned() {
+                        product.evolve(self.sequence, event);
+                        place.insert(product);
+                    }
+                }
             }
         }
     }
@@ -667,7 +696,7 @@ impl View for Draft<'_> {
 
     fn sku_owner(&self, sku: &Sku) -> Option<ProductId> {
         // A sku that the draft gave away is free, though the state below still knows its old owner.
-        let owner = self.skus.get(sku).or_else(|| self.state.skus.get(sku)).copied()?;
+        let owner = self.skus.get(sku).copied().or_else(|| self.state.products.owner(sku))?;
         View::product(self, &owner).is_some_and(|product| product.details.sku == *sku).then_some(owner)
     }
 

@@ -495,3 +495,58 @@ proptest! {
         }
     }
 }
+
+/// Brings a copy of the state back, by way of bytes.
+fn thaw(frozen: frozen::Frozen) -> State {
+    let (head, parts) = (frozen.head(), frozen.into_parts().collect::<Vec<_>>());
+    let mut thawing = frozen::Thawing::begin(head, parts.iter().map(Vec::len).sum());
+    parts.iter().try_for_each(|part| thawing.take(part)).expect("its own parts");
+    thawing.finish().expect("a whole state")
+}
+
+proptest! {
+    /// A snapshot and the tail after it make the same state as the whole ledger, wherever the cut is: also between the
+    /// events of one order, where a batch begins and where it ends, and with foreign messages between them. The copy is
+    /// taken from the state while that goes on.
+    #[test]
+    fn a_snapshot_and_its_tail_are_the_whole_fold(
+        commands in proptest::collection::vec(any_command(), 0..40),
+        foreign in 0_usize..5,
+    ) {
+        let mut whole = State::default();
+        let mut events: Vec<Option<Fact>> = Vec::new();
+        let mut copies = vec![whole.freeze()];
+        for (number, command) in commands.iter().enumerate() {
+            let Decision::Store(facts, _) = decide_on(&whole, command) else { continue };
+            let skipped = (number % 5 == foreign).then_some(None);
+            for event in facts.into_iter().map(Some).chain(skipped) {
+                fold(&mut whole, event.as_ref());
+                copies.push(whole.freeze());
+                events.push(event);
+            }
+        }
+        for (cut, frozen) in copies.into_iter().enumerate() {
+            let mut thawed = thaw(frozen);
+            prop_assert_eq!(thawed.sequence(), cut as u64);
+            for event in &events[cut..] {
+                if let Some(fact) = event {
+                    prop_assert_eq!(thawed.admits(&fact.event), Ok(()), "cut at {}", cut);
+                }
+                fold(&mut thawed, event.as_ref());
+            }
+            prop_assert_eq!(&thawed, &whole, "cut at {}", cut);
+            // And it decides like the whole: what was decided stays decided, what is taken stays taken.
+            for command in &commands {
+                prop_assert_eq!(decide_on(&thawed, command), decide_on(&whole, command), "cut at {}", cut);
+            }
+        }
+    }
+}
+
+/// The next message of a ledger: an event of ours, or something foreign.
+fn fold(state: &mut State, event: Option<&Fact>) {
+    match event {
+        Some(fact) => state.evolve(state.sequence() + 1, &fact.event, fact.mark),
+        None => state.skip(state.sequence() + 1),
+    }
+}

@@ -19,7 +19,9 @@ pub mod readiness;
 pub mod reads;
 pub mod rebuild;
 pub mod reconciliation;
+pub mod schedule;
 pub mod service;
+pub mod snapshots;
 pub mod warehouse;
 
 pub use lomash_platform::projected;

@@ -1,6 +1,6 @@
 //! The process: configuration, start-up, the tasks and their end.
 //!
-//! Start-up folds the whole stream into [`State`]; a snapshot would only be another state to start from, see
+//! Start-up folds the stream into [`State`], from the newest usable snapshot on or from the beginning, see
 //! [`initial_state`]. Postgres is not needed to start: orders are decided without it.
 
 use std::time::{Duration, Instant};
@@ -28,7 +28,9 @@ use crate::readiness::{Checks, Watched};
 use crate::reads::Reads;
 use crate::reconciliation::reports::Reports;
 use crate::reconciliation::run::{Parts, Reconciliation, Runner};
-use crate::reconciliation::schedule::{self, Schedule};
+use crate::reconciliation::schedule as runs;
+use crate::schedule::Schedule;
+use crate::snapshots::{self, Snapshots};
 use crate::warehouse::Warehouse;
 use crate::{commands, http, observed, orders, projection};
 
@@ -95,8 +97,17 @@ pub struct Config {
 
     /// When the stock is reconciled with the counts: six cron fields with seconds first, in UTC; a word of the server's
     /// such as `@daily`; or `off`.
-    #[arg(long, env = "RECONCILIATION_SCHEDULE", default_value_t)]
+    #[arg(long, env = "RECONCILIATION_SCHEDULE", default_value = runs::DEFAULT_SCHEDULE)]
     pub reconciliation_schedule: Schedule,
+
+    /// When a snapshot of the state is written, in the words of the reconciliation's schedule. Start-up reads the newest
+    /// one and the ledger from there.
+    #[arg(long, env = "SNAPSHOT_SCHEDULE", default_value = snapshots::DEFAULT_SCHEDULE)]
+    pub snapshot_schedule: Schedule,
+
+    /// Events since the newest snapshot that make another one worth writing.
+    #[arg(long, env = "SNAPSHOT_AFTER_EVENTS", default_value_t = snapshots::DEFAULT_AFTER_EVENTS)]
+    pub snapshot_after_events: u64,
 
     /// How log lines look.
     #[arg(long, env = "LOG_FORMAT", value_enum, default_value_t = LogFormat::Pretty)]
@@ -131,10 +142,12 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let differences = refusals.guard(preparing).await??;
     refuse_a_weaker_ledger(differences, &config.ledger_allow_weaker)?;
 
-    refusals.guard(schedule::set_up(&context, &config.reconciliation_schedule)).await??;
+    refusals.guard(runs::set_up(&context, &config.reconciliation_schedule)).await??;
+    refusals.guard(snapshots::set_up(&context, &config.snapshot_schedule)).await??;
 
     let ledger = JetStreamLedger::new(context.clone(), streams::INVENTORY);
-    let Some(state) = initial_state(&ledger, &stop).await? else {
+    let snapshots = Snapshots::new(context.clone());
+    let Some(state) = initial_state(&ledger, &snapshots, &stop).await? else {
         return Ok(());
     };
 
@@ -167,7 +180,16 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     tasks.spawn({
         let (context, stop) = (context.clone(), stop.clone());
         async move {
-            receive::run(context, schedule::receive(), stop, |delivery| runner.clone().handle(delivery)).await;
+            receive::run(context, runs::receive(), stop, |delivery| runner.clone().handle(delivery)).await;
+            Ok(())
+        }
+    });
+    tasks.spawn({
+        let (context, committer, stop) = (context.clone(), committer.clone(), stop.clone());
+        async move {
+            let after = config.snapshot_after_events;
+            let handler = |tick| snapshots::handle(snapshots.clone(), committer.clone(), after, stop.clone(), tick);
+            receive::run(context, snapshots::receive(), stop.clone(), handler).await;
             Ok(())
         }
     });
@@ -280,10 +302,11 @@ fn refuse_a_weaker_ledger(differences: Vec<Difference>, allowed: &[String]) -> a
 }
 
 /// The state to start from, folded to where the stream ends now; `None` when stopped meanwhile.
-///
-/// The seam for snapshots: a state loaded from one takes the place of the empty state, and the tail is folded the same.
-async fn initial_state<L: Ledger>(ledger: &L, stop: &CancellationToken) -> anyhow::Result<Option<State>> {
-    let mut state = State::default();
+async fn initial_state(
+    ledger: &JetStreamLedger,
+    snapshots: &Snapshots,
+    stop: &CancellationToken,
+) -> anyhow::Result<Option<State>> {
     let started = Instant::now();
     let total = loop {
         match ledger.last_sequence().await {
@@ -295,7 +318,11 @@ async fn initial_state<L: Ledger>(ledger: &L, stop: &CancellationToken) -> anyho
             () = tokio::time::sleep(START_PAUSE) => {}
         }
     };
-    info!(events = total, "folding the ledger");
+    let mut state = tokio::select! {
+        () = stop.cancelled() => return Ok(None),
+        found = snapshots.newest() => found.unwrap_or_default(),
+    };
+    info!(after = state.sequence(), events = total, "folding the ledger");
     let mut said = Instant::now();
     loop {
         let folded = tokio::select! {

@@ -191,8 +191,20 @@ fn explain<P: Payload>(content_type: ContentType, bytes: &[u8]) -> DecodeError {
 /// Never for the types of this crate: they hold nothing that JSON or MessagePack cannot carry.
 #[must_use]
 pub fn encode<P: serde::Serialize>(content_type: ContentType, envelope: &Envelope<P>) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    encode_into(content_type, envelope, &mut bytes);
+    bytes
+}
+
+/// Writes one message of the contract behind what `bytes` holds, whose room is used again and again by whoever writes many.
+///
+/// # Panics
+/// Never, as [`encode`].
+pub fn encode_into<P: serde::Serialize>(content_type: ContentType, envelope: &Envelope<P>, bytes: &mut Vec<u8>) {
     match content_type {
-        ContentType::Json => serde_json::to_vec(envelope).expect("a contract type is always JSON"),
-        ContentType::MessagePack => rmp_serde::to_vec_named(envelope).expect("a contract type is always MessagePack"),
+        ContentType::Json => serde_json::to_writer(bytes, envelope).expect("a contract type is always JSON"),
+        ContentType::MessagePack => {
+            rmp_serde::encode::write_named(bytes, envelope).expect("a contract type is always MessagePack");
+        }
     }
 }

@@ -16,6 +16,9 @@ use crate::{
     AppendError, BatchPosition, Carried, Ledger, MAX_BATCH_MESSAGES, Messages, NewMessage, ReadError, StoredMessage,
 };
 
+/// How often an append gives way before it is looked at.
+const ROUND_TRIP_YIELDS: usize = 8;
+
 /// What goes wrong with one append.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
@@ -133,8 +136,11 @@ impl Ledger for MemoryLedger {
         if messages.is_empty() {
             return Ok(expected_last_sequence);
         }
-        // Give way like a network round trip does, so that two writers in one test interleave.
-        tokio::task::yield_now().await;
+        // Give way like a network round trip does, so that two writers in one test interleave and a writer has time to
+        // prepare its next batch.
+        for _ in 0..ROUND_TRIP_YIELDS {
+            tokio::task::yield_now().await;
+        }
         let outcome = {
             let mut inner = self.lock();
             inner.store_later_ones();

@@ -31,6 +31,13 @@ pub const JOBS: &str = "JOBS";
 /// The durable consumer by which reconciliation runs are received, one at a time.
 pub const RECONCILIATION: &str = "reconciliation";
 
+/// The durable consumer by which ticks for snapshots are received, one at a time.
+pub const SNAPSHOT_TICKS: &str = "snapshots";
+/// The object store of the snapshots.
+pub const SNAPSHOTS_BUCKET: &str = "SNAPSHOTS";
+/// Its stream, whose name and subjects an object store prescribes.
+pub const SNAPSHOTS: &str = "OBJ_SNAPSHOTS";
+
 /// Messages that were delivered too often: what the server gave up, and what is to be tried alone. Its consumers are named
 /// after those whose messages they are, see [`crate::suspects`].
 pub const ADVISORIES: &str = "ADVISORIES";
@@ -135,9 +142,13 @@ pub fn definitions() -> Vec<Definition> {
         stream(
             JOBS,
             include_str!("../../../streams/JOBS.json"),
-            &[(RECONCILIATION, include_str!("../../../streams/consumers/JOBS.reconciliation.json"))],
+            &[
+                (RECONCILIATION, include_str!("../../../streams/consumers/JOBS.reconciliation.json")),
+                (SNAPSHOT_TICKS, include_str!("../../../streams/consumers/JOBS.snapshots.json")),
+            ],
         ),
         stream("NOTIFICATIONS", include_str!("../../../streams/NOTIFICATIONS.json"), &[]),
+        stream(SNAPSHOTS, include_str!("../../../streams/OBJ_SNAPSHOTS.json"), &[]),
         stream(
             ORDERS,
             include_str!("../../../streams/ORDERS.json"),

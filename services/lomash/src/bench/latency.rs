@@ -33,8 +33,8 @@ use hashbrown::HashMap;
 use lomash_contract::{OrderId, Topic};
 use lomash_ledger::MAX_BATCH_MESSAGES;
 use lomash_platform::Secret;
-use lomash_platform::postgres::{self, Schema};
-use product_service::rebuild::checkpoint;
+use lomash_platform::postgres::{self, INVENTORY};
+use lomash_platform::schemas::checkpoint;
 use reqwest::Method;
 use serde::Deserialize;
 use serde_json::json;
@@ -351,7 +351,7 @@ async fn look(database: Secret, goal: Arc<AtomicU64>, deadline: Instant) -> anyh
     let client = postgres::connect(&database).await?;
     let mut looks: Vec<Look> = Vec::new();
     loop {
-        let reached = checkpoint(&client, Schema::Live).await?.unwrap_or(0);
+        let reached = checkpoint(&client, &INVENTORY, INVENTORY.live).await?.unwrap_or(0);
         let now = Instant::now();
         if looks.last().is_none_or(|(last, _)| reached > *last) {
             looks.push((reached, now));

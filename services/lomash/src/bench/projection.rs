@@ -17,8 +17,8 @@ use bytes::{Bytes, BytesMut};
 use futures::{SinkExt, StreamExt, TryStreamExt};
 use lomash_ledger::{Ledger, READ_STALL_TIMEOUT, streams};
 use lomash_platform::Secret;
-use lomash_platform::postgres::{self, Schema};
-use product_service::rebuild::checkpoint;
+use lomash_platform::postgres::{self, INVENTORY, Schema};
+use lomash_platform::schemas::checkpoint;
 use tokio_postgres::Client;
 
 use super::bed::{Bed, POLL_EVERY};
@@ -165,7 +165,7 @@ async fn catch_up(bed: &mut Bed, events: u64, show: Show) -> anyhow::Result<Dura
         let mut seen = false;
         loop {
             let asked = Instant::now();
-            let reached = checkpoint(&client, Schema::Live).await?.unwrap_or(0);
+            let reached = checkpoint(&client, &INVENTORY, INVENTORY.live).await?.unwrap_or(0);
             seen |= reached > 0;
             if !seen {
                 before_first = asked;

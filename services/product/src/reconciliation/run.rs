@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 use super::books::{Books, BooksError, Snapshot};
 use super::reports::{Basis, DecideError, NewRun, Reports, ReportsError};
-use super::schedule::{Job, JobsError, run_of_tick};
+use super::schedule::{Job, run_of_tick};
 use super::{
     Figure, Figures, MAX_FIGURES, Plan, RecordedCount, Refusal, RefusalReason, Report, Request, Row, RowResult, Source,
     StartedBy, Status, plan, select,
@@ -29,6 +29,7 @@ use crate::commands::Writer;
 use crate::committer::CommandError;
 use crate::inventory::{Action, Count, Outcome, ProductCommand, Rejection};
 use crate::observed;
+use crate::schedule::JobsError;
 use crate::warehouse::Warehouse;
 
 /// Corrections under way at once: enough to fill a batch while one is being stored, few enough to leave room for orders.

@@ -1,22 +1,19 @@
 //! What starts a run: a message in `JOBS`, put there by the server's own clock or by whoever asks for a run.
 //!
-//! The schedule is one message on [`SCHEDULE_SUBJECT`] whose headers tell the server when to put a copy of it on
-//! [`SUBJECT`]. Every replica sets it up when it starts and finds it as it should be; no replica owns the clock. The
-//! consumer lets one message be at work at a time, so exactly one replica carries a tick out.
+//! The schedule is one message on [`SCHEDULE_SUBJECT`], see [`crate::schedule`]. The consumer lets one message be at work
+//! at a time, so exactly one replica carries a tick out.
 
-use std::fmt;
-use std::str::FromStr;
 use std::time::Duration;
 
 use async_nats::HeaderMap;
-use async_nats::header::{NATS_MESSAGE_ID, NATS_SCHEDULE, NATS_SCHEDULE_TARGET};
+use async_nats::header::NATS_MESSAGE_ID;
 use async_nats::jetstream::Context;
-use async_nats::jetstream::message::StreamMessage;
-use async_nats::jetstream::stream::LastRawMessageErrorKind;
 use lomash_ledger::receive::{Delivery, Receive};
 use lomash_ledger::streams;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+
+use crate::schedule::{Clock, JobsError, Schedule};
 
 /// Where messages that start or continue a run are.
 pub const SUBJECT: &str = "lomash.jobs.reconciliation";
@@ -33,119 +30,23 @@ pub const IN_PROGRESS_EVERY: Duration = Duration::from_secs(10);
 /// Panics after which a run that panics is given up.
 const MAX_PANICS: u64 = 3;
 
-/// Longest expression of a schedule.
-const MAX_SCHEDULE_CHARS: usize = 100;
-
-/// Fields of a cron expression as the server reads it.
-const CRON_FIELDS: usize = 6;
-
 /// Runs that ticks start have ids in this namespace: `lomash.jobs.reconciliation` among the DNS names.
 fn tick_namespace() -> Uuid {
     Uuid::new_v5(&Uuid::NAMESPACE_DNS, SUBJECT.as_bytes())
 }
 
-/// When runs start by themselves.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Schedule {
-    /// Never.
-    Off,
-    /// By this expression: six cron fields, or one of the server's words such as `@daily` or `@every 1h`.
-    At(String),
-}
-
-/// Why a text is no [`Schedule`].
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "a schedule is `off`, six cron fields with seconds first such as `{DEFAULT_SCHEDULE}`, or `@daily`, `@every 1h` and the like"
-)]
-pub struct InvalidSchedule;
-
-impl Default for Schedule {
-    fn default() -> Self {
-        Self::At(DEFAULT_SCHEDULE.to_owned())
-    }
-}
-
-impl fmt::Display for Schedule {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Off => "off",
-            Self::At(expression) => expression,
-        })
-    }
-}
-
-impl FromStr for Schedule {
-    type Err = InvalidSchedule;
-
-    /// Only what could not travel in a header or is clearly something else is refused here; the server reads the fields.
-    fn from_str(text: &str) -> Result<Self, InvalidSchedule> {
-        let text = text.trim();
-        if text.eq_ignore_ascii_case("off") {
-            return Ok(Self::Off);
-        }
-        let is_plain = text.len() <= MAX_SCHEDULE_CHARS && text.chars().all(|letter| matches!(letter, ' '..='~'));
-        let is_known = text.starts_with('@') || text.split_ascii_whitespace().count() == CRON_FIELDS;
-        if is_plain && is_known { Ok(Self::At(text.to_owned())) } else { Err(InvalidSchedule) }
-    }
-}
-
-/// Why the schedule or a run could not be put into `JOBS`.
-#[derive(Debug, thiserror::Error)]
-pub enum JobsError {
-    /// JetStream did not answer.
-    #[error("the stream JOBS cannot be reached just now: {0}")]
-    Unavailable(String),
-    /// The server did not take the schedule.
-    #[error("the server did not take the schedule `{schedule}`: {problem}; check RECONCILIATION_SCHEDULE")]
-    Refused {
-        /// The expression.
-        schedule: String,
-        /// The server's words.
-        problem: String,
-    },
-}
-
-/// Makes the server's schedule the one given. What is as it should be is left alone, so that a replica that starts does
-/// not shift the clock of the others.
+/// Makes the server's schedule the one given.
 ///
 /// # Errors
 /// [`JobsError`].
 pub async fn set_up(context: &Context, schedule: &Schedule) -> Result<(), JobsError> {
-    let unavailable = |problem: String| JobsError::Unavailable(problem);
-    let stream = context.get_stream_no_info(streams::JOBS).await.map_err(|problem| unavailable(problem.to_string()))?;
-    let present = match stream.get_last_raw_message_by_subject(SCHEDULE_SUBJECT).await {
-        Ok(message) => Some(message),
-        Err(problem) if problem.kind() == LastRawMessageErrorKind::NoMessageFound => None,
-        Err(problem) => return Err(unavailable(problem.to_string())),
+    let clock = Clock {
+        subject: SCHEDULE_SUBJECT,
+        target: SUBJECT,
+        payload: Job::default().encode(),
+        variable: "RECONCILIATION_SCHEDULE",
     };
-    let expression = match schedule {
-        // As the message that it is, by its sequence: the service may not purge, which could take more than it means.
-        Schedule::Off => {
-            let Some(present) = present else { return Ok(()) };
-            let deleted = stream.delete_message(present.sequence).await;
-            return deleted.map(|_| ()).map_err(|problem| unavailable(problem.to_string()));
-        }
-        Schedule::At(expression) => expression,
-    };
-    if present.is_some_and(|present| is_set(&present, expression)) {
-        return Ok(());
-    }
-    let mut headers = HeaderMap::new();
-    headers.insert(NATS_SCHEDULE, expression.as_str());
-    headers.insert(NATS_SCHEDULE_TARGET, SUBJECT);
-    let refused = |problem: async_nats::jetstream::context::PublishError| JobsError::Refused {
-        schedule: expression.clone(),
-        problem: std::error::Error::source(&problem).map_or_else(|| problem.to_string(), ToString::to_string),
-    };
-    let sent = context.publish_with_headers(SCHEDULE_SUBJECT, headers, Job::default().encode()).await;
-    sent.map_err(refused)?.await.map_err(refused)?;
-    Ok(())
-}
-
-fn is_set(present: &StreamMessage, expression: &str) -> bool {
-    let header = |name: async_nats::HeaderName| present.headers.get(name).map(|value| value.as_str().to_owned());
-    header(NATS_SCHEDULE).as_deref() == Some(expression) && header(NATS_SCHEDULE_TARGET).as_deref() == Some(SUBJECT)
+    clock.set(context, schedule).await
 }
 
 /// A message that starts or continues a run. What the run is asked to do is in its report.
@@ -210,17 +111,6 @@ pub const fn receive() -> Receive {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn schedules_are_read() {
-        for text in [DEFAULT_SCHEDULE, "@daily", "@every 90m", " */2 * * * * * "] {
-            assert_eq!(text.parse(), Ok(Schedule::At(text.trim().to_owned())));
-        }
-        assert_eq!("OFF".parse(), Ok(Schedule::Off));
-        for text in ["", "* * * * *", "hourly", "@daily\r\nNats-Rollup: all", "@é"] {
-            assert_eq!(text.parse::<Schedule>(), Err(InvalidSchedule), "{text:?}");
-        }
-    }
 
     #[test]
     fn a_tick_is_the_same_run_whenever_it_is_delivered() {
