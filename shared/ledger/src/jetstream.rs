@@ -33,6 +33,10 @@ pub const APPEND_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a read with messages outstanding may stand still before it is given up and started again.
 pub const READ_STALL_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long the stream's leader may take to say where the stream ends. One that just died does not answer, and every moment
+/// waited for it is a moment without decisions; whoever asks asks again.
+pub const LAST_SEQUENCE_TIMEOUT: Duration = Duration::from_secs(2);
+
 const WRONG_LAST_SEQUENCE: u64 = 10_071;
 const BATCH_IN_FLIGHT: u64 = 10_164;
 const DUPLICATE_IN_BATCH: u64 = 10_201;
@@ -208,8 +212,9 @@ impl Ledger for JetStreamLedger {
     }
 
     async fn last_sequence(&self) -> Result<u64, ReadError> {
-        let answer: StreamInfoAnswer =
-            self.context.request(format!("STREAM.INFO.{}", self.stream), &()).await.map_err(unavailable)?;
+        let subject = format!("STREAM.INFO.{}", self.stream);
+        let answer = tokio::time::timeout(LAST_SEQUENCE_TIMEOUT, self.context.request(subject, &())).await;
+        let answer: StreamInfoAnswer = answer.map_err(unavailable)?.map_err(unavailable)?;
         match (answer.state, answer.error) {
             (Some(state), None) => Ok(state.last_seq),
             (_, Some(error)) => Err(ReadError::Unavailable(error.description)),
