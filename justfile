@@ -102,7 +102,7 @@ test *ARGS: _setup
     cargo build --workspace --all-targets --locked
     cargo test --locked {{ if ARGS == "" { "--workspace" } else { ARGS } }}
 
-# Write docs/openapi.json and docs/openapi-analytics.json anew from the code
+# Write docs/openapi*.json anew from the code
 [group('develop')]
 openapi: _setup
     UPDATE_OPENAPI=1 cargo test --locked --workspace --test integration the_committed_copy
