@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use async_nats::HeaderMap;
-use lomash::stack::{Redis, Service};
+use lomash::stack::{Mail, Redis, Service};
 use lomash_contract::{ContentType, Envelope, OrderCreated, ProductId, codec};
 use lomash_ledger::header;
 use lomash_tests::http::Caller;
@@ -39,7 +39,12 @@ const NOISE: Duration = Duration::from_millis(1_500);
 
 /// A product service that exports its traces there.
 fn traced(world: &World, name: &str, collector: &str) -> Result<Service> {
-    Ok(world.service(name)?.env("OTEL_EXPORTER_OTLP_ENDPOINT", collector).env("OTEL_BSP_SCHEDULE_DELAY", "50"))
+    Ok(exporting(world.service(name)?, collector))
+}
+
+/// The service, told to export its traces there.
+fn exporting(service: Service, collector: &str) -> Service {
+    service.env("OTEL_EXPORTER_OTLP_ENDPOINT", collector).env("OTEL_BSP_SCHEDULE_DELAY", "50")
 }
 
 /// Publishes orders as the order service does, in a process of its own that exports its traces there.
@@ -181,6 +186,52 @@ async fn the_way_of_an_order_is_one_trace() -> Result<()> {
     assert_eq!(handed_on.count(), 1);
 
     service.stop().await?;
+    world.close();
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_trace_of_an_order_goes_on_to_the_metrics_and_to_the_mail() -> Result<()> {
+    let world = World::start().await?;
+    let collector = Collector::start().await?;
+    let (redis_dir, mail_dir) = (world.dir().join("redis"), world.dir().join("mail"));
+    let (redis, mail) = tokio::try_join!(Redis::start(&redis_dir), Mail::start(&mail_dir))?;
+    let mut services = [
+        exporting(world.service("product")?, collector.url()).env("REDIS_URL", redis.url()),
+        exporting(world.service_of("analytics-service-under-test", "analytics")?, collector.url()),
+        exporting(world.service_of("notification-service-under-test", "notification")?, collector.url())
+            .env("SMTP_URL", mail.url()),
+    ];
+    for service in &mut services {
+        start_until_ready(service).await?;
+    }
+    let product = world.register("KIT-1", 5).await?;
+    let order = order(&[(product, 3)]);
+    publish_traced(&world, collector.url(), std::slice::from_ref(&order)).await?;
+
+    let order_id = order.payload.order_id.to_string();
+    let (way, downstream) = collector
+        .until("the order's trace through all services", PATIENCE, |trace| {
+            let way = OrderTrace::of(trace, &order)?;
+            let updated = "process lomash.inventory.updated";
+            let counted = trace.chain(&way.decide, &[("analytics-service", updated)])?;
+            let mut metrics = trace.named("analytics-service", "COMMIT analytics");
+            metrics.find(|transaction| transaction.links_to(&way.decide))?;
+            let notification = "notification-service";
+            let told = [(notification, updated), (notification, "publish lomash.notifications.low-stock")];
+            let mailed = [(notification, updated), (notification, "send mail")];
+            let downstream = [counted, trace.chain(&way.decide, &told)?, trace.chain(&way.decide, &mailed)?];
+            Some((way, downstream))
+        })
+        .await?;
+    for span in &downstream {
+        assert_eq!(span.trace_id, way.publish.trace_id, "{span:?}");
+    }
+    assert_eq!(downstream[2].attribute("order.id"), Some(order_id.as_str()), "{:?}", downstream[2]);
+
+    for service in &mut services {
+        service.stop().await?;
+    }
     world.close();
     Ok(())
 }

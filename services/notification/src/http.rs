@@ -5,12 +5,13 @@ use std::sync::Arc;
 use axum::extract::State;
 use axum::routing::get;
 use axum::{Json, Router};
+use lomash_web::openapi::ListProblems;
 use lomash_web::problem::ProblemDocument;
 use lomash_web::routes::BearerScheme;
 use lomash_web::{Gate, HttpConfig, Problem, Query, Verifier, Viewer, cursor, limits, openapi};
 use serde::{Deserialize, Serialize};
 use utoipa::openapi::RefOr;
-use utoipa::{IntoParams, IntoResponses, OpenApi, ToSchema};
+use utoipa::{IntoParams, OpenApi, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
@@ -59,36 +60,6 @@ struct NotificationPage {
     /// The `cursor` of the next page; null when this is the last.
     #[schema(required)]
     next_cursor: Option<String>,
-}
-
-/// What a read can be refused with.
-#[derive(IntoResponses)]
-#[allow(dead_code, reason = "read by the document alone")]
-enum ReadProblems {
-    #[response(
-        status = 400,
-        description = "Parameters are not as they must be",
-        content_type = "application/problem+json"
-    )]
-    BadRequest(ProblemDocument),
-    #[response(
-        status = 401,
-        description = "No token, or none that is believed",
-        content_type = "application/problem+json"
-    )]
-    Unauthorized(ProblemDocument),
-    #[response(
-        status = 403,
-        description = "The token's role does not reach",
-        content_type = "application/problem+json"
-    )]
-    Forbidden(ProblemDocument),
-    #[response(status = 429, description = "The caller's share is used up", content_type = "application/problem+json")]
-    TooManyRequests(ProblemDocument),
-    #[response(status = 503, description = "Not now", content_type = "application/problem+json")]
-    Unavailable(ProblemDocument),
-    #[response(status = 504, description = "It took too long", content_type = "application/problem+json")]
-    Timeout(ProblemDocument),
 }
 
 /// All routes but those of health, which are there before.
@@ -141,7 +112,7 @@ struct Document;
     get, path = "/v1/notifications", tag = "notifications", operation_id = "listNotifications",
     summary = "Alerts, from the newest on, with what became of them",
     params(ListParameters),
-    responses((status = 200, description = "A page", body = NotificationPage), ReadProblems)
+    responses((status = 200, description = "A page", body = NotificationPage), ListProblems)
 )]
 async fn list(
     _: Viewer,

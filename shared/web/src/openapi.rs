@@ -46,3 +46,31 @@ pub fn tell_header(response: &mut Response, name: &str, kind: Type, description:
     header.description = Some(description.to_owned());
     response.headers.entry(name.to_owned()).or_insert(RefOr::T(header));
 }
+
+/// Describes what an operation can be refused with, status by status; read by the document alone.
+#[macro_export]
+macro_rules! problem_responses {
+    ($(#[$doc:meta])* $visibility:vis $name:ident { $($variant:ident = $status:literal, $description:literal;)* }) => {
+        $(#[$doc])*
+        #[derive(::utoipa::IntoResponses)]
+        #[allow(dead_code, missing_docs, reason = "read by the document alone")]
+        $visibility enum $name {
+            $(
+                #[response(status = $status, description = $description, content_type = "application/problem+json")]
+                $variant($crate::problem::ProblemDocument),
+            )*
+        }
+    };
+}
+
+problem_responses! {
+    /// What a read of what is always there, such as a list, can be refused with.
+    pub ListProblems {
+        BadRequest = 400, "Parameters are not as they must be";
+        Unauthorized = 401, "No token, or none that is believed";
+        Forbidden = 403, "The token's role does not reach";
+        TooManyRequests = 429, "The caller's share is used up";
+        Unavailable = 503, "Not now, or not yet projected";
+        Timeout = 504, "It took too long";
+    }
+}

@@ -17,8 +17,8 @@ use lomash_web::openapi::{tell_problem_types, tell_sequence, tell_usual_headers}
 use lomash_web::problem::{MEDIA_TYPE, ProblemDocument, ProblemType};
 use lomash_web::routes::BearerScheme;
 use lomash_web::{Gate, HttpConfig, Verifier, limits};
+use utoipa::OpenApi;
 use utoipa::openapi::RefOr;
-use utoipa::{IntoResponses, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -95,33 +95,3 @@ pub fn document() -> utoipa::openapi::OpenApi {
     modifiers(&BearerScheme)
 )]
 struct Document;
-
-/// What a read can be refused with.
-#[derive(IntoResponses)]
-#[allow(dead_code, missing_docs, reason = "read by the document alone")]
-enum ReadProblems {
-    #[response(
-        status = 400,
-        description = "Parameters are not as they must be",
-        content_type = "application/problem+json"
-    )]
-    BadRequest(ProblemDocument),
-    #[response(
-        status = 401,
-        description = "No token, or none that is believed",
-        content_type = "application/problem+json"
-    )]
-    Unauthorized(ProblemDocument),
-    #[response(
-        status = 403,
-        description = "The token's role does not reach",
-        content_type = "application/problem+json"
-    )]
-    Forbidden(ProblemDocument),
-    #[response(status = 429, description = "The caller's share is used up", content_type = "application/problem+json")]
-    TooManyRequests(ProblemDocument),
-    #[response(status = 503, description = "Not now, or not yet projected", content_type = "application/problem+json")]
-    Unavailable(ProblemDocument),
-    #[response(status = 504, description = "It took too long", content_type = "application/problem+json")]
-    Timeout(ProblemDocument),
-}

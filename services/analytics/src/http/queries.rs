@@ -7,6 +7,7 @@ use lomash_contract::ProductId;
 use lomash_contract::limits::{MAX_NAME_CHARS, MAX_SKU_CHARS};
 use lomash_platform::projected::NotYetProjected;
 use lomash_platform::reader::Unreadable;
+use lomash_web::openapi::ListProblems;
 use lomash_web::problem::sentence;
 use lomash_web::sequences::{RETRY_AFTER_SECONDS, min_sequence, not_yet_projected, page_limit, told};
 use lomash_web::{Path, Problem, Query, Viewer, cursor};
@@ -16,7 +17,7 @@ use time::{Date, Duration, OffsetDateTime};
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
-use super::{Api, PRODUCT_NOT_FOUND, ReadProblems};
+use super::{Api, PRODUCT_NOT_FOUND};
 use crate::reads::{
     At, DEFAULT_PAGE, DayOfProduct, LevelKey, LowKey, MAX_PAGE, MAX_WINDOW_DAYS, Page, QueryError, StockLevel,
     StockLevelFilter, StockLevelQuery, Summary,
@@ -136,7 +137,7 @@ pub(super) struct SummaryParameters {
         StockLevelParameters,
         ("Lomash-Min-Sequence" = Option<u64>, Header, description = "Not older than this sequence of the ledger"),
     ),
-    responses((status = 200, description = "A page", body = StockLevelPage), ReadProblems)
+    responses((status = 200, description = "A page", body = StockLevelPage), ListProblems)
 )]
 pub(super) async fn stock_levels(
     _: Viewer,
@@ -182,7 +183,7 @@ pub(super) async fn stock_levels(
         LowStockParameters,
         ("Lomash-Min-Sequence" = Option<u64>, Header, description = "Not older than this sequence of the ledger"),
     ),
-    responses((status = 200, description = "A page", body = StockLevelPage), ReadProblems)
+    responses((status = 200, description = "A page", body = StockLevelPage), ListProblems)
 )]
 pub(super) async fn low_stock(
     _: Viewer,
@@ -213,7 +214,7 @@ pub(super) async fn low_stock(
         (status = 200, description = "A page", body = DailyPage),
         (status = 404, description = "There is no such product", body = lomash_web::problem::ProblemDocument,
          content_type = "application/problem+json"),
-        ReadProblems
+        ListProblems
     )
 )]
 pub(super) async fn daily(
@@ -252,7 +253,7 @@ pub(super) async fn daily(
         SummaryParameters,
         ("Lomash-Min-Sequence" = Option<u64>, Header, description = "Not older than this sequence of the ledger"),
     ),
-    responses((status = 200, description = "The summary", body = Summary), ReadProblems)
+    responses((status = 200, description = "The summary", body = Summary), ListProblems)
 )]
 pub(super) async fn summary(
     _: Viewer,

@@ -2,10 +2,10 @@
 
 use axum::http::StatusCode;
 use lomash_web::Problem;
+use lomash_web::problem::ProblemType;
 pub(super) use lomash_web::problem::sentence;
-use lomash_web::problem::{ProblemDocument, ProblemType};
+use lomash_web::problem_responses;
 use serde_json::json;
-use utoipa::IntoResponses;
 
 use crate::committer::CommandError;
 use crate::inventory::Rejection;
@@ -111,23 +111,9 @@ fn pointer(field: &str) -> String {
     }
 }
 
-macro_rules! problem_responses {
-    ($(#[$doc:meta])* $name:ident { $($variant:ident = $status:literal, $description:literal;)* }) => {
-        $(#[$doc])*
-        #[derive(IntoResponses)]
-        #[allow(dead_code, missing_docs, reason = "read by the document alone")]
-        pub(super) enum $name {
-            $(
-                #[response(status = $status, description = $description, content_type = "application/problem+json")]
-                $variant(ProblemDocument),
-            )*
-        }
-    };
-}
-
 problem_responses! {
     /// What a read can be refused with.
-    ReadProblems {
+    pub(super) ReadProblems {
         BadRequest = 400, "Parameters are not as they must be";
         Unauthorized = 401, "No token, or none that is believed";
         Forbidden = 403, "The token's role does not reach";
@@ -140,7 +126,7 @@ problem_responses! {
 
 problem_responses! {
     /// What a write can be refused with.
-    WriteProblems {
+    pub(super) WriteProblems {
         BadRequest = 400, "The body or a header is not as it must be";
         Unauthorized = 401, "No token, or none that is believed";
         Forbidden = 403, "Needs the role ADMIN";
@@ -158,7 +144,7 @@ problem_responses! {
 
 problem_responses! {
     /// What an import can be refused with as a whole.
-    ImportProblems {
+    pub(super) ImportProblems {
         BadRequest = 400, "The body, its header line or a parameter is not as it must be, or the body was cut off";
         Unauthorized = 401, "No token, or none that is believed";
         Forbidden = 403, "Needs the role ADMIN";
