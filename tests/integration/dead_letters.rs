@@ -391,7 +391,13 @@ async fn a_flood_that_fills_the_dead_letters_stops_no_good_order_and_loses_nothi
 // ── Coming back ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 /// Writes a letter as the loop of `consumer` does.
-async fn write_letter(world: &World, stream: &str, consumer: &str, subject: &str, sequence: u64) -> Result<Letter> {
+pub(crate) async fn write_letter(
+    world: &World,
+    stream: &str,
+    consumer: &str,
+    subject: &str,
+    sequence: u64,
+) -> Result<Letter> {
     let letter = DeadLetter {
         stream,
         consumer,

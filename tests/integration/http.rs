@@ -13,6 +13,7 @@ use futures::StreamExt;
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use lomash::stack::{Service, free_port};
 use lomash_contract::{LedgerEvent, ProductId, UpdatedBy};
+use lomash_ledger::streams;
 use lomash_tests::http::{Answer, Caller, Request};
 use lomash_tests::{JWT_SECRET, PATIENCE, World, eventually, order, start_until_ready};
 use lomash_web::Role;
@@ -23,6 +24,8 @@ use product_service::inventory::{Action, ProductCommand};
 use reqwest::Method;
 use serde_json::{Value, json};
 use uuid::Uuid;
+
+use crate::dead_letters::write_letter;
 
 /// Rounds of each race.
 const ROUNDS: usize = 40;
@@ -370,6 +373,8 @@ async fn every_problem_type_is_reached() -> Result<()> {
     for _ in 0..3 {
         greedy.patch(&stock, &json!({ "quantity": 6 })).send().await?;
     }
+    // An event of the ledger whose consumer cannot take it back.
+    let letter = write_letter(&world, streams::INVENTORY, "nobody", "lomash.inventory.updated.x", 2).await?;
     let nowhere = format!("http://127.0.0.1:{}/jwks.json", free_port()?);
     let keyless = started(&world, "keyless", &[("JWT_JWKS", nowhere.as_str())]).await?;
     let mut header = Header::new(Algorithm::RS256);
@@ -480,6 +485,8 @@ async fn every_problem_type_is_reached() -> Result<()> {
             admin.post(&format!("/v1/reconciliations/{nobody}/approval"), &json!({ "approved": true })),
         ),
         row("reconciliation-not-waiting", admin.post(&format!("{run}/approval"), &json!({ "approved": true }))),
+        row("dead-letter-not-found", admin.get("/v1/dead-letters/99")),
+        row("no-way-back", admin.request(Method::POST, &format!("/v1/dead-letters/{}/redrive", letter.sequence))),
         row("no-warehouse", admin.post("/v1/reconciliations", &json!({ "figures": "warehouse" }))),
         row("idempotency-key-reused", admin.patch(&stock, &json!({ "quantity": 7 })).header("Idempotency-Key", "used")),
         row("not-yet-projected", admin.get(&path).header("Lomash-Min-Sequence", 1_000_000)),
