@@ -252,6 +252,8 @@ impl World {
             JWT_SECRET,
             "--reconciliation-schedule",
             "off",
+            "--snapshot-schedule",
+            "off",
         ])
     }
 
