@@ -22,9 +22,6 @@ use crate::projection::ProjectionError;
 use crate::reads::Reads;
 use crate::{http, observed, projection, rows};
 
-/// How long the last acknowledgements may take to leave.
-const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
-
 /// How often `/readyz` looks at its parts, and how long Postgres may take to answer.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 const LOOK_TIMEOUT: Duration = Duration::from_secs(1);
@@ -112,10 +109,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let outcome = tasks.until(&stop).await;
     stop.cancel();
     let outcome = tasks.join(outcome).await;
-    // What was settled last must be on the wire before the process goes.
-    if !matches!(tokio::time::timeout(FLUSH_TIMEOUT, client.flush()).await, Ok(Ok(()))) {
-        warn!("the last acknowledgements may be lost; their messages come back and are known");
-    }
+    nats::flush_last(&client).await;
     outcome
 }
 

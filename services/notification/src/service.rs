@@ -29,9 +29,6 @@ use crate::mailer::Mailer;
 use crate::sending::{MAX_CONNECTIONS, MAX_RATE, Sending};
 use crate::{observed, publishing, recorder};
 
-/// How long the last acknowledgements may take to leave.
-const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
-
 /// How often `/readyz` is brought up to date.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
 
@@ -184,10 +181,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let outcome = tasks.until(&stop).await;
     stop.cancel();
     let outcome = tasks.join(outcome).await;
-    // What was settled last must be on the wire before the process goes.
-    if !matches!(tokio::time::timeout(FLUSH_TIMEOUT, client.flush()).await, Ok(Ok(()))) {
-        warn!("the last acknowledgements may be lost; their messages come back and are known");
-    }
+    nats::flush_last(&client).await;
     outcome
 }
 

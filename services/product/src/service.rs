@@ -40,9 +40,6 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 const _: () =
     assert!(DRAIN_TIMEOUT.as_secs() < receive::DRAIN_TIMEOUT.as_secs(), "handlers must still hear the answer");
 
-/// How long the last acknowledgements may take to leave.
-const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
-
 /// How often start-up says how far it is.
 const PROGRESS_EVERY: Duration = Duration::from_secs(2);
 
@@ -256,10 +253,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         let ended = commit_task.await.context("the committer panicked")?;
         outcome = outcome.and(ended.map(|_| ()).context("the committer cannot go on"));
     }
-    // What was settled last must be on the wire before the process goes.
-    if !matches!(tokio::time::timeout(FLUSH_TIMEOUT, client.flush()).await, Ok(Ok(()))) {
-        warn!("the last acknowledgements may be lost; their orders come back and are known");
-    }
+    nats::flush_last(&client).await;
     if outcome.is_ok() {
         info!("stopped");
     }

@@ -261,6 +261,16 @@ where
     }
 }
 
+/// How long the last acknowledgements of a stopping process may take to leave.
+pub const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Brings what was settled last onto the wire before the process goes, for at most [`FLUSH_TIMEOUT`].
+pub async fn flush_last(client: &Client) {
+    if !matches!(tokio::time::timeout(FLUSH_TIMEOUT, client.flush()).await, Ok(Ok(()))) {
+        warn!("the last acknowledgements may be lost; their messages come back and are known");
+    }
+}
+
 /// The addresses without any user or password.
 fn plain(addresses: &[async_nats::ServerAddr]) -> String {
     let plain: Vec<_> = addresses.iter().map(|address| format!("{}:{}", address.host(), address.port())).collect();
