@@ -15,8 +15,9 @@ use crate::commands::Writing;
 use crate::committer::{CommandError, Committer};
 use crate::inventory::{Command, Order, OrderLine};
 
-/// Orders handled at once. Twice the largest batch, so that the next one is ready while one is being stored.
-pub const MAX_ORDERS_IN_FLIGHT: usize = 2 * lomash_ledger::MAX_BATCH_MESSAGES;
+/// Orders handled at once. Three times the largest batch: one is being stored, the next one is decided, and the one after that
+/// is on its way here or, stored already, acknowledged.
+pub const MAX_ORDERS_IN_FLIGHT: usize = 3 * lomash_ledger::MAX_BATCH_MESSAGES;
 
 /// Bytes of the orders handled at once: some 30,000 orders of the median size, or the 400 largest possible.
 pub const MAX_ORDER_BYTES_IN_FLIGHT: usize = 64 << 20;

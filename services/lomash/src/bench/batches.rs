@@ -62,6 +62,15 @@ pub(super) async fn let_orders_take_batches(context: &Context) -> anyhow::Result
     configure(context, "UPDATE", &config).await
 }
 
+/// Has the server forget the ids of the ledger's messages after this time; after what the definition says without one.
+pub(super) async fn forget_ids_after(context: &Context, time: Option<Duration>) -> anyhow::Result<()> {
+    let mut config = Value::Object(definition(streams::INVENTORY)?);
+    if let Some(time) = time {
+        config["duplicate_window"] = json!(u64::try_from(time.as_nanos()).context("a time for ids that is too long")?);
+    }
+    configure(context, "UPDATE", &config).await
+}
+
 /// The definition of one of our streams.
 pub(super) fn definition(stream: &str) -> anyhow::Result<serde_json::Map<String, Value>> {
     let found = streams::definitions().into_iter().find(|definition| definition.name == stream);

@@ -46,6 +46,9 @@ pub(super) const POLL_EVERY: Duration = Duration::from_millis(10);
 /// Commands under way at once while products are registered: two batches.
 const COMMANDS_IN_FLIGHT: usize = 2 * MAX_BATCH_MESSAGES;
 
+/// How long the server remembers ids while products are registered.
+const SHORT_MEMORY: Duration = Duration::from_secs(1);
+
 /// Orders made, and put into `ORDERS`, at a time.
 const ORDERS_A_PIECE: usize = 50_000;
 
@@ -115,7 +118,11 @@ impl Bed {
     }
 
     /// Registers the products and builds their rows.
+    ///
+    /// The server then knows no id of a registration any more, as it would after a while: those of a million products at
+    /// once keep its garbage collector busier than the orders that are measured.
     pub async fn fill(&self, products: &[Stocked], what: &str, show: Show) -> anyhow::Result<()> {
+        batches::forget_ids_after(&self.context, Some(SHORT_MEMORY)).await?;
         let mut progress = show.progress(&format!("{what}: registering products"), products.len() as u64);
         let done = CancellationToken::new();
         let (committer, committing) = committer(self.ledger.clone(), State::default(), Timestamp::now, done.clone());
@@ -144,7 +151,9 @@ impl Bed {
         done.cancel();
         committing.await.context("the committer panicked")?.context("the committer ended")?;
         rebuild::rebuild(&self.context, &self.database, Options::default(), Show::Nothing).await?;
-        Ok(())
+        // Ids go when a timer of that length finds them older.
+        tokio::time::sleep(2 * SHORT_MEMORY).await;
+        batches::forget_ids_after(&self.context, None).await
     }
 
     /// Makes orders and puts them into `ORDERS`, batch by batch.
