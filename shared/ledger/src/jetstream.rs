@@ -13,7 +13,7 @@ use async_nats::header::{
 };
 use async_nats::jetstream::consumer::{DeliverPolicy, pull};
 use async_nats::jetstream::{self, Context};
-use async_nats::{HeaderMap, Request, client::RequestErrorKind};
+use async_nats::{Client, HeaderMap, Request, client::RequestErrorKind};
 use bytes::Bytes;
 use futures::stream::{self, StreamExt};
 use serde::Deserialize;
@@ -36,6 +36,13 @@ pub const READ_STALL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the stream's leader may take to say where the stream ends. One that just died does not answer, and every moment
 /// waited for it is a moment without decisions; whoever asks asks again.
 pub const LAST_SEQUENCE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long the servers may take to open a reader. It takes a leader to make one; async-nats would wait 10 s for an answer of one
+/// that is gone.
+pub const OPEN_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// How often an append that waits for its answer looks whether the connection is still the one that it was sent on.
+const CONNECTION_LOOK: Duration = Duration::from_millis(50);
 
 const WRONG_LAST_SEQUENCE: u64 = 10_071;
 const BATCH_IN_FLIGHT: u64 = 10_164;
@@ -125,6 +132,15 @@ fn unavailable(error: impl std::error::Error) -> ReadError {
     ReadError::Unavailable(text)
 }
 
+/// Returns once there is another connection than the one that was the `connects`th: what was asked on that is answered by
+/// nobody, and the answer need not be waited for.
+async fn reconnected(client: &Client, connects: u64) {
+    let statistics = client.statistics();
+    while statistics.connects.load(Ordering::Relaxed) == connects {
+        tokio::time::sleep(CONNECTION_LOOK).await;
+    }
+}
+
 fn append_error(error: ServerError, messages: usize) -> AppendError {
     let ServerError { err_code, description } = error;
     match err_code {
@@ -176,6 +192,7 @@ impl Ledger for JetStreamLedger {
         let Some((last, rest)) = messages.split_last() else {
             return Ok(expected_last_sequence);
         };
+        let connects = client.statistics().connects.load(Ordering::Relaxed);
         crash_point!("commit-before-batch");
         for (index, message) in rest.iter().enumerate() {
             let headers = headers(message, &batch_id, index + 1, count, expected_last_sequence);
@@ -190,7 +207,14 @@ impl Ledger for JetStreamLedger {
             .headers(headers(last, &batch_id, count, count, expected_last_sequence))
             .payload(last.payload.clone())
             .timeout(Some(APPEND_TIMEOUT));
-        let answer = client.send_request(last.subject.clone(), request).await.map_err(|error| {
+        let answered = tokio::select! {
+            biased;
+            answered = client.send_request(last.subject.clone(), request) => answered,
+            () = reconnected(&client, connects) => {
+                return Err(AppendError::Unknown("the connection was lost before the answer came".to_owned()));
+            }
+        };
+        let answer = answered.map_err(|error| {
             let reason = match error.kind() {
                 RequestErrorKind::TimedOut => format!("no answer within {} s", APPEND_TIMEOUT.as_secs()),
                 RequestErrorKind::NoResponders => "no server answers for the stream".to_owned(),
@@ -253,7 +277,8 @@ impl Ledger for JetStreamLedger {
     }
 
     async fn follow(&self, after: u64) -> Result<Messages, ReadError> {
-        let messages = self.open(after).await?;
+        let opened = tokio::time::timeout(OPEN_TIMEOUT, self.open(after)).await;
+        let messages = opened.map_err(unavailable)??;
         Ok(contiguous(after, messages.map(|item| item.map_err(unavailable).and_then(delivered))))
     }
 }
