@@ -109,9 +109,10 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
             Ok(())
         }
     });
-    tasks.spawn(checks.watch(client.clone(), pool, stop.clone()));
     let api = Api { reads: Reads::new(&config.database_url)?, projected };
     routes.open(http::routes(api, verifier, &config.http));
+    // Last: whoever is told that this is ready sends requests.
+    tasks.spawn(checks.watch(client.clone(), pool, stop.clone()));
     info!("ready");
 
     let outcome = tasks.until(&stop).await;

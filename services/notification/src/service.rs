@@ -182,8 +182,9 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
             Ok(())
         }
     });
-    tasks.spawn(checks.watch(client.clone(), alerts.clone(), sending, stop.clone()));
-    routes.open(http::routes(Api { alerts }, verifier, &config.http));
+    routes.open(http::routes(Api { alerts: alerts.clone() }, verifier, &config.http));
+    // Last: whoever is told that this is ready sends requests.
+    tasks.spawn(checks.watch(client.clone(), alerts, sending, stop.clone()));
     info!("ready");
 
     let outcome = tasks.until(&stop).await;

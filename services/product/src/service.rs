@@ -215,7 +215,6 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
             Ok(())
         }
     });
-    tasks.spawn(checks.watch(watched, stop.clone()));
     let api = Api {
         writer: writer.clone(),
         ledger,
@@ -231,6 +230,8 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
     routes.open(http::routes(api, verifier, &config.http));
     let serving = commands::serve(client.clone(), writer, stop.clone());
     tasks.spawn(async { serving.await.context("commands cannot be taken") });
+    // Last: whoever is told that this is ready sends requests.
+    tasks.spawn(checks.watch(watched, stop.clone()));
     info!("ready");
 
     // The first task that ends early ends the process; a supervisor starts it again.

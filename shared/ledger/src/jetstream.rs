@@ -21,7 +21,8 @@ use time::OffsetDateTime;
 
 use crate::direct::{self, Held};
 use crate::{
-    AppendError, BatchPosition, Carried, Ledger, Messages, NewMessage, ReadError, StoredMessage, crash_point, header,
+    AppendError, BatchPosition, Carried, Ledger, MAX_BATCH_MESSAGES, Messages, NewMessage, ReadError, StoredMessage,
+    crash_point, header,
 };
 
 /// How long an append waits for the server's answer before its outcome is unknown.
@@ -37,9 +38,13 @@ pub const READ_STALL_TIMEOUT: Duration = Duration::from_secs(5);
 /// waited for it is a moment without decisions; whoever asks asks again.
 pub const LAST_SEQUENCE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long the servers may take to open a reader. It takes a leader to make one; async-nats would wait 10 s for an answer of one
-/// that is gone.
+/// How long the servers may take to open a reader. It takes the leader of them all to make one; async-nats would wait 10 s for an
+/// answer of one that is gone.
 pub const OPEN_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Messages that are read by direct gets when a reader for more of them would be faster but has to be made first, by a leader
+/// that may be gone: two of the largest batches.
+const FEW_MESSAGES: u64 = 2 * MAX_BATCH_MESSAGES as u64;
 
 /// How often an append that waits for its answer looks whether the connection is still the one that it was sent on.
 const CONNECTION_LOOK: Duration = Duration::from_millis(50);
@@ -91,7 +96,8 @@ struct StreamState {
 impl JetStreamLedger {
     /// The ledger on stream `stream`.
     #[must_use]
-    pub fn new(context: Context, stream: &str) -> Self {
+    pub fn new(mut context: Context, stream: &str) -> Self {
+        context.set_timeout(OPEN_TIMEOUT);
         let unique = uuid::Uuid::new_v4().simple().to_string();
         Self {
             context,
@@ -251,7 +257,7 @@ impl Ledger for JetStreamLedger {
         if last == after {
             return Ok(stream::empty().boxed());
         }
-        let messages = if self.by_direct_gets {
+        let messages = if self.by_direct_gets || last - after <= FEW_MESSAGES {
             let held = direct::read(&self.context, &self.stream, None, after, last);
             contiguous(after, held.map(|held| held.map(StoredMessage::from)))
         } else {
@@ -277,8 +283,7 @@ impl Ledger for JetStreamLedger {
     }
 
     async fn follow(&self, after: u64) -> Result<Messages, ReadError> {
-        let opened = tokio::time::timeout(OPEN_TIMEOUT, self.open(after)).await;
-        let messages = opened.map_err(unavailable)??;
+        let messages = self.open(after).await?;
         Ok(contiguous(after, messages.map(|item| item.map_err(unavailable).and_then(delivered))))
     }
 }
