@@ -92,9 +92,13 @@ token *ARGS: _programs
 
 # Measure this system beside its rivals and the limit of the server, optimised, on servers of its own (some 35 minutes)
 [group('operate')]
-bench *ARGS: _setup
-    cargo build --release --locked -p lomash -p lomash-product
+bench *ARGS: release
     cd '{{ here }}'; exec '{{ absolute_path(join(target, "release", "lomash")) }}' bench {{ ARGS }}
+
+# Build the programs for production and print their SHA-256; `--check` builds them twice, in two folders, and compares
+[group('develop')]
+release *ARGS: _setup
+    deploy/dev/release.sh {{ ARGS }}
 
 # Run every test; words after it are passed to `cargo test` (`just test -p lomash-ledger`)
 [group('develop')]

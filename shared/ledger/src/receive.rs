@@ -12,12 +12,12 @@ use std::convert::Infallible;
 use std::future::Future;
 use std::ops::ControlFlow;
 use std::panic::AssertUnwindSafe;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use async_nats::HeaderMap;
 use async_nats::jetstream::consumer::{PriorityGroupState, PullConsumer, pull};
 use async_nats::jetstream::{self, AckKind, Context};
+use async_nats::{HeaderMap, Subject};
 use bytes::Bytes;
 use futures::FutureExt;
 use futures::stream::{FuturesUnordered, StreamExt};
@@ -85,9 +85,9 @@ pub enum Settle {
 #[derive(Clone, Debug)]
 pub struct Delivery {
     /// The subject it was published on.
-    pub subject: String,
-    /// Its headers.
-    pub headers: Option<HeaderMap>,
+    pub subject: Subject,
+    /// Its headers; shared, for the loop keeps them until the message is settled.
+    pub headers: Option<Arc<HeaderMap>>,
     /// Its payload.
     pub payload: Bytes,
     /// Its sequence in the stream.
@@ -108,7 +108,7 @@ impl Delivery {
     /// The message as any reader of the stream gets it.
     #[must_use]
     pub fn into_stored(self) -> StoredMessage {
-        with_headers(self.sequence, self.stored_at, self.subject, self.headers.as_ref(), self.payload)
+        with_headers(self.sequence, self.stored_at, self.subject.into_string(), self.headers.as_deref(), self.payload)
     }
 }
 
@@ -315,17 +315,10 @@ where
     };
     let since = Instant::now();
     let span = process_span(receive, &message, sequence, deliveries);
-    let (message, acker) = message.split();
-    let delivery = move |message: &async_nats::Message| Delivery {
-        subject: message.subject.to_string(),
-        headers: message.headers.clone(),
-        payload: message.payload.clone(),
-        sequence,
-        deliveries,
-        stored_at,
-    };
+    let (async_nats::Message { subject, payload, headers, .. }, acker) = message.split();
+    let delivery = Delivery { subject, headers: headers.map(Arc::new), payload, sequence, deliveries, stored_at };
     let is_suspect = work.moves_suspects && deliveries > MAX_DELIVERIES_AMONG_OTHERS;
-    let handled = (!is_suspect).then(|| span.in_scope(|| call(work.handler, delivery(&message))));
+    let handled = (!is_suspect).then(|| span.in_scope(|| call(work.handler, delivery.clone())));
     let told = span.clone();
     async move {
         let mut keeping = Keeping { acker: &acker, stop: work.stop, every: work.ack_wait / KEEP_SHARE, told: since };
@@ -383,19 +376,19 @@ where
                         break Some(AckKind::Nak(Some(pause)));
                     }
                     tries += 1;
-                    handled = call(work.handler, delivery(&message));
+                    handled = call(work.handler, delivery.clone());
                 }
                 Settle::Dead(reason) => {
                     let letter = DeadLetter {
                         stream: receive.stream,
                         consumer: receive.consumer,
-                        subject: &message.subject,
+                        subject: &delivery.subject,
                         sequence,
                         deliveries: deliveries + tries,
                         reason: &reason,
-                        past: Past::of(message.headers.as_ref()),
-                        headers: message.headers.as_ref(),
-                        payload: message.payload.clone(),
+                        past: Past::of(delivery.headers.as_deref()),
+                        headers: delivery.headers.as_deref(),
+                        payload: delivery.payload.clone(),
                     };
                     let stored = letter.store(context).await;
                     work.told.letter(receive.consumer, sequence, &reason, stored.as_ref().err());

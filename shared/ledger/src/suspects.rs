@@ -12,6 +12,7 @@
 
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::HeaderMap;
@@ -298,8 +299,8 @@ where
 
 fn delivery(original: &StreamMessage, deliveries: u64) -> Delivery {
     Delivery {
-        subject: original.subject.to_string(),
-        headers: Some(original.headers.clone()),
+        subject: original.subject.clone(),
+        headers: Some(Arc::new(original.headers.clone())),
         payload: original.payload.clone(),
         sequence: original.sequence,
         deliveries,

@@ -115,7 +115,7 @@ mod tests {
     #[test]
     fn a_tick_is_the_same_run_whenever_it_is_delivered() {
         let tick = |sequence, deliveries| Delivery {
-            subject: SUBJECT.to_owned(),
+            subject: SUBJECT.into(),
             headers: None,
             payload: Job::default().encode(),
             sequence,
