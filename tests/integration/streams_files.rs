@@ -298,7 +298,7 @@ async fn a_server_that_acknowledges_too_early_is_refused_where_it_can_be_seen() 
     }
     let urls: Vec<String> = servers.iter().map(SecureNats::monitor_url).collect();
     let (safe, hasty) = (urls[0].clone(), urls[1].clone());
-    assert_eq!(lomash::streams::hasty(&urls).await?, [hasty.clone()]);
+    assert_eq!(lomash::streams::hasty(&urls).await?, urls[1..]);
     assert!(lomash::streams::hasty(&["http://127.0.0.1:9".to_owned()]).await.is_err(), "nobody answers there");
 
     let mut refused = world.service("refused")?.env("NATS_MONITOR_URL", format!("{safe},{hasty}"));
