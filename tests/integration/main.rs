@@ -17,7 +17,6 @@ mod projection;
 mod reads;
 mod rebuild;
 mod reconciliation;
-mod replicas;
 mod snapshots;
 mod streams_files;
 mod telemetry;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use futures::StreamExt;
-use lomash::stack::{Nats, log_tail, scratch};
+use lomash::stack::{Credentials, Nats, SecureNats, lay_out, log_tail, scratch};
 use lomash_contract::{EventId, Topic};
 use lomash_ledger::{AppendError, Ledger, NewMessage, streams, suspects};
 use lomash_tests::{PATIENCE, World, start_until_ready};
@@ -274,6 +274,53 @@ async fn the_service_does_not_start_on_a_weaker_ledger_unless_told_by_name() -> 
     let log = std::fs::read_to_string(told.log())?;
     assert!(log.contains("a weaker ledger was allowed by name"), "it says so: {log}");
     told.stop().await?;
+    world.close();
+    Ok(())
+}
+
+/// No stream says whether its server acknowledges what is not on disk; its monitoring address does, where it can be reached.
+#[tokio::test]
+async fn a_server_that_acknowledges_too_early_is_refused_where_it_can_be_seen() -> Result<()> {
+    const SAFE: &str = "sync_interval: always";
+    let world = World::without_postgres().await?;
+    let credentials = Credentials::open(&world.dir().join("keys"))?;
+    let mut servers = Vec::new();
+    for name in ["safe", "hasty"] {
+        let folder = world.dir().join(name);
+        lay_out(&folder, name, &credentials, None, None)?;
+        if name == "hasty" {
+            let file = folder.join("secure.conf");
+            let text = std::fs::read_to_string(&file)?;
+            assert_eq!(text.matches(SAFE).count(), 1);
+            std::fs::write(&file, text.replace(SAFE, "sync_interval: 2m"))?;
+        }
+        servers.push(SecureNats::start(&folder).await?);
+    }
+    let urls: Vec<String> = servers.iter().map(SecureNats::monitor_url).collect();
+    let (safe, hasty) = (urls[0].clone(), urls[1].clone());
+    assert_eq!(lomash::streams::hasty(&urls).await?, urls[1..]);
+    assert!(lomash::streams::hasty(&["http://127.0.0.1:9".to_owned()]).await.is_err(), "nobody answers there");
+
+    let mut refused = world.service("refused")?.env("NATS_MONITOR_URL", format!("{safe},{hasty}"));
+    refused.start()?;
+    let status = tokio::time::timeout(REFUSAL_TIMEOUT, refused.ended())
+        .await
+        .with_context(|| format!("it runs on a hasty server; {}", log_tail(refused.log())))?;
+    assert!(!status.success(), "{status}");
+    let log = std::fs::read_to_string(refused.log())?;
+    let error = log.lines().find(|line| line.contains("ERROR")).unwrap_or_default();
+    for words in [hasty.as_str(), "sync_always is false", "sync_interval: always", "LEDGER_ALLOW_WEAKER=sync_always"] {
+        assert!(error.contains(words), "{words} is not said: {error}");
+    }
+    assert!(!error.contains(&safe), "{error}");
+
+    for (case, urls, allowed) in
+        [("allowed", hasty, "sync_always"), ("unseen", format!("{safe},http://127.0.0.1:9"), "")]
+    {
+        let mut service = world.service(case)?.env("NATS_MONITOR_URL", urls).env("LEDGER_ALLOW_WEAKER", allowed);
+        start_until_ready(&mut service).await?;
+        service.stop().await?;
+    }
     world.close();
     Ok(())
 }

@@ -60,20 +60,21 @@ pub struct Config {
     pub log_format: LogFormat,
 }
 
-/// Runs the service until `stop` is cancelled.
+/// Runs the service until some time after `asked` is cancelled, which asks it to stop; see `HTTP_STOP_DELAY_SECONDS`.
 ///
 /// # Errors
 /// When it cannot start, or finds something that trying again cannot mend.
-pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
+pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()> {
     let pool = postgres::pool(&config.database_url)?;
     observed::begin();
     let mut tasks = Tasks::new();
     let health = Health::new();
+    let stop = health.drop_first(asked, config.http.stop_delay());
     let checks = Checks { stream: health.check("stream", true), metrics: health.check("metrics", true) };
     let verifier = Verifier::start(&config.http.tokens, &health, stop.clone()).await?;
     let routes = Routes::default();
     let server = Server::bind(&config.http).await?;
-    let serving = server.serve(routes.application(&config.http, &health), health.clone(), stop.clone());
+    let serving = server.serve(routes.application(&config.http, &health), stop.clone());
     tasks.spawn(async {
         serving.await;
         Ok(())
@@ -101,9 +102,17 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
             Ok(())
         }
     });
-    tasks.spawn(checks.watch(client.clone(), pool, stop.clone()));
+    tasks.spawn({
+        let (client, stop) = (client.clone(), stop.clone());
+        async move {
+            streams::leave_a_lonely_server(client, streams::INVENTORY, streams::ANALYTICS, stop).await;
+            Ok(())
+        }
+    });
     let api = Api { reads: Reads::new(&config.database_url)?, projected };
     routes.open(http::routes(api, verifier, &config.http));
+    // Last: whoever is told that this is ready sends requests.
+    tasks.spawn(checks.watch(client.clone(), pool, stop.clone()));
     info!("ready");
 
     let outcome = tasks.until(&stop).await;

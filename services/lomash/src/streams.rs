@@ -4,7 +4,6 @@
 //! make or change a stream.
 
 use std::process::ExitCode;
-use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
@@ -12,16 +11,13 @@ use comfy_table::Cell;
 use lomash_ledger::streams::{self, Difference};
 use lomash_ledger::upkeep::{self, Action, Step};
 use lomash_platform::{Secret, nats};
+use product_service::monitoring::Monitor;
 use serde::Serialize;
-use serde_json::Value;
 
 use crate::output;
 
 /// Name under which the program connects.
 const CLIENT_NAME: &str = "lomash streams";
-
-/// How long a server may take to tell of itself.
-const MONITOR_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Subcommands of `lomash streams`.
 #[derive(Clone, Debug, Subcommand)]
@@ -118,21 +114,10 @@ pub async fn run(command: StreamsCommand) -> anyhow::Result<ExitCode> {
 /// # Errors
 /// When one does not answer.
 pub async fn hasty(monitors: &[String]) -> anyhow::Result<Vec<String>> {
-    // Nothing here speaks TLS, but the client is not made without a provider; a second one is refused, as it should.
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    let client = reqwest::Client::builder()
-        .no_proxy()
-        .timeout(MONITOR_TIMEOUT)
-        .build()
-        .context("the HTTP client cannot be made")?;
+    let monitor = Monitor::new()?;
     let mut hasty = Vec::new();
-    for monitor in monitors {
-        let url = format!("{}/varz", monitor.trim_end_matches('/'));
-        let answer = client.get(&url).send().await.with_context(|| format!("{url} does not answer"))?;
-        let answer: Value = answer.json().await.with_context(|| format!("{url} is no NATS server's"))?;
-        if answer.pointer("/jetstream/config/sync_always") != Some(&Value::Bool(true)) {
-            hasty.push(monitor.clone());
-        }
+    for address in monitors {
+        hasty.extend(monitor.weakness(address).await?.map(|weakness| weakness.name));
     }
     Ok(hasty)
 }

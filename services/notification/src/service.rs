@@ -118,11 +118,11 @@ pub struct Config {
     pub log_format: LogFormat,
 }
 
-/// Runs the service until `stop` is cancelled.
+/// Runs the service until some time after `asked` is cancelled, which asks it to stop; see `HTTP_STOP_DELAY_SECONDS`.
 ///
 /// # Errors
 /// When it cannot start, or finds something that trying again cannot mend.
-pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
+pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()> {
     observed::register();
     let letterhead = letterhead(&config)?;
     let mailer = Mailer::new(&config.smtp_url, config.smtp_ca_file.as_ref())?;
@@ -131,11 +131,12 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     let alerts = Alerts::new(pool, config.database_url.clone(), digest_period);
     let mut tasks = Tasks::new();
     let health = Health::new();
+    let stop = health.drop_first(asked, config.http.stop_delay());
     let checks = Checks::register(&health);
     let verifier = Verifier::start(&config.http.tokens, &health, stop.clone()).await?;
     let routes = Routes::default();
     let server = Server::bind(&config.http).await?;
-    let serving = server.serve(routes.application(&config.http, &health), health.clone(), stop.clone());
+    let serving = server.serve(routes.application(&config.http, &health), stop.clone());
     tasks.spawn(async {
         serving.await;
         Ok(())
@@ -174,8 +175,16 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     for _ in 0..config.mail_connections {
         tasks.spawn(sending.clone().run(stop.clone()));
     }
-    tasks.spawn(checks.watch(client.clone(), alerts.clone(), sending, stop.clone()));
-    routes.open(http::routes(Api { alerts }, verifier, &config.http));
+    tasks.spawn({
+        let (client, stop) = (client.clone(), stop.clone());
+        async move {
+            streams::leave_a_lonely_server(client, streams::INVENTORY, streams::NOTIFICATION, stop).await;
+            Ok(())
+        }
+    });
+    routes.open(http::routes(Api { alerts: alerts.clone() }, verifier, &config.http));
+    // Last: whoever is told that this is ready sends requests.
+    tasks.spawn(checks.watch(client.clone(), alerts, sending, stop.clone()));
     info!("ready");
 
     let outcome = tasks.until(&stop).await;

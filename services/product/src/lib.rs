@@ -12,6 +12,7 @@ pub mod commands;
 pub mod committer;
 pub mod http;
 pub mod inventory;
+pub mod monitoring;
 pub mod observed;
 pub mod orders;
 pub mod projection;

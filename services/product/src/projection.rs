@@ -15,7 +15,7 @@ use lomash_contract::{
     CountedBy, InventoryCounted, InventoryUpdateFailed, InventoryUpdated, LedgerEvent, OrderId, ProductDetails,
     ProductId, ProductRegistered, ProductRevised, UpdatedBy, chains,
 };
-use lomash_ledger::{Ledger, Messages, ReadError, StoredMessage, crash_point};
+use lomash_ledger::{LAST_SEQUENCE_TIMEOUT, Ledger, Messages, ReadError, StoredMessage, crash_point};
 use lomash_platform::Secret;
 use lomash_platform::postgres::{self, Schema};
 use serde_json::Value;
@@ -48,6 +48,20 @@ const STANDBY_PAUSE: Duration = Duration::from_secs(1);
 
 /// Longest that one transaction may take; a slow database must not hold the checkpoint's lock for ever.
 const STATEMENT_TIMEOUT_MS: u32 = 30_000;
+
+/// How long the active projector may leave Postgres alone, also within a transaction, before Postgres gives its place to
+/// another: one that was frozen holds its connection, and with it the place and its locks.
+const PLACE_TIMEOUT: Duration = Duration::from_secs(15);
+
+// Between two statements: the rest of a batch, both calls of who hears, and a look at the ledger that the leader does not answer.
+const _: () = assert!(
+    REST_TIMEOUT.as_secs()
+        + 2 * AFTER_COMMIT_TIMEOUT.as_secs()
+        + LAST_SEQUENCE_TIMEOUT.as_secs()
+        + IDLE_CHECK.as_secs()
+        < PLACE_TIMEOUT.as_secs(),
+    "a healthy projector must keep its place"
+);
 
 /// Longest that [`AfterCommit`] may hold up the projection, each time.
 pub const AFTER_COMMIT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -178,7 +192,14 @@ async fn project<L: Ledger, A: AfterCommit>(
     let client = pool.get().await.map_err(|error| ProjectionError::Postgres(error.to_string()))?;
     // Taken out of the pool: the lock lives and dies with this connection.
     let mut client = Client::take(client);
-    client.batch_execute(&format!("SET statement_timeout = {STATEMENT_TIMEOUT_MS}")).await?;
+    let idle_ms = PLACE_TIMEOUT.as_millis();
+    client
+        .batch_execute(&format!(
+            "SET statement_timeout = {STATEMENT_TIMEOUT_MS}; SET idle_session_timeout = {idle_ms}; SET idle_in_transaction_session_timeout = {idle_ms}"
+        ))
+        .await?;
+    // Whoever cannot see the ledger must not take the place of one that can.
+    ledger.last_sequence().await?;
     let lock = "SELECT pg_try_advisory_lock($1)";
     while !client.query_one(lock, &[&PROJECTOR_LOCK]).await?.get::<_, bool>(0) {
         tokio::time::sleep(STANDBY_PAUSE).await;
@@ -201,6 +222,8 @@ async fn project<L: Ledger, A: AfterCommit>(
                 told("what begins with another schema", after_commit.became_active(checkpoint)).await;
             }
             told("what is renewed while it is idle", after_commit.idle(checkpoint)).await;
+            // Silence is all that one hears who is cut off, and another may not be.
+            ledger.last_sequence().await?;
             continue;
         };
         let mut observed = Projecting::begin(&batch);

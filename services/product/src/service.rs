@@ -23,6 +23,7 @@ use crate::commands::{Writer, Writing};
 use crate::committer::{catch_up, committer};
 use crate::http::{Api, Imports, Streams};
 use crate::inventory::State;
+use crate::monitoring::Monitor;
 use crate::projected::Projected;
 use crate::readiness::{Checks, Watched};
 use crate::reads::Reads;
@@ -80,6 +81,11 @@ pub struct Config {
     #[arg(long, env = "LEDGER_ALLOW_WEAKER", value_delimiter = ',')]
     pub ledger_allow_weaker: Vec<String>,
 
+    /// Monitoring addresses of the NATS servers, such as `http://127.0.0.1:8222`, comma-separated, where this service can reach
+    /// them: then it does not start on servers that acknowledge what is not on disk yet (`sync_always`).
+    #[arg(long, env = "NATS_MONITOR_URL", value_delimiter = ',', value_name = "URL")]
+    pub nats_monitor_url: Vec<String>,
+
     /// The HTTP adapter.
     #[command(flatten)]
     pub http: HttpConfig,
@@ -111,11 +117,11 @@ pub struct Config {
     pub log_format: LogFormat,
 }
 
-/// Runs the service until `stop` is cancelled.
+/// Runs the service until some time after `asked` is cancelled, which asks it to stop; see `HTTP_STOP_DELAY_SECONDS`.
 ///
 /// # Errors
 /// When it cannot start, or finds something that trying again cannot mend.
-pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> {
+pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()> {
     let pool = postgres::pool(&config.database_url)?;
     let cache = Cache::connect(config.redis_url.as_ref())?;
     let warehouse = config.warehouse_url.as_ref().map(|url| Warehouse::new(url, config.warehouse_token.clone()));
@@ -123,11 +129,12 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     observed::begin(config.redis_url.is_some().then_some(&cache));
     let mut tasks = Tasks::new();
     let health = Health::new();
+    let stop = health.drop_first(asked, config.http.stop_delay());
     let checks = Checks::register(&health);
     let verifier = Verifier::start(&config.http.tokens, &health, stop.clone()).await?;
     let routes = Routes::default();
     let server = Server::bind(&config.http).await?;
-    let serving = server.serve(routes.application(&config.http, &health), health.clone(), stop.clone());
+    let serving = server.serve(routes.application(&config.http, &health), stop.clone());
     tasks.spawn(async {
         serving.await;
         Ok(())
@@ -136,7 +143,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
         nats::connect_as(config.nats_url.expose(), &config.nats_identity, "product-service").await?;
     let context = async_nats::jetstream::new(client.clone());
     let preparing = prepare_streams(&context, config.stream_replicas, config.nats_identity.is_known());
-    let differences = refusals.guard(preparing).await??;
+    let mut differences = refusals.guard(preparing).await??;
+    differences.extend(hasty_servers(&config.nats_monitor_url).await?);
     refuse_a_weaker_ledger(differences, &config.ledger_allow_weaker)?;
 
     refusals.guard(runs::set_up(&context, &config.reconciliation_schedule)).await??;
@@ -203,13 +211,10 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     tasks.spawn({
         let (client, stop) = (client.clone(), stop.clone());
         async move {
-            let context = async_nats::jetstream::new(client.clone());
-            let answers = || streams::is_answered(&context, streams::ORDERS, streams::PRODUCT_ORDERS);
-            nats::leave_a_lonely_server(client, stop, answers).await;
+            streams::leave_a_lonely_server(client, streams::ORDERS, streams::PRODUCT_ORDERS, stop).await;
             Ok(())
         }
     });
-    tasks.spawn(checks.watch(watched, stop.clone()));
     let api = Api {
         writer: writer.clone(),
         ledger,
@@ -225,6 +230,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> anyhow::Result<()> 
     routes.open(http::routes(api, verifier, &config.http));
     let serving = commands::serve(client.clone(), writer, stop.clone());
     tasks.spawn(async { serving.await.context("commands cannot be taken") });
+    // Last: whoever is told that this is ready sends requests.
+    tasks.spawn(checks.watch(watched, stop.clone()));
     info!("ready");
 
     // The first task that ends early ends the process; a supervisor starts it again.
@@ -276,6 +283,20 @@ async fn prepare_streams(
     streams::compare(context, streams::INVENTORY, replicas).await
 }
 
+/// The servers among these that acknowledge what is not on disk yet. One that does not answer may be down, which is no reason
+/// not to start.
+async fn hasty_servers(addresses: &[String]) -> anyhow::Result<Vec<Difference>> {
+    let monitor = Monitor::new()?;
+    let mut found = Vec::new();
+    for address in addresses {
+        match monitor.weakness(address).await {
+            Ok(weakness) => found.extend(weakness),
+            Err(problem) => warn!("whether a server acknowledges only what is on disk cannot be seen: {problem:#}"),
+        }
+    }
+    Ok(found)
+}
+
 fn refuse_a_weaker_ledger(differences: Vec<Difference>, allowed: &[String]) -> anyhow::Result<()> {
     let (accepted, refused): (Vec<_>, Vec<_>) =
         differences.into_iter().partition(|difference| allowed.contains(&difference.field));
@@ -289,7 +310,7 @@ fn refuse_a_weaker_ledger(differences: Vec<Difference>, allowed: &[String]) -> a
     let fields: Vec<&str> = refused.iter().map(|difference| difference.field.as_str()).collect();
     bail!(
         "the ledger is not what its definition promises: {}. Bring the stream to streams/INVENTORY.json with `lomash streams \
-         apply`, or start with LEDGER_ALLOW_WEAKER={} if you mean it",
+         apply` and the servers to `sync_interval: always`, or start with LEDGER_ALLOW_WEAKER={} if you mean it",
         list.join("; "),
         fields.join(",")
     )

@@ -1,4 +1,5 @@
-//! Reading a stream by direct gets: for whoever may look at it and change nothing.
+//! Reading a stream by direct gets: for whoever may look at it and change nothing, and for a few messages while there is no
+//! leader that could make a consumer.
 //!
 //! A consumer is made inside the account of its stream and delivers wherever its maker says, so whoever may make one can
 //! write into the ledger. A direct get is only ever answered to the asker's account, and one request brings a batch.
@@ -8,6 +9,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_nats::header::{NATS_SEQUENCE, NATS_STREAM, NATS_SUBJECT, NATS_TIME_STAMP};
 use async_nats::jetstream::Context;
@@ -20,8 +22,10 @@ use serde_json::json;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use crate::{READ_STALL_TIMEOUT, ReadError};
+use crate::ReadError;
 
+/// How long a server may leave one waiting for the next part of an answer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Messages of one answer.
 const BATCH_MESSAGES: usize = 1_000;
 /// Bytes of one answer; a message may go over it.
@@ -171,11 +175,11 @@ async fn ask(
     let body = Bytes::from(request.to_string());
     client.publish_with_reply(format!("{API}.{stream}"), inbox, body).await.map_err(unavailable)?;
     loop {
-        let answer = match tokio::time::timeout(READ_STALL_TIMEOUT, answers.next()).await {
+        let answer = match tokio::time::timeout(ANSWER_TIMEOUT, answers.next()).await {
             Ok(Some(answer)) => answer,
             Ok(None) => return Err(unavailable("the connection was closed")),
             Err(_) => {
-                return Err(unavailable(format!("{stream} does not answer within {} s", READ_STALL_TIMEOUT.as_secs())));
+                return Err(unavailable(format!("{stream} does not answer within {} s", ANSWER_TIMEOUT.as_secs())));
             }
         };
         match answer.status {

@@ -13,7 +13,7 @@ use async_nats::header::{
 };
 use async_nats::jetstream::consumer::{DeliverPolicy, pull};
 use async_nats::jetstream::{self, Context};
-use async_nats::{HeaderMap, Request, client::RequestErrorKind};
+use async_nats::{Client, HeaderMap, Request, client::RequestErrorKind};
 use bytes::Bytes;
 use futures::stream::{self, StreamExt};
 use serde::Deserialize;
@@ -21,7 +21,8 @@ use time::OffsetDateTime;
 
 use crate::direct::{self, Held};
 use crate::{
-    AppendError, BatchPosition, Carried, Ledger, Messages, NewMessage, ReadError, StoredMessage, crash_point, header,
+    AppendError, BatchPosition, Carried, Ledger, MAX_BATCH_MESSAGES, Messages, NewMessage, ReadError, StoredMessage,
+    crash_point, header,
 };
 
 /// How long an append waits for the server's answer before its outcome is unknown.
@@ -36,6 +37,17 @@ pub const READ_STALL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the stream's leader may take to say where the stream ends. One that just died does not answer, and every moment
 /// waited for it is a moment without decisions; whoever asks asks again.
 pub const LAST_SEQUENCE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long the servers may take to open a reader. It takes the leader of them all to make one; async-nats would wait 10 s for an
+/// answer of one that is gone.
+pub const OPEN_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Messages that are read by direct gets when a reader for more of them would be faster but has to be made first, by a leader
+/// that may be gone: two of the largest batches.
+const FEW_MESSAGES: u64 = 2 * MAX_BATCH_MESSAGES as u64;
+
+/// How often an append that waits for its answer looks whether the connection is still the one that it was sent on.
+const CONNECTION_LOOK: Duration = Duration::from_millis(50);
 
 const WRONG_LAST_SEQUENCE: u64 = 10_071;
 const BATCH_IN_FLIGHT: u64 = 10_164;
@@ -84,7 +96,8 @@ struct StreamState {
 impl JetStreamLedger {
     /// The ledger on stream `stream`.
     #[must_use]
-    pub fn new(context: Context, stream: &str) -> Self {
+    pub fn new(mut context: Context, stream: &str) -> Self {
+        context.set_timeout(OPEN_TIMEOUT);
         let unique = uuid::Uuid::new_v4().simple().to_string();
         Self {
             context,
@@ -123,6 +136,15 @@ fn unavailable(error: impl std::error::Error) -> ReadError {
         cause = inner.source();
     }
     ReadError::Unavailable(text)
+}
+
+/// Returns once there is another connection than the one that was the `connects`th: what was asked on that is answered by
+/// nobody, and the answer need not be waited for.
+async fn reconnected(client: &Client, connects: u64) {
+    let statistics = client.statistics();
+    while statistics.connects.load(Ordering::Relaxed) == connects {
+        tokio::time::sleep(CONNECTION_LOOK).await;
+    }
 }
 
 fn append_error(error: ServerError, messages: usize) -> AppendError {
@@ -176,6 +198,7 @@ impl Ledger for JetStreamLedger {
         let Some((last, rest)) = messages.split_last() else {
             return Ok(expected_last_sequence);
         };
+        let connects = client.statistics().connects.load(Ordering::Relaxed);
         crash_point!("commit-before-batch");
         for (index, message) in rest.iter().enumerate() {
             let headers = headers(message, &batch_id, index + 1, count, expected_last_sequence);
@@ -190,7 +213,14 @@ impl Ledger for JetStreamLedger {
             .headers(headers(last, &batch_id, count, count, expected_last_sequence))
             .payload(last.payload.clone())
             .timeout(Some(APPEND_TIMEOUT));
-        let answer = client.send_request(last.subject.clone(), request).await.map_err(|error| {
+        let answered = tokio::select! {
+            biased;
+            answered = client.send_request(last.subject.clone(), request) => answered,
+            () = reconnected(&client, connects) => {
+                return Err(AppendError::Unknown("the connection was lost before the answer came".to_owned()));
+            }
+        };
+        let answer = answered.map_err(|error| {
             let reason = match error.kind() {
                 RequestErrorKind::TimedOut => format!("no answer within {} s", APPEND_TIMEOUT.as_secs()),
                 RequestErrorKind::NoResponders => "no server answers for the stream".to_owned(),
@@ -227,7 +257,7 @@ impl Ledger for JetStreamLedger {
         if last == after {
             return Ok(stream::empty().boxed());
         }
-        let messages = if self.by_direct_gets {
+        let messages = if self.by_direct_gets || last - after <= FEW_MESSAGES {
             let held = direct::read(&self.context, &self.stream, None, after, last);
             contiguous(after, held.map(|held| held.map(StoredMessage::from)))
         } else {

@@ -25,7 +25,7 @@ use lomash_contract::{Envelope, EventId, Foreign, LedgerEvent};
 use time::OffsetDateTime;
 use tokio::time::Instant;
 
-pub use jetstream::{APPEND_TIMEOUT, JetStreamLedger, READ_STALL_TIMEOUT};
+pub use jetstream::{APPEND_TIMEOUT, JetStreamLedger, LAST_SEQUENCE_TIMEOUT, READ_STALL_TIMEOUT};
 pub use memory::{Fault, MemoryLedger};
 
 /// Most messages of one atomic batch, as every configuration we ship allows (`limits { batch { max_msgs } }`).

@@ -41,6 +41,9 @@ pub const PULL_HEARTBEAT: Duration = Duration::from_secs(1);
 /// Messages asked for ahead of those that are handled: enough to hide the way to the server, few enough that the largest
 /// ones do not fill the memory.
 pub const PREFETCH_MESSAGES: usize = 500;
+/// How long the leader of a consumer may take to describe it. After each lost connection async-nats asks it before it pulls
+/// again, and would wait 10 s for one that is gone, while its heir is there.
+pub const DESCRIBE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long handing the pin over may take when the loop stops.
 pub const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(1);
 /// Pause before the loop opens its consumer again after a failure.
@@ -213,7 +216,9 @@ struct Work<'a, H> {
 }
 
 async fn open(context: &Context, receive: &Receive) -> Result<(pull::Stream, Duration), String> {
-    streams::ensure_consumer(context, receive.stream, receive.consumer).await.map_err(|error| error.to_string())?;
+    let mut context = context.clone();
+    context.set_timeout(DESCRIBE_TIMEOUT);
+    streams::ensure_consumer(&context, receive.stream, receive.consumer).await.map_err(|error| error.to_string())?;
     let consumer: PullConsumer =
         context.get_consumer_from_stream(receive.consumer, receive.stream).await.map_err(|error| error.to_string())?;
     let ack_wait = consumer.cached_info().config.ack_wait;

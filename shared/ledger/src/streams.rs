@@ -5,8 +5,11 @@
 
 use std::time::Duration;
 
+use async_nats::Client;
 use async_nats::jetstream::Context;
+use lomash_platform::nats;
 use serde_json::{Map, Value, json};
+use tokio_util::sync::CancellationToken;
 
 /// The stream of incoming orders.
 pub const ORDERS: &str = "ORDERS";
@@ -254,6 +257,13 @@ pub async fn is_answered(context: &Context, stream: &str, consumer: &str) -> boo
         Ok(answer) => answer.pointer("/error/code").and_then(Value::as_u64) != Some(UNAVAILABLE),
         Err(_) => false,
     }
+}
+
+/// Leaves a server that has lost the others, see [`nats::leave_a_lonely_server`], judged by a consumer that the caller may
+/// describe; until `stop`.
+pub async fn leave_a_lonely_server(client: Client, stream: &str, consumer: &str, stop: CancellationToken) {
+    let context = async_nats::jetstream::new(client.clone());
+    nats::leave_a_lonely_server(client, stop, || is_answered(&context, stream, consumer)).await;
 }
 
 /// Creates every stream and consumer that is missing, with `replicas` copies. What exists is left as it is and

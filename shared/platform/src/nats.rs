@@ -24,6 +24,17 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 /// Longest pause between two tries to reconnect: a server that is back must not wait for us.
 pub const RECONNECT_PAUSE: Duration = Duration::from_millis(500);
 
+/// How often a server that says nothing is asked whether it lives. At the third time in vain, after [`FROZEN_AFTER`], the
+/// client looks for another one: a server that is frozen or cut off keeps its connections.
+const PING_EVERY: Duration = Duration::from_millis(1_500);
+
+/// After so long without a word from its server a client leaves it. Shorter than what a cluster takes to elect a leader in the
+/// place of a frozen one, so that its clients are there when it has one.
+pub const FROZEN_AFTER: Duration = Duration::from_millis(4_500);
+
+const _: () =
+    assert!(FROZEN_AFTER.as_millis() == 3 * PING_EVERY.as_millis(), "async-nats bears two pings without an answer");
+
 /// Messages that one subscription holds in memory before the client drops some; pulls are bounded well below.
 const SUBSCRIPTION_CAPACITY: usize = 65_536;
 
@@ -197,10 +208,10 @@ pub async fn connect_as(url: &str, identity: &Identity, name: &str) -> anyhow::R
     }
 }
 
-/// Whether trying again may help: a server that is not there yet, or a connection that broke. One that does not pass the
+/// Whether trying again may help: a server that is not there yet or is frozen, or a connection that broke. One that does not pass the
 /// check of its certificate does not get better.
 fn passes(error: &ConnectError) -> bool {
-    error.kind() == ConnectErrorKind::Io && !is_handshake(error)
+    matches!(error.kind(), ConnectErrorKind::Io | ConnectErrorKind::TimedOut) && !is_handshake(error)
 }
 
 fn is_handshake(error: &ConnectError) -> bool {
@@ -281,6 +292,7 @@ fn options(name: &str, refused: watch::Sender<Option<String>>) -> ConnectOptions
     ConnectOptions::new()
         .name(name)
         .subscription_capacity(SUBSCRIPTION_CAPACITY)
+        .ping_interval(PING_EVERY)
         .max_reconnects(None)
         .reconnect_delay_callback(|attempts| {
             let steps = u32::try_from(attempts).unwrap_or(u32::MAX);

@@ -375,7 +375,7 @@ impl Provider {
         let http = Process::parse_from(["test", "--http-listen", "127.0.0.1:0"]).http;
         let server = Server::bind(&http).await.expect("bound");
         let url = format!("http://{}/jwks.json", server.local_addr());
-        tokio::spawn(server.serve(routes, Health::new(), stop.clone()));
+        tokio::spawn(server.serve(routes, stop.clone()));
         url
     }
 

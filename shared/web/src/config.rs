@@ -49,8 +49,8 @@ pub struct HttpConfig {
     #[arg(long, env = "HTTP_REQUEST_TIMEOUT_SECONDS", default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..=600))]
     pub http_request_timeout_seconds: u32,
 
-    /// Seconds that a stopping service goes on taking requests while /readyz says that it is not ready, so that a load
-    /// balancer looks away first.
+    /// Seconds that a service which is asked to stop goes on as before while /readyz says that it is not ready, so that a
+    /// load balancer looks away first: longer than the balancer takes to notice.
     #[arg(long, env = "HTTP_STOP_DELAY_SECONDS", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=300))]
     pub http_stop_delay_seconds: u32,
 

@@ -5,6 +5,7 @@
 //! both routes are open.
 
 use std::sync::{Arc, RwLock};
+use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
@@ -12,6 +13,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use serde::Serialize;
+use tokio_util::sync::CancellationToken;
 use utoipa::ToSchema;
 
 /// The state of all parts; clones share it.
@@ -72,6 +74,27 @@ impl Health {
         let mut shared = self.shared.write().unwrap_or_else(std::sync::PoisonError::into_inner);
         shared.checks.push(CheckState { name: name.into(), ready: false, required, detail: "starting".to_owned() });
         Check { shared: self.shared.clone(), index: shared.checks.len() - 1 }
+    }
+
+    /// A token that is cancelled `delay` after `asked` is. From `asked` on the process says that it is not ready, and does all
+    /// it did: whoever gives it work looks away before it stops.
+    #[must_use]
+    pub fn drop_first(&self, asked: CancellationToken, delay: Duration) -> CancellationToken {
+        let stop = CancellationToken::new();
+        let (health, stopping) = (self.clone(), stop.clone());
+        tokio::spawn(async move {
+            let ends = async {
+                asked.cancelled().await;
+                health.stopping();
+                tokio::time::sleep(delay).await;
+            };
+            // The process may stop for a reason of its own, and that is no time to be patient.
+            tokio::select! {
+                () = ends => stopping.cancel(),
+                () = stopping.cancelled() => health.stopping(),
+            }
+        });
+        stop
     }
 
     /// From now on not ready, whatever the parts say.
@@ -143,5 +166,25 @@ mod tests {
         ledger.ready("at 8");
         health.stopping();
         assert!(!health.readiness().ready, "stopping comes first");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn ready_drops_before_anything_stops() {
+        let delay = Duration::from_secs(7);
+        let (health, asked) = (Health::new(), CancellationToken::new());
+        let stop = health.drop_first(asked.clone(), delay);
+        tokio::time::sleep(delay * 2).await;
+        assert!(health.readiness().ready && !stop.is_cancelled(), "nobody asked");
+        asked.cancel();
+        tokio::time::sleep(delay - Duration::from_millis(1)).await;
+        assert!(!health.readiness().ready && !stop.is_cancelled(), "it goes on");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+        assert!(stop.is_cancelled());
+
+        let (health, asked) = (Health::new(), CancellationToken::new());
+        let stop = health.drop_first(asked, delay);
+        stop.cancel();
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        assert!(!health.readiness().ready, "a process that ends by itself is not ready either");
     }
 }

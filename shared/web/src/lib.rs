@@ -10,7 +10,7 @@
 //! let v1 = limits::time_limited(routes(), config.http.request_timeout());
 //! let app = server::application(gate.guard(v1).merge(health.routes()), &config.http);
 //! let server = Server::bind(&config.http).await?;
-//! server.serve(app, health, stop).await;
+//! server.serve(app, health.drop_first(asked, config.http.stop_delay())).await;
 //! ```
 
 pub mod auth;

@@ -36,7 +36,6 @@ use tracing::{Instrument as _, debug, debug_span, info, warn};
 use uuid::Uuid;
 
 use crate::config::HttpConfig;
-use crate::health::Health;
 use crate::limits::{MAX_BUFFER_BYTES, MAX_HEADER_BYTES, MAX_HEADERS};
 use crate::observed;
 use crate::problem::{Problem, no_such_method, no_such_route};
@@ -137,7 +136,6 @@ struct Options {
     max_connections: usize,
     header_timeout: Duration,
     stall_timeout: Duration,
-    stop_delay: Duration,
     drain_timeout: Duration,
 }
 
@@ -155,7 +153,6 @@ impl Server {
             max_connections: usize::try_from(config.http_max_connections).unwrap_or(Semaphore::MAX_PERMITS),
             header_timeout: config.header_timeout(),
             stall_timeout: config.stall_timeout(),
-            stop_delay: config.stop_delay(),
             drain_timeout: config.drain_timeout(),
         };
         Ok(Self { listener, address, options })
@@ -169,9 +166,9 @@ impl Server {
 
     /// Serves until `stop` is cancelled, and then until what is in flight is answered or the drain timeout is over.
     ///
-    /// `health` says not ready at once; connections are taken for the stop delay longer. Answers without an end, such as
-    /// event streams, should end themselves when `stop` is cancelled, or they are cut off at the drain timeout.
-    pub async fn serve(self, app: Router, health: Health, stop: CancellationToken) {
+    /// Whoever cancels `stop` has said before that the process is not ready ([`crate::Health::drop_first`]). Answers without
+    /// an end, such as event streams, should end themselves when `stop` is cancelled, or they are cut off at the drain timeout.
+    pub async fn serve(self, app: Router, stop: CancellationToken) {
         let Self { listener, address, options } = self;
         info!(%address, "serving HTTP");
         let permits = Arc::new(Semaphore::new(options.max_connections));
@@ -180,16 +177,10 @@ impl Server {
         let closing = CancellationToken::new();
         let _close = closing.clone().drop_guard();
         let finishing = closing.child_token();
-        let ending = async {
-            stop.cancelled().await;
-            health.stopping();
-            tokio::time::sleep(options.stop_delay).await;
-        };
-        tokio::pin!(ending);
         loop {
             let accepted = tokio::select! {
                 biased;
-                () = &mut ending => break,
+                () = stop.cancelled() => break,
                 accepted = accept(&listener, &permits) => accepted,
             };
             match accepted {

@@ -16,7 +16,7 @@ use tokio::task::JoinHandle;
 use super::*;
 use crate::auth::{Mint, mint};
 use crate::limits::time_limited;
-use crate::{Admin, Body, Gate, Path, Query, Role, Verifier, Viewer};
+use crate::{Admin, Body, Gate, Health, Path, Query, Role, Verifier, Viewer};
 
 const SECRET: &str = "a development secret of 32 bytes or more";
 /// Longer than anything here takes.
@@ -86,7 +86,8 @@ impl World {
         let app = application(guarded.merge(forgotten).merge(health.routes()), &http);
         let server = Server::bind(&http).await.expect("bound");
         let address = server.local_addr();
-        let serving = Mutex::new(Some(tokio::spawn(server.serve(app, health.clone(), stop.clone()))));
+        let serving =
+            Mutex::new(Some(tokio::spawn(server.serve(app, health.drop_first(stop.clone(), http.stop_delay())))));
         let client = reqwest::Client::builder().no_proxy().timeout(PATIENCE * 2).build().expect("a client");
         Self { address, stop, health, arrived, release, serving, client }
     }

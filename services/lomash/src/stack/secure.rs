@@ -34,10 +34,16 @@ const SHIPPED: [(&str, &str); 3] = [
 ];
 /// The variables of a node, one a line, and which of the shipped files it is started with.
 const NODE_FILE: &str = "node.json";
+/// The variable with its monitoring address.
+const MONITOR_VARIABLE: &str = "NATS_MONITOR";
 /// The server's name: the copies of streams are assigned to it, so it must stay the same.
 const NAME_FILE: &str = "name";
 /// How long certificates are valid: longer than a laptop's cluster is kept.
 const LIFETIME: Duration = Duration::from_secs(366 * 24 * 3600);
+/// What `nats-server --signal ldm` sends, and how long the node may take: it gives its clients 10 s by itself, and then sends
+/// one away each second.
+const LAME_DUCK_SIGNAL: Signal = Signal::SIGUSR2;
+const LAME_DUCK_TIMEOUT: Duration = Duration::from_secs(60);
 /// Clocks of two machines differ.
 const BACKDATED: Duration = Duration::from_secs(3600);
 
@@ -270,7 +276,7 @@ pub fn lay_out(
         variables: BTreeMap::from([
             // Address and port are given as flags, which win.
             ("NATS_LISTEN".to_owned(), quoted("127.0.0.1:4222")?),
-            ("NATS_MONITOR".to_owned(), quoted(&format!("127.0.0.1:{}", free_port()?))?),
+            (MONITOR_VARIABLE.to_owned(), quoted(&format!("127.0.0.1:{}", free_port()?))?),
             ("NATS_STORE".to_owned(), quoted(path(&dir.join("data"))?)?),
             ("NATS_CERT".to_owned(), quoted(path(&certificate)?)?),
             ("NATS_KEY".to_owned(), quoted(path(&key)?)?),
@@ -347,6 +353,22 @@ impl SecureNats {
     #[must_use]
     pub fn node(&self) -> &str {
         &self.kind().name
+    }
+
+    /// Where it tells of itself.
+    #[must_use]
+    pub fn monitor_url(&self) -> String {
+        let address = self.kind().node.variables.get(MONITOR_VARIABLE).map(String::as_str).unwrap_or_default();
+        format!("http://{}", address.trim_matches('"'))
+    }
+
+    /// Ends it as an operator does before an upgrade, in lame duck mode: its leaders move to the other nodes and its clients are
+    /// sent there before it ends.
+    ///
+    /// # Errors
+    /// When it did not end in order; it is gone all the same.
+    pub async fn retire(&mut self) -> Result<()> {
+        self.stop_by(LAME_DUCK_SIGNAL, LAME_DUCK_TIMEOUT).await
     }
 }
 

@@ -222,16 +222,21 @@ impl<K: Kind> Server<K> {
 
     /// Asks the server to end in order and waits; one that does not end in time is killed, and that is an error.
     pub async fn stop(&mut self) -> Result<()> {
+        self.stop_by(K::STOP_SIGNAL, K::STOP_TIMEOUT).await
+    }
+
+    /// The same by another signal that asks a server of this kind to end.
+    pub(super) async fn stop_by(&mut self, signal: Signal, timeout: Duration) -> Result<()> {
         let Some(process) = &self.process else { return Ok(()) };
         for stray in K::strays(process.pid()) {
             let _ = kill(stray, Signal::SIGCONT);
         }
-        let status = process.stop(K::STOP_SIGNAL, K::STOP_TIMEOUT).await;
+        let status = process.stop(signal, timeout).await;
         self.process = None;
         self.wait_for_remains();
         let status = status?;
         // Dying of the very signal that asked is how some end.
-        if status.success() || std::os::unix::process::ExitStatusExt::signal(&status) == Some(K::STOP_SIGNAL as i32) {
+        if status.success() || std::os::unix::process::ExitStatusExt::signal(&status) == Some(signal as i32) {
             return Ok(());
         }
         bail!("{} did not end in order ({status}); {}", K::NAME, log_tail(&self.log()))
