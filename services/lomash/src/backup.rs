@@ -425,8 +425,9 @@ async fn is_the_same(context: &Context, entry: &StreamEntry, cut: &Cut, dir: &Pa
             return Ok(());
         }
     }
+    // Of an empty one there is nothing to mix up.
     ensure!(
-        cut.created == entry.created,
+        cut.created == entry.created || entry.last_sequence == 0,
         "{name} on the server was made at {}, and the one in {dir} at {}: it is another stream; {another}",
         cut.created,
         entry.created

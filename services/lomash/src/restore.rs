@@ -538,8 +538,7 @@ async fn compare(context: &Context, archive: &Archive, stream: &StreamEntry, sho
         restored_sha256: String::new(),
     };
     let (mut archived, mut read_back) = (Sha256::new(), Sha256::new());
-    let max_age = stream.config.get("max_age").and_then(Value::as_u64).filter(|age| *age > 0);
-    let oldest = max_age.map(|age| OffsetDateTime::now_utc().unix_timestamp_nanos() - i128::from(age));
+    let limits = Limits::of(stream);
     let mut held = direct::read(context, &stream.name, None, 0, stream.last_sequence);
     let mut next = held.next().await.transpose()?.map(Record::of).transpose()?;
     for segment in &stream.segments {
@@ -564,7 +563,8 @@ async fn compare(context: &Context, archive: &Archive, stream: &StreamEntry, sho
                     read_back.update(found_encoded);
                     next = held.next().await.transpose()?.map(Record::of).transpose()?;
                 }
-                None if oldest.is_some_and(|oldest| i128::from(record.stored_at) < oldest) => restored.expired += 1,
+                // Only at the beginning: limits take the oldest.
+                None if restored.equal + restored.differing == 0 && limits.may_take(&record) => restored.expired += 1,
                 None => {
                     archived.update(&encoded);
                     restored.differs(format!("message {} is missing", record.sequence));
@@ -580,6 +580,27 @@ async fn compare(context: &Context, archive: &Archive, stream: &StreamEntry, sho
     progress.finish();
     (restored.archive_sha256, restored.restored_sha256) = (hex(archived.finalize()), hex(read_back.finalize()));
     Ok(restored)
+}
+
+/// What a stream's own limits take away as soon as it is restored: the archive may hold more than they allow.
+struct Limits {
+    max_age_nanos: Option<u64>,
+    drops_oldest: bool,
+}
+
+impl Limits {
+    fn of(stream: &StreamEntry) -> Self {
+        let limit = |name: &str| stream.config.get(name).and_then(Value::as_u64).filter(|limit| *limit > 0);
+        let is_bounded = limit("max_bytes").or_else(|| limit("max_msgs")).is_some();
+        let drops_oldest = is_bounded && stream.config.get("discard").is_none_or(|discard| discard == "old");
+        Self { max_age_nanos: limit("max_age"), drops_oldest }
+    }
+
+    fn may_take(&self, record: &Record) -> bool {
+        let now = OffsetDateTime::now_utc().unix_timestamp_nanos();
+        let is_old = |age: u64| i128::from(record.stored_at) + i128::from(age) < now;
+        self.drops_oldest || self.max_age_nanos.is_some_and(is_old)
+    }
 }
 
 impl Restored {
