@@ -170,7 +170,7 @@ async fn a_stream_is_laid_out_as_the_server_does_it() -> Result<()> {
         config: serde_json::Map::new(),
         ack_floor: Floor { consumer_sequence: info.ack_floor.consumer_sequence, stream_sequence: 6 },
     };
-    assert_eq!(std::fs::read(find(&dir, "obs/product-orders/o.dat")?)?, file_store::consumer_state(&entry));
+    assert_eq!(std::fs::read(find(&dir, "ORDERS/obs/product-orders/o.dat")?)?, file_store::consumer_state(&entry));
     world.close();
     Ok(())
 }
@@ -319,7 +319,7 @@ async fn letters_that_were_removed_are_not_restored_and_their_sequences_not_give
     let mut world = World::without_postgres().await?;
     let dir = world.dir().join("archive");
     let letter = async |world: &World| -> Result<u64> {
-        Ok(world.context.publish("lomash.dlq.product-orders", "{}".into()).await?.await?.sequence)
+        Ok(world.context.publish("lomash.dlq.notification", "{}".into()).await?.await?.sequence)
     };
     for _ in 0..5 {
         letter(&world).await?;

@@ -172,13 +172,15 @@ pub struct Seconds {
 }
 
 impl Outcome {
-    /// Whether what was restored is what the archive holds, and right.
+    /// Whether what was restored is what the archive holds, is defined as it should be, and verifies.
     #[must_use]
     pub fn is_equal(&self) -> bool {
-        self.streams.iter().all(|stream| stream.differing == 0)
-            && self.consumers_off.is_empty()
-            && self.differences.is_empty()
-            && self.verified.is_clean()
+        self.is_as_archived() && self.differences.is_empty() && self.verified.is_clean()
+    }
+
+    /// Whether messages and consumers are those of the archive, right or wrong.
+    fn is_as_archived(&self) -> bool {
+        self.streams.iter().all(|stream| stream.differing == 0) && self.consumers_off.is_empty()
     }
 }
 
@@ -668,10 +670,10 @@ pub fn render(outcome: &Outcome) -> String {
         told.push_str(&format!("BEFORE its service starts: {}.\n", ahead.remedy));
     }
     let Seconds { checking, restoring, comparing, verifying } = outcome.seconds;
-    let verdict = if outcome.is_equal() {
-        "Restored, and equal to the archive".to_owned()
-    } else {
-        "NOT as the archive: do not start the services".to_owned()
+    let verdict = match (outcome.is_as_archived(), outcome.is_equal()) {
+        (true, true) => "Restored, and equal to the archive",
+        (true, false) => "Restored as the archive has it, but it was not right when it was taken: see above",
+        (false, _) => "NOT as the archive: do not start the services",
     };
     format!(
         "{table}\n{told}{verdict}; as of sequence {} of INVENTORY, taken at {}. Checked in {checking:.1} s, restored in \
