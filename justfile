@@ -80,6 +80,16 @@ status *ARGS: _programs
 replay *ARGS: _programs
     exec '{{ lomash }}' replay {{ ARGS }}
 
+# Write the streams into an archive, or what came since: DIR; `--check` proves its hashes
+[group('operate')]
+backup DIR *ARGS: _programs
+    exec '{{ lomash }}' backup '{{ join(here, DIR) }}' {{ ARGS }}
+
+# Restore an archive into servers that have none of the streams, and prove that it is equal: DIR
+[group('operate')]
+restore DIR *ARGS: _programs
+    exec '{{ lomash }}' restore '{{ join(here, DIR) }}' {{ ARGS }}
+
 # Compare streams and consumers with streams/ (`diff`), or bring them to it (`apply`)
 [group('operate')]
 streams *ARGS: _programs

@@ -190,6 +190,11 @@ fn reads(stream: &str) -> &'static [Who] {
     }
 }
 
+/// Who may empty a stream: of the ledger nobody, of what is disposable its writer.
+fn empties(stream: &str) -> &'static [Who] {
+    if stream == "OBJ_SNAPSHOTS" { &[Who::Administrator, Who::Product] } else { &[Who::Administrator] }
+}
+
 /// Who may have a consumer deliver again from a sequence: its service, whose database may have been lost.
 fn begins_anew(consumer: &str) -> &'static [Who] {
     match consumer {
@@ -239,15 +244,30 @@ fn table() -> Vec<Row> {
             r#"{"batch":1,"no_wait":true}"#,
             &[Administrator, Notification],
         ),
+        row("$JS.API.CONSUMER.MSG.NEXT.JOBS.snapshots", r#"{"batch":1,"no_wait":true}"#, &[Administrator, Product]),
+        // Snapshots, an object store: the product service writes and clears it, and reads it by consumers of its own.
+        row("$O.SNAPSHOTS.C.x", "{}", &[Product]),
+        row("$O.SNAPSHOTS.M.x", "{}", &[Product]),
+        row("$O.SNAPSHOTS.invented", "{}", &[]),
+        row("$JS.API.STREAM.MSG.GET.OBJ_SNAPSHOTS", r#"{"seq":1}"#, &[Administrator, Operator, Product]),
+        // What is restored is sent to a subject that the server names in its answer to whoever may ask for a restore.
+        harmful("$JS.SNAPSHOT.RESTORE.INVENTORY.x", ""),
     ];
-    for stream in ["INVENTORY", "ORDERS", "JOBS", "DEAD_LETTERS", "NOTIFICATIONS", "ADVISORIES"] {
+    for consumer in ["", ".reader", ".reader.$O.SNAPSHOTS.C.>"] {
+        let body = json!({ "stream_name": "OBJ_SNAPSHOTS", "config": { "name": "reader", "ack_policy": "none" } });
+        let create = row(format!("$JS.API.CONSUMER.CREATE.OBJ_SNAPSHOTS{consumer}"), body, &[Administrator, Product]);
+        rows.push(Row { harmful: true, ..create });
+    }
+    let delete = row("$JS.API.CONSUMER.DELETE.OBJ_SNAPSHOTS.reader", "", &[Administrator, Product]);
+    rows.push(Row { harmful: true, ..delete });
+    for stream in ["INVENTORY", "ORDERS", "JOBS", "DEAD_LETTERS", "NOTIFICATIONS", "ADVISORIES", "OBJ_SNAPSHOTS"] {
         rows.extend([
             row(format!("$JS.API.STREAM.INFO.{stream}"), "", looks(stream)),
             row(format!("$JS.API.DIRECT.GET.{stream}"), r#"{"seq":1}"#, reads(stream)),
             harmful(format!("$JS.API.STREAM.CREATE.{stream}"), json!({ "name": stream, "subjects": ["lomash.>"] })),
             harmful(format!("$JS.API.STREAM.UPDATE.{stream}"), json!({ "name": stream, "max_msgs": 1 })),
             harmful(format!("$JS.API.STREAM.DELETE.{stream}"), ""),
-            harmful(format!("$JS.API.STREAM.PURGE.{stream}"), ""),
+            Row { harmful: true, ..row(format!("$JS.API.STREAM.PURGE.{stream}"), "", empties(stream)) },
             harmful(format!("$JS.API.STREAM.RESTORE.{stream}"), json!({ "config": { "name": stream }, "state": {} })),
             harmful(
                 format!("$JS.API.STREAM.SNAPSHOT.{stream}"),
@@ -264,6 +284,7 @@ fn table() -> Vec<Row> {
         ("NOTIFICATIONS", &[Administrator]),
         ("JOBS", &[Administrator, Product]),
         ("DEAD_LETTERS", &[Administrator, Product, Operator]),
+        ("OBJ_SNAPSHOTS", &[Administrator]),
     ] {
         let delete = row(format!("$JS.API.STREAM.MSG.DELETE.{stream}"), json!({ "seq": 1 }), allowed);
         rows.push(Row { harmful: true, ..delete });
@@ -272,6 +293,7 @@ fn table() -> Vec<Row> {
     for (stream, consumer) in [
         ("ORDERS", "product-orders"),
         ("JOBS", "reconciliation"),
+        ("JOBS", "snapshots"),
         ("INVENTORY", "analytics"),
         ("INVENTORY", "notification"),
     ] {

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod analytics;
+mod backup;
 mod cache;
 mod dead_letters;
 mod http;

@@ -155,8 +155,12 @@ pub async fn run<L: Ledger>(
         };
         match outcome {
             Ok(never) => match never {},
-            Err(ProjectionError::Read(ReadError::WentBackwards { last, seen })) => {
-                let told = schemas::went_backwards(last, seen, ANALYTICS.live);
+            Err(ProjectionError::Read(problem @ (ReadError::WentBackwards { .. } | ReadError::Replaced { .. }))) => {
+                let told = match problem {
+                    ReadError::WentBackwards { last, seen } => schemas::went_backwards(last, seen, ANALYTICS.live),
+                    ReadError::Replaced { sequence } => schemas::was_replaced(sequence, ANALYTICS.live),
+                    other => other.into(),
+                };
                 return Err(told.context(format!(
                     "the stock metrics cannot go on; after that `{}` makes them anew",
                     ANALYTICS.rebuild_command
@@ -212,6 +216,9 @@ impl<L: Ledger> Applier<L> {
         client.batch_execute(&settings).await?;
         let mut checkpoint = rows::checkpoint(&client, ANALYTICS.live).await?;
         let last = self.ledger.reaches(checkpoint).await?;
+        if checkpoint > 0 {
+            self.ledger.remembers(checkpoint, rows::clock(&client, ANALYTICS.live).await?).await?;
+        }
         info!(checkpoint, last, "applying");
         // Where the rows were when there was nothing to do.
         let mut stood_at = None;

@@ -47,6 +47,12 @@ pub async fn checkpoint(client: &Client, schema: &str) -> Result<u64, Projection
     Ok(client.query_one(&query, &[&ANALYTICS.projection]).await?.get::<_, i64>(0).unsigned_abs())
 }
 
+/// The server's time of the last event that the rows reflect.
+pub(crate) async fn clock(client: &Client, schema: &str) -> Result<OffsetDateTime, ProjectionError> {
+    let query = format!("SELECT clock FROM {schema}.checkpoint WHERE projection = $1");
+    Ok(client.query_one(&query, &[&ANALYTICS.projection]).await?.get(0))
+}
+
 /// Where the rows stand, locked until the transaction ends.
 pub(crate) async fn lock_position(transaction: &Transaction<'_>, schema: &str) -> Result<Position, ProjectionError> {
     let lock = format!("SELECT {POSITION_COLUMNS} FROM {schema}.checkpoint WHERE projection = $1 FOR UPDATE");

@@ -3,7 +3,9 @@
 //! Tests and the demo use the same parts as the commands do.
 
 pub mod api;
+pub mod archive;
 pub mod audit;
+pub mod backup;
 pub mod bench;
 pub mod cluster;
 pub mod demo;
@@ -16,6 +18,7 @@ pub mod output;
 pub mod rebuild;
 pub mod reconcile;
 pub mod replay;
+pub mod restore;
 pub mod retail;
 mod snapshot;
 pub mod stack;

@@ -4,8 +4,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use lomash::{
-    bench, cluster, demo, dlq, import, mail_sink, orders, rebuild, reconcile, replay, status, streams, token, up,
-    verify,
+    backup, bench, cluster, demo, dlq, import, mail_sink, orders, rebuild, reconcile, replay, restore, status, streams,
+    token, up, verify,
 };
 use lomash_platform::telemetry::{self, LogFormat};
 
@@ -47,6 +47,10 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Replay stored messages to standard output, a file or a subject.
     Replay(replay::ReplayArgs),
+    /// Write the streams into an archive, or what came since; `--check` proves its hashes.
+    Backup(backup::BackupArgs),
+    /// Restore an archive into empty servers, and prove that it is equal.
+    Restore(restore::RestoreArgs),
     /// Compare streams and consumers with their definitions, and bring them to it.
     #[command(subcommand)]
     Streams(streams::StreamsCommand),
@@ -62,6 +66,8 @@ enum Command {
 #[tokio::main]
 async fn main() -> ExitCode {
     let cli = Cli::parse();
+    #[cfg(feature = "failpoints")]
+    let _crash_points = lomash_ledger::fail::FailScenario::setup();
     let telemetry = telemetry::start("lomash", cli.log_format, telemetry::COMMAND_FILTER);
     let outcome = match cli.command {
         Command::Up(args) => up::run(args).await.map(|()| ExitCode::SUCCESS),
@@ -75,6 +81,8 @@ async fn main() -> ExitCode {
         Command::Dlq(command) => dlq::run(command).await,
         Command::Bench(args) => bench::run(args).await,
         Command::Replay(args) => replay::run(args).await,
+        Command::Backup(args) => backup::run(args).await,
+        Command::Restore(args) => restore::run(args).await,
         Command::Streams(command) => streams::run(command).await,
         Command::Status(args) => status::run(args).await,
         Command::MailSink(args) => mail_sink::run(args).await.map(|()| ExitCode::SUCCESS),

@@ -377,7 +377,9 @@ impl Fold<'_> {
                     continue;
                 }
                 Err(ReadError::Unavailable(problem)) => problem,
-                Err(problem @ ReadError::WentBackwards { .. }) => return Err(problem.into()),
+                Err(problem @ (ReadError::WentBackwards { .. } | ReadError::Replaced { .. })) => {
+                    return Err(problem.into());
+                }
             };
             let at = self.audit.sequence();
             if at == before {

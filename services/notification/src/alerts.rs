@@ -309,6 +309,17 @@ impl Alerts {
         })
     }
 
+    /// The last alert that is recorded: the sequence of its cause, and when the server stored that.
+    ///
+    /// # Errors
+    /// [`AlertsError`].
+    pub async fn newest(&self) -> Result<Option<(u64, OffsetDateTime)>, AlertsError> {
+        let client = self.client().await?;
+        let query = "SELECT sequence, stored_at FROM notification.alerts ORDER BY sequence DESC LIMIT 1";
+        let row = client.query_opt(query, &[]).await.inspect_err(|_| self.doubt(&client))?;
+        Ok(row.map(|row| (unsigned(&row, 0), row.get(1))))
+    }
+
     // ── Recording ───────────────────────────────────────────────────────────────────────────────────────────────
 
     /// Records what messages, in the order of the stream, change and cause: all of it or nothing.

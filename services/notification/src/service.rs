@@ -5,15 +5,15 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, ensure};
 use async_nats::connection::State;
 use clap::Parser;
 use lettre::message::{Mailbox, Mailboxes};
 use lomash_contract::limits::{LOW_STOCK_THRESHOLD, MAX_STOCK};
-use lomash_ledger::{JetStreamLedger, Ledger, receive, streams};
+use lomash_ledger::{JetStreamLedger, Ledger, ReadError, receive, streams};
 use lomash_platform::process::Tasks;
 use lomash_platform::telemetry::LogFormat;
-use lomash_platform::{Secret, nats, postgres};
+use lomash_platform::{Secret, nats, postgres, schemas};
 use lomash_web::health::Check;
 use lomash_web::{Health, HttpConfig, Routes, Server, Verifier};
 use tokio_util::sync::CancellationToken;
@@ -209,7 +209,8 @@ fn letterhead(config: &Config) -> anyhow::Result<Letterhead> {
     Ok(Letterhead { from: config.mail_from.clone(), to: config.mail_to.clone(), link_base: base.to_string() })
 }
 
-/// A ledger that ends before what was recorded of it is another one: its events would be taken for replays and never told.
+/// A ledger that ends before what was recorded of it, or was replaced meanwhile, is another one: its events would be taken for
+/// replays and never told.
 async fn refuse_a_shorter_ledger(context: &async_nats::jetstream::Context, alerts: &Alerts) -> anyhow::Result<()> {
     let recorded = match alerts.checkpoint().await {
         Ok(recorded) => recorded,
@@ -218,13 +219,25 @@ async fn refuse_a_shorter_ledger(context: &async_nats::jetstream::Context, alert
             return Ok(());
         }
     };
-    let ledger = JetStreamLedger::new(context.clone(), streams::INVENTORY);
+    let ledger = JetStreamLedger::read_only(context.clone(), streams::INVENTORY);
     let last = ledger.last_sequence().await.context("the end of the ledger cannot be read")?;
     if recorded > last {
-        bail!(
-            "the stream INVENTORY ends at {last}, but alerts are recorded up to {recorded}: the stream went backwards. \
-             Restore the newer stream; if the older one is the truth from now on, say so by `DROP SCHEMA notification CASCADE`"
-        );
+        return Err(schemas::went_backwards(last, recorded, postgres::NOTIFICATION));
+    }
+    let newest = match alerts.newest().await {
+        Ok(newest) => newest,
+        Err(problem) => {
+            warn!(%problem, "starting without it");
+            return Ok(());
+        }
+    };
+    if let Some((sequence, stored_at)) = newest {
+        match ledger.remembers(sequence, stored_at).await {
+            Err(ReadError::Replaced { sequence }) => {
+                return Err(schemas::was_replaced(sequence, postgres::NOTIFICATION));
+            }
+            remembered => remembered.context("the ledger cannot be read")?,
+        }
     }
     Ok(())
 }

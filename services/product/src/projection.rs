@@ -16,8 +16,8 @@ use lomash_contract::{
     ProductId, ProductRegistered, ProductRevised, UpdatedBy, chains,
 };
 use lomash_ledger::{LAST_SEQUENCE_TIMEOUT, Ledger, Messages, ReadError, StoredMessage, crash_point};
-use lomash_platform::Secret;
 use lomash_platform::postgres::{self, Schema};
+use lomash_platform::{Secret, schemas};
 use serde_json::Value;
 use time::OffsetDateTime;
 use tokio_postgres::Transaction;
@@ -93,6 +93,19 @@ pub enum ProjectionError {
     /// The rest of a batch did not come.
     #[error("the stream stands still within a batch after sequence {0}")]
     Stalled(u64),
+}
+
+impl ProjectionError {
+    /// The same with what to run, where trying again cannot mend it.
+    #[must_use]
+    pub fn with_remedy(self) -> anyhow::Error {
+        let schema = Schema::Live.name();
+        match self {
+            Self::Read(ReadError::WentBackwards { last, seen }) => schemas::went_backwards(last, seen, schema),
+            Self::Read(ReadError::Replaced { sequence }) => schemas::was_replaced(sequence, schema),
+            other => other.into(),
+        }
+    }
 }
 
 impl From<tokio_postgres::Error> for ProjectionError {
@@ -206,6 +219,9 @@ async fn project<L: Ledger, A: AfterCommit>(
     }
     let Checkpoint { sequence: mut checkpoint, mut table } = read_checkpoint(&client, Schema::Live).await?;
     let last = ledger.reaches(checkpoint).await?;
+    if let Some((sequence, stored_at)) = newest_movement(&client).await? {
+        ledger.remembers(sequence, stored_at).await?;
+    }
     info!(checkpoint, last, "projecting");
     let announcer = projected.announce(checkpoint);
     told("what begins with it", after_commit.became_active(checkpoint)).await;
@@ -269,6 +285,14 @@ pub async fn look(pool: &Pool) -> Result<u64, ProjectionError> {
 async fn read_checkpoint(client: &tokio_postgres::Client, schema: Schema) -> Result<Checkpoint, ProjectionError> {
     let query = format!("SELECT sequence, tableoid FROM {schema}.checkpoint WHERE projection = $1");
     Ok(Checkpoint::of(&client.query_one(&query, &[&PROJECTION]).await?))
+}
+
+/// The last change of stock that the live rows hold, and when the server stored it.
+async fn newest_movement(client: &tokio_postgres::Client) -> Result<Option<(u64, OffsetDateTime)>, ProjectionError> {
+    let schema = Schema::Live;
+    let query = format!("SELECT sequence, stored_at FROM {schema}.movements ORDER BY sequence DESC LIMIT 1");
+    let row = client.query_opt(&query, &[]).await?;
+    Ok(row.map(|row| (row.get::<_, i64>(0).unsigned_abs(), row.get(1))))
 }
 
 /// The messages that are there, up to where an atomic batch ends; none when none came for [`IDLE_CHECK`].

@@ -25,6 +25,7 @@ use crate::http::{Api, Imports, Streams};
 use crate::inventory::State;
 use crate::monitoring::Monitor;
 use crate::projected::Projected;
+use crate::projection::ProjectionError;
 use crate::readiness::{Checks, Watched};
 use crate::reads::Reads;
 use crate::reconciliation::reports::Reports;
@@ -181,7 +182,7 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
         cache.clone(),
         stop.clone(),
     );
-    tasks.spawn(async { projecting.await.context("the projector cannot go on") });
+    tasks.spawn(async { projecting.await.map_err(ProjectionError::with_remedy).context("the projector cannot go on") });
     tasks.spawn({
         let (context, stop) = (context.clone(), stop.clone());
         async move {

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::stream::BoxStream;
+use futures::stream::{BoxStream, StreamExt};
 use lomash_contract::{Envelope, EventId, Foreign, LedgerEvent};
 use time::OffsetDateTime;
 use tokio::time::Instant;
@@ -37,6 +37,9 @@ pub const MAX_BATCH_MESSAGES: usize = 4_000;
 pub const STALE_LEADER_PATIENCE: Duration = Duration::from_secs(3);
 
 const STALE_LEADER_PAUSE: Duration = Duration::from_millis(200);
+
+/// How exactly times of messages are remembered: databases keep microseconds.
+const REMEMBERED: Duration = Duration::from_micros(2);
 
 /// Header names of ours and of the server's that are not constants of the client library.
 pub mod header {
@@ -181,6 +184,16 @@ pub enum ReadError {
         /// What was seen before.
         seen: u64,
     },
+    /// A message is not the one that was read there before: the stream was replaced by an older copy and has grown since.
+    /// Not worth another try.
+    #[error(
+        "message {sequence} was stored after it had been read: the stream was replaced by an older copy that has grown \
+         since; restore the newer one or rebuild what was derived from it"
+    )]
+    Replaced {
+        /// Its sequence.
+        sequence: u64,
+    },
 }
 
 impl ReadError {
@@ -233,6 +246,26 @@ pub trait Ledger: Clone + Send + Sync + 'static {
                     return Err(ReadError::WentBackwards { last, seen });
                 }
                 tokio::time::sleep(STALE_LEADER_PAUSE).await;
+            }
+        }
+    }
+
+    /// Refuses a stream whose message at `sequence` was stored later than `stored_at`, its time when it was read: where an
+    /// older copy has grown beyond what was read, its length says nothing. A clock that was set back is no reason.
+    ///
+    /// # Errors
+    /// [`ReadError::Replaced`], or why it cannot be read.
+    fn remembers(
+        &self,
+        sequence: u64,
+        stored_at: OffsetDateTime,
+    ) -> impl Future<Output = Result<(), ReadError>> + Send {
+        async move {
+            let first = self.read(sequence.saturating_sub(1)).await?.next().await.transpose()?;
+            let is_later = |message: &StoredMessage| message.stored_at > stored_at + REMEMBERED;
+            match first.filter(|message| message.sequence == sequence) {
+                Some(message) if is_later(&message) => Err(ReadError::Replaced { sequence }),
+                _ => Ok(()),
             }
         }
     }

@@ -51,8 +51,31 @@ pub async fn checkpoint(client: &Client, family: &Family, schema: &str) -> anyho
 #[must_use]
 pub fn went_backwards(last: u64, seen: u64, schema: &str) -> anyhow::Error {
     anyhow!(
-        "the stream INVENTORY ends at {last}, but {schema} has read it up to {seen}: the stream went backwards. \
-         Restore the newer stream; if the older one is the truth from now on, say so by `DROP SCHEMA {schema} CASCADE`"
+        "the stream INVENTORY ends at {last}, but {schema} has read it up to {seen}: the stream went backwards. {}",
+        remedy(schema)
+    )
+}
+
+/// What to say, and to do, when the stream's message at `sequence` is not the one that `schema` has read there.
+#[must_use]
+pub fn was_replaced(sequence: u64, schema: &str) -> anyhow::Error {
+    anyhow!(
+        "message {sequence} of the stream INVENTORY was stored after {schema} had read it: the stream was replaced by an \
+         older copy that has grown since. {}",
+        remedy(schema)
+    )
+}
+
+fn remedy(schema: &str) -> String {
+    let mails = if schema == postgres::NOTIFICATION {
+        ". Mails about the time before are then sent again, as far back as MAIL_MAX_AGE_SECONDS says: give it as 0 until the \
+         service has caught up if that is not wanted"
+    } else {
+        ""
+    };
+    format!(
+        "Restore the newer stream; if the older one is the truth from now on, say so by `DROP SCHEMA {schema} CASCADE` and \
+         start the service again: it reads the ledger from its beginning{mails}"
     )
 }
 
