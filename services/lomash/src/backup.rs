@@ -562,11 +562,14 @@ impl Copying<'_> {
     }
 }
 
+/// A segment while it is compressed and written; none where nothing was in it.
+type Closing = JoinHandle<Result<Option<(Segment, LastMessage)>>>;
+
 /// Segments while they are written: one is filled while the one before is compressed.
 struct Writing {
     folder: PathBuf,
     open: Open,
-    closing: Option<JoinHandle<Result<Option<(Segment, LastMessage)>>>>,
+    closing: Option<Closing>,
     written: Written,
 }
 

@@ -268,8 +268,11 @@ mod tests {
     use super::*;
     use crate::archive::Floor;
 
+    /// Sequence, time, subject, headers and payload.
+    type Decoded = (u64, i64, String, Vec<u8>, Vec<u8>);
+
     /// A reader of blocks that knows nothing of the writer.
-    fn decode(stream: &str, number: u64, mut bytes: &[u8]) -> Vec<(u64, i64, String, Vec<u8>, Vec<u8>)> {
+    fn decode(stream: &str, number: u64, mut bytes: &[u8]) -> Vec<Decoded> {
         let mut found = Vec::new();
         while !bytes.is_empty() {
             let length = u32::from_le_bytes(bytes[..4].try_into().expect("four bytes"));
