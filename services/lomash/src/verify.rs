@@ -220,6 +220,13 @@ async fn still_open(
             output::thousands(info.num_ack_pending as u64)
         )));
     }
+    // A consumer that was just restored in a cluster may say for a while that nothing is pending.
+    let orders =
+        context.get_stream(streams::ORDERS).await.map_err(|problem| anyhow!("ORDERS cannot be read: {problem}"))?;
+    let (state, settled) = (&orders.cached_info().state, info.ack_floor.stream_sequence);
+    if state.messages > 0 && settled < state.last_sequence {
+        return Ok(Some(format!("ORDERS ends at {}, and its consumer is at {settled}", state.last_sequence)));
+    }
     let suspects = read_suspects(context).await?.len() as u64;
     if suspects > 0 {
         return Ok(Some(format!("{} orders wait to be tried alone", output::thousands(suspects))));
