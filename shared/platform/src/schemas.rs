@@ -7,7 +7,10 @@
 //! its own lock on it before anything else, waits, and then finds the checkpoint of the new schema. Renaming a schema locks
 //! no table, and the server makes every prepared statement look its tables up again.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, anyhow, bail, ensure};
+use tokio::time::Instant;
 use tokio_postgres::{Client, Transaction};
 use tracing::warn;
 
@@ -19,6 +22,11 @@ pub const LOCK_TIMEOUT_SECONDS: u32 = 30;
 
 /// Key of the advisory lock that a rebuild holds from its beginning to its end; one at a time in a database.
 const REBUILD_LOCK: i64 = 0x6c6f_6d61_7368_0003;
+
+/// How long the place of a rebuild is waited for, and how often it is asked for: Postgres notices only after a moment that
+/// whoever held it is gone.
+const PLACE_TIMEOUT: Duration = Duration::from_secs(3);
+const PLACE_PAUSE: Duration = Duration::from_millis(100);
 
 /// What a swap did.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -97,12 +105,15 @@ pub async fn connect(url: &Secret) -> anyhow::Result<Client> {
 pub async fn take_place(url: &Secret) -> anyhow::Result<Client> {
     let client = connect(url).await?;
     let lock = "SELECT pg_try_advisory_lock($1)";
-    let free: bool = client.query_one(lock, &[&REBUILD_LOCK]).await.context("Postgres does not answer")?.get(0);
-    ensure!(
-        free,
-        "another `lomash rebuild` is at work on this database; wait until it has ended (of one that was killed \
-         nothing is left after a few seconds)"
-    );
+    let deadline = Instant::now() + PLACE_TIMEOUT;
+    while !client.query_one(lock, &[&REBUILD_LOCK]).await.context("Postgres does not answer")?.get::<_, bool>(0) {
+        ensure!(
+            Instant::now() < deadline,
+            "another `lomash rebuild` is at work on this database; wait until it has ended (of one that was killed \
+             nothing is left after a few seconds)"
+        );
+        tokio::time::sleep(PLACE_PAUSE).await;
+    }
     Ok(client)
 }
 
