@@ -14,6 +14,7 @@ use lomash::stack::{NODES, NatsCluster, Routes, Who, free_port, scratch};
 use lomash::verify::{self, Show};
 use lomash_ledger::{JetStreamLedger, Ledger, streams};
 use serde_json::{Value, json};
+use tokio::sync::Mutex;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -22,6 +23,9 @@ use crate::support::PATIENCE;
 
 /// Pause between two looks.
 const LOOK_PAUSE: Duration = Duration::from_millis(50);
+
+/// Held while a test runs three nodes: twice three and their services at once are more than a small machine elects leaders for in time.
+static THREE_NODES: Mutex<()> = Mutex::const_new(());
 
 /// The port of the discard service: nobody listens there.
 const NOWHERE: u16 = 9;
@@ -33,6 +37,7 @@ fn product_service() -> &'static Path {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_trouble_of_the_nodes() {
+    let _alone = THREE_NODES.lock().await;
     let folder = scratch().unwrap();
     let nats = NatsCluster::start(&folder.path().join("nats")).await.unwrap();
     let mut stack = ClusterStack::start_with(folder.path(), nats, product_service()).await.unwrap();
@@ -90,6 +95,7 @@ async fn settled(operator: &Context, consumer: &str) -> Option<u64> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_leader_that_is_cut_off_from_the_others() {
+    let _alone = THREE_NODES.lock().await;
     let folder = scratch().unwrap();
     let (nats, links) = linked(&folder.path().join("nats")).await;
     let mut stack = ClusterStack::start_with(folder.path(), nats, product_service()).await.unwrap();
@@ -132,9 +138,10 @@ async fn a_leader_that_is_cut_off_from_the_others() {
     for link in &links[cut_off] {
         link.set(Wire::Whole);
     }
-    wait_until_healthy(&admin).await.unwrap();
+    // A copy that was away for so long need not catch up at full load.
     let orders = load.end().await.unwrap();
     println!("{orders} orders");
+    wait_until_healthy(&admin).await.unwrap();
     until_the_end.cancel();
     let database_url = stack.database_url();
     verify::wait_until_quiet(&operator, Some(&database_url), PATIENCE).await.unwrap();
