@@ -24,7 +24,8 @@ use crate::support::PATIENCE;
 /// Pause between two looks.
 const LOOK_PAUSE: Duration = Duration::from_millis(50);
 
-/// Held while a test runs three nodes: twice three and their services at once are more than a small machine elects leaders for in time.
+/// Held while a test runs three nodes: twice three and their services at once are more than a small machine elects leaders
+/// for in time.
 static THREE_NODES: Mutex<()> = Mutex::const_new(());
 
 /// The port of the discard service: nobody listens there.
