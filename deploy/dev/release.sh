@@ -19,8 +19,6 @@ build() {
     # The last match wins in rustc, and the build folder may lie in the clone.
     for index in 2 1 0; do
         rust+="${rust:+$'\x1f'}--remap-path-prefix=${from[index]}=${to[index]}"
-    done
-    for index in 2 1 0; do
         c+=" $(printf '%q' "-ffile-prefix-map=${from[index]}=${to[index]}")"
     done
     (

@@ -45,7 +45,7 @@ async fn held(context: &Context, stream: &str, upto: u64) -> Result<Vec<Record>>
 fn sha256(records: &[Record]) -> String {
     let mut digest = Sha256::new();
     records.iter().for_each(|record| digest.update(record.encoded()));
-    lomash::archive::hex(digest.finalize())
+    lomash::output::hex(digest.finalize())
 }
 
 /// The server of this world is lost with all that it held; an empty one takes its place.

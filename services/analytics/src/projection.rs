@@ -20,9 +20,9 @@ use deadpool_postgres::{Client, Pool};
 use futures::StreamExt;
 use lomash_ledger::receive::{Delivery, Receive, Settle};
 use lomash_ledger::{Ledger, ReadError, StoredMessage, crash_point, streams};
+use lomash_platform::Secret;
 use lomash_platform::postgres::{self, ANALYTICS};
 use lomash_platform::projected::Projected;
-use lomash_platform::{Secret, schemas};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, debug, error, info, warn};
@@ -156,12 +156,7 @@ pub async fn run<L: Ledger>(
         match outcome {
             Ok(never) => match never {},
             Err(ProjectionError::Read(problem @ (ReadError::WentBackwards { .. } | ReadError::Replaced { .. }))) => {
-                let told = match problem {
-                    ReadError::WentBackwards { last, seen } => schemas::went_backwards(last, seen, ANALYTICS.live),
-                    ReadError::Replaced { sequence } => schemas::was_replaced(sequence, ANALYTICS.live),
-                    other => other.into(),
-                };
-                return Err(told.context(format!(
+                return Err(problem.with_remedy(ANALYTICS.live).context(format!(
                     "the stock metrics cannot go on; after that `{}` makes them anew",
                     ANALYTICS.rebuild_command
                 )));

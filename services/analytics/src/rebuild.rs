@@ -146,11 +146,8 @@ pub async fn live_checkpoint(url: &Secret) -> anyhow::Result<u64> {
 
 /// The checkpoint is read before the stream's end, so only a stream that lost messages is found to be behind it.
 async fn reaches<L: Ledger>(ledger: &L, seen: u64, schema: &str) -> anyhow::Result<()> {
-    match ledger.reaches(seen).await {
-        Ok(_) => Ok(()),
-        Err(ReadError::WentBackwards { last, .. }) => Err(schemas::went_backwards(last, seen, schema)),
-        Err(problem) => Err(problem.into()),
-    }
+    ledger.reaches(seen).await.map_err(|problem| problem.with_remedy(schema))?;
+    Ok(())
 }
 
 /// Reads ahead of the writer, on a task of its own.

@@ -32,6 +32,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
+use crate::output::hex;
 use crate::stack::FolderLock;
 
 /// What bytes mean. Another number is another layout, which this program does not read.
@@ -519,12 +520,6 @@ struct Sealed {
 fn seal(manifest: &Manifest) -> Result<String> {
     let text = serde_json::to_vec(manifest).context("the manifest cannot be written as JSON")?;
     Ok(hex(Sha256::digest(text)))
-}
-
-/// A digest as text.
-#[must_use]
-pub fn hex(digest: impl AsRef<[u8]>) -> String {
-    digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn make_folder(folder: &Path) -> Result<()> {

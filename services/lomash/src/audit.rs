@@ -31,6 +31,8 @@ use sha2::{Digest, Sha256};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
+use crate::output::hex;
+
 /// Violations of one invariant that are named; the rest are only counted.
 pub const MAX_NAMED: usize = 10;
 
@@ -544,8 +546,8 @@ impl<R: Row> TableComparison<R> {
             table: R::TABLE,
             fold_rows: self.fold_rows,
             projection_rows: self.projection_rows,
-            fold_sha256: hex(self.fold_digest),
-            projection_sha256: hex(self.projection_digest),
+            fold_sha256: hex(self.fold_digest.finalize()),
+            projection_sha256: hex(self.projection_digest.finalize()),
             differences: self.differences.violations,
             first: self.differences.first,
         }
@@ -575,10 +577,6 @@ fn json(row: &impl Serialize) -> String {
 fn digest(digest: &mut Sha256, row: &impl Serialize) {
     digest.update(json(row).as_bytes());
     digest.update(b"\n");
-}
-
-fn hex(digest: Sha256) -> String {
-    digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 // ── What the audit is told at its end ───────────────────────────────────────────────────────────────────────────

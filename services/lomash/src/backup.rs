@@ -83,12 +83,9 @@ pub struct BackupArgs {
     /// Drop segments of which the stream has no message any more.
     #[arg(long)]
     pub prune: bool,
-    /// NATS server or servers, comma-separated.
-    #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222", hide_env_values = true)]
-    pub nats_url: Secret,
     /// Who asks: the operator.
     #[command(flatten)]
-    pub nats_identity: nats::Identity,
+    pub servers: nats::Servers,
     /// The Postgres database of the projections: then it is kept where they stood.
     #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
     pub database_url: Option<Secret>,
@@ -157,7 +154,7 @@ pub async fn run(args: BackupArgs) -> Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let (client, refusals) = nats::connect_as(args.nats_url.expose(), &args.nats_identity, CLIENT_NAME).await?;
+    let (client, refusals) = args.servers.connect(CLIENT_NAME).await?;
     let context = jetstream::new(client);
     let options = Options { prune: args.prune, show: Show::Progress };
     let summary = refusals.guard(backup(&context, &args.dir, args.database_url.as_ref(), options)).await??;
@@ -517,9 +514,7 @@ impl Copying<'_> {
         }
         Ok((beyond, still))
     }
-}
 
-impl Copying<'_> {
     /// Reads the messages after sequence `after` into segments, up to where the stream is cut.
     async fn read(&self, after: u64) -> Result<Written> {
         let Cut { name, first_sequence, last_sequence, .. } = &self.cut;

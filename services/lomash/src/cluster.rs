@@ -296,16 +296,20 @@ async fn apply_streams(admin: &Context) -> Result<()> {
 /// What has a leader of its own and must have one for orders to be taken and decided. A consumer is called `STREAM/CONSUMER`.
 const LED: [&str; 3] = [streams::ORDERS, streams::INVENTORY, "ORDERS/product-orders"];
 
+/// What to ask of the servers about a stream or consumer.
+fn call(verb: &str, name: &str) -> String {
+    match name.split_once('/') {
+        Some((stream, consumer)) => format!("CONSUMER.{verb}.{stream}.{consumer}"),
+        None => format!("STREAM.{verb}.{name}"),
+    }
+}
+
 /// Which node leads a stream or consumer; none while there is none.
 ///
 /// # Errors
 /// When nobody answers.
 pub async fn leader(admin: &Context, name: &str) -> Result<Option<String>> {
-    let subject = match name.split_once('/') {
-        Some((stream, consumer)) => format!("CONSUMER.INFO.{stream}.{consumer}"),
-        None => format!("STREAM.INFO.{name}"),
-    };
-    let info: Value = admin.request(subject, &json!({})).await?;
+    let info: Value = admin.request(call("INFO", name), &json!({})).await?;
     Ok(info["cluster"]["leader"].as_str().map(ToOwned::to_owned))
 }
 
@@ -369,10 +373,7 @@ async fn ailments(admin: &Context) -> Result<Vec<String>> {
 /// When it does not in time.
 pub async fn make_leader(admin: &Context, name: &str, node: &str) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
-    let subject = match name.split_once('/') {
-        Some((stream, consumer)) => format!("CONSUMER.LEADER.STEPDOWN.{stream}.{consumer}"),
-        None => format!("STREAM.LEADER.STEPDOWN.{name}"),
-    };
+    let subject = call("LEADER.STEPDOWN", name);
     while leader(admin, name).await.ok().flatten().as_deref() != Some(node) {
         ensure!(Instant::now() < deadline, "{node} does not become the leader of {name}");
         let wish = json!({ "placement": { "preferred": node } });

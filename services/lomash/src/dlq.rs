@@ -16,7 +16,7 @@ use comfy_table::Cell;
 use futures::{StreamExt, stream};
 use lomash_contract::Timestamp;
 use lomash_ledger::dead_letter::{Filter, Letter, Letters, LettersError, Redriven, STREAM, Way, Whole};
-use lomash_platform::{Secret, nats};
+use lomash_platform::nats;
 use serde::Serialize;
 
 use crate::output::{self, Progress};
@@ -61,12 +61,9 @@ pub enum DlqCommand {
 /// Where the letters are.
 #[derive(Clone, Debug, Args)]
 pub struct Server {
-    /// NATS server or servers, comma-separated.
-    #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222", hide_env_values = true)]
-    pub nats_url: Secret,
-    /// Who asks.
+    /// The servers.
     #[command(flatten)]
-    pub nats_identity: nats::Identity,
+    pub servers: nats::Servers,
     /// Print it as JSON.
     #[arg(long)]
     pub json: bool,
@@ -199,7 +196,7 @@ pub async fn run(command: DlqCommand) -> anyhow::Result<ExitCode> {
 }
 
 async fn letters(server: &Server) -> anyhow::Result<Letters> {
-    let connecting = nats::connect_as(server.nats_url.expose(), &server.nats_identity, CLIENT_NAME);
+    let connecting = server.servers.connect(CLIENT_NAME);
     let (client, _) = tokio::time::timeout(CONNECT_TIMEOUT, connecting).await.map_err(|_| {
         anyhow!("NATS does not answer within {} s; is it running, and is NATS_URL right?", CONNECT_TIMEOUT.as_secs())
     })??;

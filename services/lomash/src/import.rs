@@ -14,7 +14,7 @@ use clap::Args;
 use comfy_table::Cell;
 use futures::{StreamExt, stream};
 use lomash_contract::UpdatedBy;
-use lomash_platform::{Secret, nats};
+use lomash_platform::nats;
 use product_service::client::{ClientError, ProductClient};
 use product_service::inventory::{Action, Details, Outcome, ProductCommand, Rejection};
 use serde::Serialize;
@@ -34,12 +34,9 @@ const ERRORS_SHOWN: usize = 20;
 pub struct ImportArgs {
     /// The catalogue: CSV with the columns sku, name, category, quantity, threshold.
     pub file: PathBuf,
-    /// NATS server or servers, comma-separated.
-    #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222", hide_env_values = true)]
-    pub nats_url: Secret,
-    /// Who asks.
+    /// The servers.
     #[command(flatten)]
-    pub nats_identity: lomash_platform::nats::Identity,
+    pub servers: nats::Servers,
     /// Print the report as JSON.
     #[arg(long)]
     pub json: bool,
@@ -81,7 +78,7 @@ enum RowOutcome {
 pub async fn run(args: ImportArgs) -> anyhow::Result<ExitCode> {
     let file = File::open(&args.file).with_context(|| format!("cannot open {}", args.file.display()))?;
     let rows = catalogue::read(BufReader::new(file)).with_context(|| args.file.display().to_string())?;
-    let (client, _) = nats::connect_as(args.nats_url.expose(), &args.nats_identity, "lomash import").await?;
+    let (client, _) = args.servers.connect("lomash import").await?;
     let client = ProductClient::new(client);
     let report = import(&client, rows, Progress::counting("importing")).await?;
     if args.json {

@@ -14,8 +14,8 @@ use comfy_table::Cell;
 use futures::stream::{FuturesUnordered, StreamExt};
 use lomash_contract::{ContentType, Envelope, OrderCreated, Topic, codec};
 use lomash_ledger::{header, streams};
+use lomash_platform::nats;
 use lomash_platform::trace::{self, Reference};
-use lomash_platform::{Secret, nats};
 use serde::Serialize;
 use tokio::time::Instant;
 use tracing::{Instrument as _, Span, warn};
@@ -60,12 +60,9 @@ pub struct ReplayArgs {
     /// Wait until the product service has decided every order that is waiting.
     #[arg(long)]
     pub wait: bool,
-    /// NATS server or servers, comma-separated.
-    #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222", hide_env_values = true)]
-    pub nats_url: Secret,
-    /// Who asks.
+    /// The servers.
     #[command(flatten)]
-    pub nats_identity: lomash_platform::nats::Identity,
+    pub servers: nats::Servers,
     /// Print the report as JSON.
     #[arg(long)]
     pub json: bool,
@@ -109,8 +106,7 @@ pub async fn run(command: OrdersCommand) -> anyhow::Result<()> {
     match command {
         OrdersCommand::Catalogue(args) => print_catalogue(&args),
         OrdersCommand::Replay(args) => {
-            let (client, _) =
-                nats::connect_as(args.nats_url.expose(), &args.nats_identity, "lomash orders replay").await?;
+            let (client, _) = args.servers.connect("lomash orders replay").await?;
             let report = replay(&async_nats::jetstream::new(client), &args).await?;
             if args.json { output::print_json(&report) } else { show(&report) }
         }

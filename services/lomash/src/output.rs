@@ -21,6 +21,12 @@ const DRAWS_A_SECOND: u8 = 10;
 /// How many units pass between two looks at the clock.
 const UNITS_BETWEEN_LOOKS: u64 = 256;
 
+/// A digest as text.
+#[must_use]
+pub fn hex(digest: impl AsRef<[u8]>) -> String {
+    digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// An empty table in the one style of this program.
 #[must_use]
 pub fn table(header: &[&str]) -> Table {

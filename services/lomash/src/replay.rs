@@ -20,7 +20,7 @@ use futures::StreamExt;
 use lomash_contract::{ContentType, LedgerEvent, OrderCreated, OrderId, ProductId, Topic, Trigger, codec};
 use lomash_ledger::direct::{self, Held};
 use lomash_ledger::{JetStreamLedger, Ledger, StoredMessage, header, streams};
-use lomash_platform::{Secret, nats};
+use lomash_platform::nats;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use time::OffsetDateTime;
@@ -110,12 +110,9 @@ pub struct ReplayArgs {
     /// The subject is one that a stream stores, and that is meant: orders that were decided once are not decided again.
     #[arg(long, requires = "subject")]
     pub store: bool,
-    /// NATS server or servers, comma-separated.
-    #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222", hide_env_values = true)]
-    pub nats_url: Secret,
-    /// Who asks.
+    /// The servers.
     #[command(flatten)]
-    pub nats_identity: nats::Identity,
+    pub servers: nats::Servers,
     /// Print the summary as JSON, on standard error.
     #[arg(long)]
     pub json: bool,
@@ -190,7 +187,7 @@ pub async fn run(args: ReplayArgs) -> Result<ExitCode> {
     if let Some(subject) = &args.subject {
         may_be_published_on(subject, args.store)?;
     }
-    let (client, refusals) = nats::connect_as(args.nats_url.expose(), &args.nats_identity, CLIENT_NAME).await?;
+    let (client, refusals) = args.servers.connect(CLIENT_NAME).await?;
     let mut target = match (&args.subject, &args.file) {
         (Some(subject), _) => {
             Target::Subject { client: client.clone(), subject: subject.clone(), store: args.store, sent: 0 }

@@ -21,6 +21,7 @@ use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
@@ -41,10 +42,10 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use self::file_store::Image;
-use crate::archive::{Archive, Manifest, Record, StreamEntry, hex};
+use crate::archive::{Archive, Manifest, Record, StreamEntry};
 use crate::audit::Report;
 use crate::backup::{self, KEPT};
-use crate::output;
+use crate::output::{self, hex};
 use crate::verify::{self, Show};
 
 /// Name under which the program connects.
@@ -81,12 +82,9 @@ pub struct RestoreArgs {
     /// Copies of each stream, instead of as many as they had.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=5))]
     pub replicas: Option<u32>,
-    /// NATS server or servers, comma-separated.
-    #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222", hide_env_values = true)]
-    pub nats_url: Secret,
     /// Who asks: the administrator.
     #[command(flatten)]
-    pub nats_identity: nats::Identity,
+    pub servers: nats::Servers,
     /// The Postgres database of the projections: then it is said which of them are ahead of what is restored.
     #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
     pub database_url: Option<Secret>,
@@ -191,7 +189,7 @@ impl Outcome {
 pub async fn run(args: RestoreArgs) -> Result<ExitCode> {
     let archive = Archive::open(&args.dir).await?;
     let prepared = prepare(archive, Show::Progress).await?;
-    let (client, refusals) = nats::connect_as(args.nats_url.expose(), &args.nats_identity, CLIENT_NAME).await?;
+    let (client, refusals) = args.servers.connect(CLIENT_NAME).await?;
     let context = jetstream::new(client);
     let restoring = restore(&context, prepared, args.replicas, args.database_url.as_ref(), Show::Progress);
     let outcome = refusals.guard(restoring).await??;
@@ -240,7 +238,7 @@ pub async fn restore(
     streams::wait_until_ready(context).await?;
     refuse_what_is_there(context, replicas.unwrap_or(1)).await?;
     let mut took = Seconds { checking: seconds, ..Seconds::default() };
-    let archive = std::sync::Arc::new(archive);
+    let archive = Arc::new(archive);
 
     let started = Instant::now();
     let mut done: Vec<&str> = Vec::new();
@@ -333,7 +331,7 @@ async fn make_the_rest(
 /// Restores one stream with its consumers.
 async fn send(
     context: &Context,
-    archive: &std::sync::Arc<Archive>,
+    archive: &Arc<Archive>,
     stream: &StreamEntry,
     replicas: Option<u32>,
     show: Show,

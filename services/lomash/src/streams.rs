@@ -10,7 +10,7 @@ use clap::{Args, Subcommand};
 use comfy_table::Cell;
 use lomash_ledger::streams::{self, Difference};
 use lomash_ledger::upkeep::{self, Action, Step};
-use lomash_platform::{Secret, nats};
+use lomash_platform::nats;
 use product_service::monitoring::Monitor;
 use serde::Serialize;
 
@@ -31,12 +31,9 @@ pub enum StreamsCommand {
 /// Which servers.
 #[derive(Clone, Debug, Args)]
 pub struct ServerArgs {
-    /// NATS server or servers, comma-separated.
-    #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222", hide_env_values = true)]
-    pub nats_url: Secret,
     /// Who asks: the administrator.
     #[command(flatten)]
-    pub nats_identity: nats::Identity,
+    pub servers: nats::Servers,
     /// Copies of each stream: 1 on a laptop, 3 in a cluster. More on the server is no difference.
     #[arg(long, env = "STREAM_REPLICAS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=5))]
     pub replicas: u32,
@@ -78,7 +75,7 @@ pub async fn run(command: StreamsCommand) -> anyhow::Result<ExitCode> {
         StreamsCommand::Diff(server) => (server, false),
         StreamsCommand::Apply(ApplyArgs { server, dry_run }) => (server, !dry_run),
     };
-    let (client, refusals) = nats::connect_as(server.nats_url.expose(), &server.nats_identity, CLIENT_NAME).await?;
+    let (client, refusals) = server.servers.connect(CLIENT_NAME).await?;
     let context = async_nats::jetstream::new(client);
     let steps = refusals
         .guard(async {

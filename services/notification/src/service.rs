@@ -10,7 +10,7 @@ use async_nats::connection::State;
 use clap::Parser;
 use lettre::message::{Mailbox, Mailboxes};
 use lomash_contract::limits::{LOW_STOCK_THRESHOLD, MAX_STOCK};
-use lomash_ledger::{JetStreamLedger, Ledger, ReadError, receive, streams};
+use lomash_ledger::{JetStreamLedger, Ledger, receive, streams};
 use lomash_platform::process::Tasks;
 use lomash_platform::telemetry::LogFormat;
 use lomash_platform::{Secret, nats, postgres, schemas};
@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use url::Url;
 
-use crate::alerts::Alerts;
+use crate::alerts::{Alerts, AlertsError};
 use crate::books::Rules;
 use crate::http::{self, Api};
 use crate::low_stock::Policy;
@@ -212,8 +212,9 @@ fn letterhead(config: &Config) -> anyhow::Result<Letterhead> {
 /// A ledger that ends before what was recorded of it, or was replaced meanwhile, is another one: its events would be taken for
 /// replays and never told.
 async fn refuse_a_shorter_ledger(context: &async_nats::jetstream::Context, alerts: &Alerts) -> anyhow::Result<()> {
-    let recorded = match alerts.checkpoint().await {
-        Ok(recorded) => recorded,
+    let known = async { Ok::<_, AlertsError>((alerts.checkpoint().await?, alerts.newest().await?)) };
+    let (recorded, newest) = match known.await {
+        Ok(known) => known,
         Err(problem) => {
             warn!(%problem, "starting without it");
             return Ok(());
@@ -224,20 +225,9 @@ async fn refuse_a_shorter_ledger(context: &async_nats::jetstream::Context, alert
     if recorded > last {
         return Err(schemas::went_backwards(last, recorded, postgres::NOTIFICATION));
     }
-    let newest = match alerts.newest().await {
-        Ok(newest) => newest,
-        Err(problem) => {
-            warn!(%problem, "starting without it");
-            return Ok(());
-        }
-    };
     if let Some((sequence, stored_at)) = newest {
-        match ledger.remembers(sequence, stored_at).await {
-            Err(ReadError::Replaced { sequence }) => {
-                return Err(schemas::was_replaced(sequence, postgres::NOTIFICATION));
-            }
-            remembered => remembered.context("the ledger cannot be read")?,
-        }
+        let remembered = ledger.remembers(sequence, stored_at).await;
+        remembered.map_err(|problem| problem.with_remedy(postgres::NOTIFICATION))?;
     }
     Ok(())
 }

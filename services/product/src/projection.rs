@@ -16,8 +16,8 @@ use lomash_contract::{
     ProductId, ProductRegistered, ProductRevised, UpdatedBy, chains,
 };
 use lomash_ledger::{LAST_SEQUENCE_TIMEOUT, Ledger, Messages, ReadError, StoredMessage, crash_point};
+use lomash_platform::Secret;
 use lomash_platform::postgres::{self, Schema};
-use lomash_platform::{Secret, schemas};
 use serde_json::Value;
 use time::OffsetDateTime;
 use tokio_postgres::Transaction;
@@ -99,10 +99,8 @@ impl ProjectionError {
     /// The same with what to run, where trying again cannot mend it.
     #[must_use]
     pub fn with_remedy(self) -> anyhow::Error {
-        let schema = Schema::Live.name();
         match self {
-            Self::Read(ReadError::WentBackwards { last, seen }) => schemas::went_backwards(last, seen, schema),
-            Self::Read(ReadError::Replaced { sequence }) => schemas::was_replaced(sequence, schema),
+            Self::Read(problem) => problem.with_remedy(Schema::Live.name()),
             other => other.into(),
         }
     }

@@ -243,11 +243,8 @@ pub async fn roll_back<L: Ledger>(ledger: &L, url: &Secret) -> anyhow::Result<Sw
 
 /// The checkpoint is read before the stream's end, so only a stream that lost messages is found to be behind it.
 async fn reaches<L: Ledger>(ledger: &L, seen: u64, schema: &str) -> anyhow::Result<()> {
-    match ledger.reaches(seen).await {
-        Ok(_) => Ok(()),
-        Err(ReadError::WentBackwards { last, .. }) => Err(schemas::went_backwards(last, seen, schema)),
-        Err(problem) => Err(problem.into()),
-    }
+    ledger.reaches(seen).await.map_err(|problem| problem.with_remedy(schema))?;
+    Ok(())
 }
 
 /// Drops indexes and keys of the big tables; returns the statements that make them.

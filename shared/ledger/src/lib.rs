@@ -22,6 +22,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::stream::{BoxStream, StreamExt};
 use lomash_contract::{Envelope, EventId, Foreign, LedgerEvent};
+use lomash_platform::schemas;
 use time::OffsetDateTime;
 use tokio::time::Instant;
 
@@ -197,6 +198,17 @@ pub enum ReadError {
 }
 
 impl ReadError {
+    /// The same for whoever keeps what was read in the Postgres schema `schema`: with what to run, where trying again cannot
+    /// mend it.
+    #[must_use]
+    pub fn with_remedy(self, schema: &str) -> anyhow::Error {
+        match self {
+            Self::WentBackwards { last, seen } => schemas::went_backwards(last, seen, schema),
+            Self::Replaced { sequence } => schemas::was_replaced(sequence, schema),
+            other => other.into(),
+        }
+    }
+
     /// Whether trying again can help.
     #[must_use]
     pub const fn is_transient(&self) -> bool {

@@ -18,6 +18,8 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
+use crate::Secret;
+
 /// How long a process waits at start for a server to take its connection.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -67,6 +69,27 @@ pub struct Identity {
     /// listen on its own only.
     #[arg(long, env = "NATS_INBOX_PREFIX", value_name = "PREFIX")]
     pub nats_inbox_prefix: Option<String>,
+}
+
+/// Which servers, and who asks them: the same options for every program that connects once and ends.
+#[derive(Clone, Debug, Args)]
+pub struct Servers {
+    /// NATS server or servers, comma-separated.
+    #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222", hide_env_values = true)]
+    pub nats_url: Secret,
+    /// Who asks.
+    #[command(flatten)]
+    pub nats_identity: Identity,
+}
+
+impl Servers {
+    /// Connects as `name`.
+    ///
+    /// # Errors
+    /// As [`connect_as`].
+    pub async fn connect(&self, name: &str) -> anyhow::Result<(Client, Refusals)> {
+        connect_as(self.nats_url.expose(), &self.nats_identity, name).await
+    }
 }
 
 impl Identity {

@@ -158,7 +158,7 @@ pub fn meta(created: &str, name: Option<&str>, config: &Map<String, Value>, key:
 pub fn checksum(text: &[u8], key: &str) -> String {
     let mut hash = hasher(key);
     hash.append(text);
-    crate::archive::hex(hash.finalize64().to_le_bytes())
+    crate::output::hex(hash.finalize64().to_le_bytes())
 }
 
 /// Where a consumer stands that has everything acknowledged up to its floor and nothing delivered beyond.
