@@ -203,6 +203,8 @@ need() {
     packages="${packages:+$packages }$2"
 }
 need_compiler() { command -v cc >/dev/null 2>&1 || need "a C compiler" "gcc libc6-dev"; }
+# jemalloc is built by its own makefile.
+need_make() { command -v make >/dev/null 2>&1 || need "make" "make"; }
 # need_pip WHAT: what it fetches. A virtual environment's pip does as well, see fetch-wheel.sh.
 need_pip() {
     python3 -m pip --version >/dev/null 2>&1 || python3 -c 'import ensurepip, venv' >/dev/null 2>&1 ||
@@ -227,6 +229,7 @@ fi
     fail "only Linux is supported: children are tied to their parent by the kernel's parent-death signal."
 
 need_compiler
+need_make
 # Assigned first: a wrong override ends the script here, which it would not inside a test.
 nats=$(find_nats)
 postgres=$(find_postgres)

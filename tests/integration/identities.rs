@@ -608,10 +608,8 @@ async fn orders_are_decided_with_every_program_under_its_own_key() -> Result<()>
     assert_eq!(origin.as_str(), poison.sequence.to_string());
 
     // The other services pull from their consumers across the accounts, and acknowledge.
-    // What the notification service filters out is the third: that the product is available.
-    for (who, consumer, sequences) in
-        [(Who::Analytics, "analytics", [1, 2, 3, 4, 5].as_slice()), (Who::Notification, "notification", &[1, 2, 4, 5])]
-    {
+    let sequences = [1, 2, 3, 4, 5].as_slice();
+    for (who, consumer) in [(Who::Analytics, "analytics"), (Who::Notification, "notification")] {
         let (client, refusals) = secured.connect(who).await?;
         let context = jetstream::new(client);
         let pulling = async {

@@ -53,6 +53,7 @@ fn holds(defined: &Value, actual: Option<&Value>) -> bool {
         (defined, Some(actual)) => defined == actual,
         (Value::Bool(false) | Value::Null, None) => true,
         (Value::Number(number), None) => number.as_i64() == Some(0),
+        (Value::Array(list), None) => list.is_empty(),
         (_, None) => false,
     }
 }

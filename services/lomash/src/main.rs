@@ -9,6 +9,10 @@ use lomash::{
 };
 use lomash_platform::telemetry::{self, LogFormat};
 
+/// As in the product service: reading a whole ledger is what this program does for long (ADR 0029).
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// Lomash Inventory: stock that is never oversold, lost or double-counted.
 #[derive(Debug, Parser)]
 #[command(name = "lomash", version)]

@@ -178,6 +178,9 @@ impl Books {
             Ok(event) => event,
             Err(reason) => return Verdict::Foreign(reason.clone()),
         };
+        if !is_read(&event.payload) {
+            return Verdict::Recorded;
+        }
         let product = self.known.entry(ProductId(event.payload.key())).or_default();
         if !is_late && let Err(foreign) = chains(&event.payload, product.stock.map(|stock| stock.quantity)) {
             return Verdict::Foreign(foreign.to_string());
@@ -193,7 +196,7 @@ impl Books {
             }
             LedgerEvent::ProductRevised(revised) => self.learn(arrival.sequence, &revised.0),
             LedgerEvent::InventoryUpdated(change) => self.judge(arrival, event, change, is_late, rules, now),
-            // The consumer does not ask for the others.
+            // Not read, see above.
             _ => {}
         }
         Verdict::Recorded
@@ -262,9 +265,21 @@ impl Books {
     }
 }
 
+/// Whether alerts depend on it: changes of stock cause them, registrations and revisions carry names and thresholds. The
+/// consumer delivers the others too, see its definition.
+const fn is_read(event: &LedgerEvent) -> bool {
+    matches!(
+        event,
+        LedgerEvent::InventoryUpdated(_) | LedgerEvent::ProductRegistered(_) | LedgerEvent::ProductRevised(_)
+    )
+}
+
 #[cfg(test)]
 mod tests {
-    use lomash_contract::{ProductRegistered, ProductRevised, Timestamp, Trigger, UpdatedBy};
+    use lomash_contract::{
+        ChangedField, FailureReason, InventoryUpdateFailed, OrderId, ProductRegistered, ProductRevised, ProductUpdated,
+        Timestamp, Trigger, UpdatedBy,
+    };
     use uuid::Uuid;
 
     use super::*;
@@ -390,6 +405,24 @@ mod tests {
         let changes = books.close();
         assert!(changes.stock.is_empty() && changes.details.is_empty(), "{changes:?}");
         assert_eq!(changes.checkpoint, 4);
+    }
+
+    #[test]
+    fn events_that_alerts_do_not_depend_on_only_move_the_checkpoint() {
+        let mut books = Books::open(0, HashMap::new());
+        let order_id = OrderId(Uuid::from_u128(7));
+        let failed = InventoryUpdateFailed { order_id, reason: FailureReason::UnknownProduct, items: Vec::new() };
+        // The product need not be known: it is not looked at.
+        let updated = ProductUpdated {
+            product_id: product(),
+            changed_fields: vec![ChangedField::IsAvailable],
+            updated_at: Timestamp::new(NOW),
+        };
+        let arrivals =
+            [arrival(1, LedgerEvent::InventoryUpdateFailed(failed)), arrival(2, LedgerEvent::ProductUpdated(updated))];
+        assert!(alerts(&mut books, &arrivals).is_empty());
+        assert!(books.known.is_empty(), "an order is no product");
+        assert_eq!(books.close().checkpoint, 2);
     }
 
     #[test]

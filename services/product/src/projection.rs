@@ -3,35 +3,34 @@
 //! Rows and checkpoint move in one transaction, and only from the checkpoint that was read, so a projector that was
 //! believed dead cannot write again. It cuts where an atomic batch ends, so readers never see half an order. Nothing on
 //! the write path waits for it: with Postgres down, orders are still decided, and it catches up later.
+//!
+//! Owns the loop; what a batch changes is `changes`, how that is written `tables`.
 
-use std::collections::BTreeMap;
+pub(crate) mod changes;
+pub(crate) mod tables;
+
 use std::future::Future;
 use std::time::Duration;
 
 use deadpool_postgres::{Client, Pool};
 use futures::{FutureExt, StreamExt};
-use hashbrown::HashMap;
-use lomash_contract::{
-    CountedBy, InventoryCounted, InventoryUpdateFailed, InventoryUpdated, LedgerEvent, OrderId, ProductDetails,
-    ProductId, ProductRegistered, ProductRevised, UpdatedBy, chains,
-};
+use lomash_contract::ProductId;
 use lomash_ledger::{LAST_SEQUENCE_TIMEOUT, Ledger, Messages, ReadError, StoredMessage, crash_point};
 use lomash_platform::Secret;
 use lomash_platform::postgres::{self, Schema};
-use serde_json::Value;
 use time::OffsetDateTime;
-use tokio_postgres::Transaction;
-use tokio_postgres::binary_copy::BinaryCopyInWriter;
-use tokio_postgres::types::{Json, Type};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, debug, error, info, warn};
-use uuid::Uuid;
 
+use self::changes::{Changes, Parsed, Products};
+pub use self::tables::split_words;
+use self::tables::{load_stock, move_checkpoint, write_counts, write_decisions, write_movements, write_products};
 use crate::observed::{self, Projecting};
 use crate::projected::Projected;
 
-/// Messages after which a transaction is cut at the next end of a batch.
-pub const BATCH_MESSAGES: usize = 2_000;
+/// Messages after which a transaction is cut at the next end of a batch. The more, the more changes of one product are one
+/// row; as many take some 0.2 s.
+pub const BATCH_MESSAGES: usize = 10_000;
 
 /// How long the rest of a batch whose beginning was read may take to arrive.
 const REST_TIMEOUT: Duration = Duration::from_secs(5);
@@ -48,6 +47,10 @@ const STANDBY_PAUSE: Duration = Duration::from_secs(1);
 
 /// Longest that one transaction may take; a slow database must not hold the checkpoint's lock for ever.
 const STATEMENT_TIMEOUT_MS: u32 = 30_000;
+
+/// The projector touches rows by their keys, some thousands at once. For so many the planner may prefer to go through a whole
+/// table, with helpers that are processes to be started, or to compile the statement; each is dearer than what it saves.
+const BY_KEYS_ONLY: &str = "SET enable_seqscan = off; SET max_parallel_workers_per_gather = 0; SET jit = off";
 
 /// How long the active projector may leave Postgres alone, also within a transaction, before Postgres gives its place to
 /// another: one that was frozen holds its connection, and with it the place and its locks.
@@ -71,9 +74,6 @@ const PROJECTOR_LOCK: i64 = 0x6c6f_6d61_7368_0002;
 
 /// Name of this projection in the table `checkpoint`.
 pub const PROJECTION: &str = "inventory";
-
-/// Products that one statement writes.
-const PRODUCTS_A_STATEMENT: usize = 10_000;
 
 /// Why projecting stopped.
 #[derive(Debug, thiserror::Error)]
@@ -206,7 +206,7 @@ async fn project<L: Ledger, A: AfterCommit>(
     let idle_ms = PLACE_TIMEOUT.as_millis();
     client
         .batch_execute(&format!(
-            "SET statement_timeout = {STATEMENT_TIMEOUT_MS}; SET idle_session_timeout = {idle_ms}; SET idle_in_transaction_session_timeout = {idle_ms}"
+            "SET statement_timeout = {STATEMENT_TIMEOUT_MS}; SET idle_session_timeout = {idle_ms}; SET idle_in_transaction_session_timeout = {idle_ms}; {BY_KEYS_ONLY}"
         ))
         .await?;
     // Whoever cannot see the ledger must not take the place of one that can.
@@ -224,6 +224,7 @@ async fn project<L: Ledger, A: AfterCommit>(
     let announcer = projected.announce(checkpoint);
     told("what begins with it", after_commit.became_active(checkpoint)).await;
     let mut messages = ledger.follow(checkpoint).await?;
+    let mut products = Products::default();
     loop {
         let batch = next_batch(&mut messages, checkpoint).await?;
         let Some(reached) = batch.last().map(|message| message.sequence) else {
@@ -241,7 +242,7 @@ async fn project<L: Ledger, A: AfterCommit>(
             continue;
         };
         let mut observed = Projecting::begin(&batch);
-        let applying = apply(&mut client, Schema::Live, &batch, checkpoint, reached);
+        let applying = apply(&mut client, Schema::Live, &mut products, &batch, checkpoint, reached);
         let applied =
             applying.instrument(observed.transaction_span()).await.inspect_err(|problem| observed.failed(problem))?;
         observed.committed(&applied.occurred);
@@ -324,135 +325,6 @@ async fn next_batch(messages: &mut Messages, after: u64) -> Result<Vec<StoredMes
     }
 }
 
-/// A product's row while a batch is folded over it.
-pub(crate) struct ProductRow {
-    details: ProductDetails,
-    quantity: u32,
-    sequence: u64,
-    registered_sequence: u64,
-    registered_at: OffsetDateTime,
-    updated_at: OffsetDateTime,
-    /// Whether the tables do not have it so yet.
-    pub(crate) changed: bool,
-    /// Whether that is so of its details, too. They change rarely, and their indexes are dear.
-    pub(crate) details_changed: bool,
-}
-
-/// One change of stock, and with which message it came.
-pub(crate) struct Movement<'m> {
-    message: &'m StoredMessage,
-    event_id: Uuid,
-    occurred_at: OffsetDateTime,
-    updated: InventoryUpdated,
-}
-
-/// A count, and with which message it came.
-pub(crate) struct Count<'m> {
-    message: &'m StoredMessage,
-    event_id: Uuid,
-    counted: InventoryCounted,
-}
-
-pub(crate) enum OrderDecision {
-    Allocated,
-    Refused(InventoryUpdateFailed),
-}
-
-/// The decisions of a batch by the sequence of the order's first event.
-pub(crate) type Decisions = BTreeMap<u64, (OrderId, OffsetDateTime, OrderDecision)>;
-
-/// What a batch of messages changes: the pure part of projecting, the same for the projector and for a rebuild.
-#[derive(Default)]
-pub(crate) struct Changes<'m> {
-    pub(crate) products: HashMap<ProductId, ProductRow>,
-    pub(crate) movements: Vec<Movement<'m>>,
-    pub(crate) counts: Vec<Count<'m>>,
-    pub(crate) decisions: Decisions,
-    decided: HashMap<OrderId, u64>,
-    pub(crate) skipped: u64,
-}
-
-impl<'m> Changes<'m> {
-    /// Nothing yet, over these products as they are.
-    pub(crate) fn over(products: HashMap<ProductId, ProductRow>) -> Self {
-        Self { products, ..Self::default() }
-    }
-
-    /// Takes one message in, or skips it by the rule that every reader applies.
-    pub(crate) fn fold(&mut self, message: &'m StoredMessage, parsed: Parsed) {
-        let admitted = parsed.and_then(|envelope| {
-            let stock = self.products.get(&ProductId(envelope.payload.key())).map(|row| row.quantity);
-            chains(&envelope.payload, stock).map(|()| envelope)
-        });
-        let envelope = match admitted {
-            Ok(envelope) => envelope,
-            Err(foreign) => {
-                error!(sequence = message.sequence, subject = message.subject, reason = %foreign, "skipped: not ours");
-                self.skipped += 1;
-                return;
-            }
-        };
-        let (sequence, stored_at) = (message.sequence, message.stored_at);
-        match envelope.payload {
-            LedgerEvent::ProductRegistered(ProductRegistered(details)) => {
-                let row = ProductRow {
-                    quantity: 0,
-                    sequence,
-                    registered_sequence: sequence,
-                    registered_at: stored_at,
-                    updated_at: stored_at,
-                    changed: true,
-                    details_changed: true,
-                    details,
-                };
-                self.products.insert(row.details.product_id, row);
-            }
-            LedgerEvent::ProductRevised(ProductRevised(details)) => {
-                if let Some(row) = self.touch(details.product_id, message) {
-                    row.details = details;
-                    row.details_changed = true;
-                }
-            }
-            LedgerEvent::InventoryUpdated(updated) => {
-                if let Some(row) = self.touch(updated.product_id, message) {
-                    row.quantity = updated.new_quantity;
-                }
-                if let Some(order_id) = updated.order_id {
-                    self.decide(order_id, message, OrderDecision::Allocated);
-                }
-                let (event_id, occurred_at) = (envelope.event_id.0, envelope.timestamp.get());
-                self.movements.push(Movement { message, event_id, occurred_at, updated });
-            }
-            LedgerEvent::InventoryUpdateFailed(failed) => {
-                self.decide(failed.order_id, message, OrderDecision::Refused(failed));
-            }
-            LedgerEvent::InventoryCounted(counted) => {
-                self.counts.push(Count { message, event_id: envelope.event_id.0, counted });
-            }
-            LedgerEvent::ProductUpdated(_) => {}
-        }
-    }
-
-    fn touch(&mut self, product_id: ProductId, message: &StoredMessage) -> Option<&mut ProductRow> {
-        let row = self.products.get_mut(&product_id)?;
-        row.sequence = message.sequence;
-        row.updated_at = message.stored_at;
-        row.changed = true;
-        Some(row)
-    }
-
-    /// The first event of an order is its decision; the others are its further lines.
-    fn decide(&mut self, order_id: OrderId, message: &StoredMessage, decision: OrderDecision) {
-        let first = *self.decided.entry(order_id).or_insert(message.sequence);
-        if first == message.sequence {
-            self.decisions.insert(first, (order_id, message.stored_at, decision));
-        }
-    }
-}
-
-/// A message by the stateless half of the rule that every reader applies.
-pub(crate) type Parsed = Result<lomash_contract::Envelope<LedgerEvent>, lomash_contract::Foreign>;
-
 /// What applying a batch did.
 struct Applied {
     /// The products whose rows changed.
@@ -463,10 +335,12 @@ struct Applied {
     table: u32,
 }
 
-/// Applies a batch and moves the checkpoint from `expected` to `reached`, in one transaction.
+/// Applies a batch and moves the checkpoint from `expected` to `reached`, in one transaction. `products` is what is remembered
+/// of the tables, and is nothing when that fails.
 async fn apply(
     client: &mut tokio_postgres::Client,
     schema: Schema,
+    products: &mut Products,
     batch: &[StoredMessage],
     expected: u64,
     reached: u64,
@@ -480,338 +354,23 @@ async fn apply(
     if found.sequence != expected {
         return Err(ProjectionError::Fenced { expected });
     }
-    let keys: Vec<Uuid> = parsed.iter().flatten().map(|envelope| envelope.payload.key()).collect();
-    let mut changes = Changes::over(load_products(&transaction, schema, &keys).await?);
+    let mut known = std::mem::take(products).of_table(found.table);
+    let unknown = known.unknown(&parsed);
+    known.learn(load_stock(&transaction, schema, &unknown).await?);
+    let mut changes = Changes::over(known);
     for (message, parsed) in batch.iter().zip(parsed) {
         changes.fold(message, parsed);
     }
-    write_products(&transaction, schema, changes.products.values()).await?;
+    write_products(&transaction, schema, &changes.products).await?;
     write_movements(&transaction, schema, &changes.movements).await?;
     write_counts(&transaction, schema, &changes.counts).await?;
     write_decisions(&transaction, schema, &changes.decisions).await?;
     move_checkpoint(&transaction, schema, expected, reached, changes.skipped).await?;
     transaction.commit().await?;
-    let changed = changes.products.values().filter(|row| row.changed).map(|row| row.details.product_id).collect();
+    let changed = changes.products.stock.keys().copied().collect();
     let occurred = changes.movements.iter().map(|movement| movement.occurred_at).collect();
+    *products = changes.products;
+    products.written();
+    products.bound();
     Ok(Applied { changed, occurred, table: found.table })
-}
-
-/// Moves the checkpoint from `expected` to `reached`; `skipped` more messages were not ours.
-pub(crate) async fn move_checkpoint(
-    transaction: &Transaction<'_>,
-    schema: Schema,
-    expected: u64,
-    reached: u64,
-    skipped: u64,
-) -> Result<(), ProjectionError> {
-    let update = format!(
-        "UPDATE {schema}.checkpoint SET sequence = $1, skipped = skipped + $2, updated_at = now()
-         WHERE projection = $3 AND sequence = $4"
-    );
-    let moved =
-        transaction.execute(&update, &[&bigint(reached), &bigint(skipped), &PROJECTION, &bigint(expected)]).await?;
-    if moved == 1 { Ok(()) } else { Err(ProjectionError::Fenced { expected }) }
-}
-
-/// Sequences and counts stay far below 2^63; quantities are checked by the ledger to fit.
-fn bigint(value: u64) -> i64 {
-    i64::try_from(value).unwrap_or(i64::MAX)
-}
-
-fn integer(value: u32) -> i32 {
-    i32::try_from(value).unwrap_or(i32::MAX)
-}
-
-async fn load_products(
-    transaction: &Transaction<'_>,
-    schema: Schema,
-    keys: &[Uuid],
-) -> Result<HashMap<ProductId, ProductRow>, ProjectionError> {
-    let query = format!(
-        "SELECT product_id, sku, name, category, low_stock_threshold, active, quantity, sequence, registered_sequence,
-                registered_at, updated_at
-         FROM {schema}.products JOIN {schema}.stock USING (product_id) WHERE product_id = ANY($1)"
-    );
-    let rows = transaction.query(&query, &[&keys]).await?;
-    rows.into_iter()
-        .map(|row| {
-            let product_id = ProductId(row.get(0));
-            let sku: String = row.get(1);
-            let details = ProductDetails {
-                product_id,
-                sku: sku.parse().map_err(|_| {
-                    ProjectionError::Postgres(format!("product {product_id} has the impossible sku `{sku}`; rebuild"))
-                })?,
-                name: row.get::<_, String>(2).into(),
-                category: row.get::<_, Option<String>>(3).map(Into::into),
-                low_stock_threshold: row.get::<_, Option<i32>>(4).map(i32::unsigned_abs),
-                active: row.get(5),
-            };
-            let row = ProductRow {
-                details,
-                quantity: row.get::<_, i32>(6).unsigned_abs(),
-                sequence: row.get::<_, i64>(7).unsigned_abs(),
-                registered_sequence: row.get::<_, i64>(8).unsigned_abs(),
-                registered_at: row.get(9),
-                updated_at: row.get(10),
-                changed: false,
-                details_changed: false,
-            };
-            Ok((product_id, row))
-        })
-        .collect()
-}
-
-/// Writes those of `rows` that changed.
-pub(crate) async fn write_products(
-    transaction: &Transaction<'_>,
-    schema: Schema,
-    rows: impl Iterator<Item = &ProductRow>,
-) -> Result<(), ProjectionError> {
-    let changed: Vec<&ProductRow> = rows.filter(|row| row.changed).collect();
-    for rows in changed.chunks(PRODUCTS_A_STATEMENT) {
-        upsert_stock(transaction, schema, rows).await?;
-    }
-    let changed: Vec<&ProductRow> = changed.into_iter().filter(|row| row.details_changed).collect();
-    for rows in changed.chunks(PRODUCTS_A_STATEMENT) {
-        upsert_products(transaction, schema, rows).await?;
-    }
-    Ok(())
-}
-
-async fn upsert_stock(
-    transaction: &Transaction<'_>,
-    schema: Schema,
-    rows: &[&ProductRow],
-) -> Result<(), ProjectionError> {
-    let ids: Vec<Uuid> = rows.iter().map(|row| row.details.product_id.0).collect();
-    let quantities: Vec<i32> = rows.iter().map(|row| integer(row.quantity)).collect();
-    let thresholds: Vec<Option<i32>> = rows.iter().map(|row| row.details.low_stock_threshold.map(integer)).collect();
-    let sequences: Vec<i64> = rows.iter().map(|row| bigint(row.sequence)).collect();
-    let updated: Vec<OffsetDateTime> = rows.iter().map(|row| row.updated_at).collect();
-    let upsert = format!(
-        "INSERT INTO {schema}.stock (product_id, quantity, low_stock_threshold, sequence, updated_at)
-             SELECT * FROM UNNEST($1::uuid[], $2::int[], $3::int[], $4::bigint[], $5::timestamptz[])
-             ON CONFLICT (product_id) DO UPDATE SET
-                 quantity = excluded.quantity, low_stock_threshold = excluded.low_stock_threshold,
-                 sequence = excluded.sequence, updated_at = excluded.updated_at"
-    );
-    transaction.execute(&upsert, &[&ids, &quantities, &thresholds, &sequences, &updated]).await?;
-    Ok(())
-}
-
-async fn upsert_products(
-    transaction: &Transaction<'_>,
-    schema: Schema,
-    rows: &[&ProductRow],
-) -> Result<(), ProjectionError> {
-    let ids: Vec<Uuid> = rows.iter().map(|row| row.details.product_id.0).collect();
-    let skus: Vec<&str> = rows.iter().map(|row| row.details.sku.as_str()).collect();
-    let names: Vec<&str> = rows.iter().map(|row| &*row.details.name).collect();
-    let categories: Vec<Option<&str>> = rows.iter().map(|row| row.details.category.as_deref()).collect();
-    let actives: Vec<bool> = rows.iter().map(|row| row.details.active).collect();
-    // An array of arrays would have to be rectangular, so the words travel as one text; they hold no space.
-    let words: Vec<String> = rows.iter().map(|row| searchable_words(&row.details).join(" ")).collect();
-    let registered_sequences: Vec<i64> = rows.iter().map(|row| bigint(row.registered_sequence)).collect();
-    let registered: Vec<OffsetDateTime> = rows.iter().map(|row| row.registered_at).collect();
-    let upsert = format!(
-        "INSERT INTO {schema}.products
-                 (product_id, sku, name, category, active, words, registered_sequence, registered_at)
-             SELECT product_id, sku, name, category, active, string_to_array(words, ' '), sequence, registered_at
-             FROM UNNEST($1::uuid[], $2::text[], $3::text[], $4::text[], $5::bool[], $6::text[], $7::bigint[],
-                         $8::timestamptz[])
-                  AS new (product_id, sku, name, category, active, words, sequence, registered_at)
-             ON CONFLICT (product_id) DO UPDATE SET
-                 sku = excluded.sku, name = excluded.name, category = excluded.category, active = excluded.active,
-                 words = excluded.words"
-    );
-    transaction
-        .execute(&upsert, &[&ids, &skus, &names, &categories, &actives, &words, &registered_sequences, &registered])
-        .await?;
-    Ok(())
-}
-
-/// The words of its sku and its name, by which a product is found.
-fn searchable_words(details: &ProductDetails) -> Vec<String> {
-    let mut words: Vec<String> = split_words(details.sku.as_str()).chain(split_words(&details.name)).collect();
-    words.sort_unstable();
-    words.dedup();
-    words
-}
-
-/// The words of a text: what stands between characters that are neither letters nor digits, in lower case. Both what is
-/// found and what is looked for are split by this.
-pub fn split_words(text: &str) -> impl Iterator<Item = String> {
-    // Lower case first: a letter may become several characters of which not all are letters.
-    let lower = text.to_lowercase();
-    let words: Vec<String> = lower
-        .split(|letter: char| !letter.is_alphanumeric())
-        .filter(|word| !word.is_empty())
-        .map(str::to_owned)
-        .collect();
-    words.into_iter()
-}
-
-/// Adds movements by binary `COPY`.
-pub(crate) async fn write_movements(
-    transaction: &Transaction<'_>,
-    schema: Schema,
-    movements: &[Movement<'_>],
-) -> Result<(), ProjectionError> {
-    if movements.is_empty() {
-        return Ok(());
-    }
-    let copy = format!(
-        "COPY {schema}.movements (sequence, product_id, previous_quantity, new_quantity, trigger, order_id, updated_by,
-                                  reason, event_id, occurred_at, stored_at)
-         FROM STDIN BINARY"
-    );
-    let sink = transaction.copy_in(&copy).await?;
-    let types = [
-        Type::INT8,
-        Type::UUID,
-        Type::INT4,
-        Type::INT4,
-        Type::TEXT,
-        Type::UUID,
-        Type::UUID,
-        Type::TEXT,
-        Type::UUID,
-        Type::TIMESTAMPTZ,
-        Type::TIMESTAMPTZ,
-    ];
-    let writer = BinaryCopyInWriter::new(sink, &types);
-    let mut writer = std::pin::pin!(writer);
-    for Movement { message, event_id, occurred_at, updated } in movements {
-        let by = match updated.updated_by {
-            UpdatedBy::System => None,
-            UpdatedBy::User(id) => Some(id),
-        };
-        writer
-            .as_mut()
-            .write(&[
-                &bigint(message.sequence),
-                &updated.product_id.0,
-                &integer(updated.previous_quantity),
-                &integer(updated.new_quantity),
-                &updated.trigger.as_str(),
-                &updated.order_id.map(|order| order.0),
-                &by,
-                &message.carried.reason,
-                event_id,
-                occurred_at,
-                &message.stored_at,
-            ])
-            .await?;
-    }
-    writer.finish().await?;
-    Ok(())
-}
-
-/// Adds counts by binary `COPY`.
-pub(crate) async fn write_counts(
-    transaction: &Transaction<'_>,
-    schema: Schema,
-    counts: &[Count<'_>],
-) -> Result<(), ProjectionError> {
-    if counts.is_empty() {
-        return Ok(());
-    }
-    let copy = format!(
-        "COPY {schema}.counts (sequence, product_id, quantity, counted_at, counted_by, event_id, stored_at)
-         FROM STDIN BINARY"
-    );
-    let sink = transaction.copy_in(&copy).await?;
-    let types = [Type::INT8, Type::UUID, Type::INT8, Type::TIMESTAMPTZ, Type::UUID, Type::UUID, Type::TIMESTAMPTZ];
-    let writer = BinaryCopyInWriter::new(sink, &types);
-    let mut writer = std::pin::pin!(writer);
-    for Count { message, event_id, counted } in counts {
-        let by = match counted.counted_by {
-            CountedBy::Warehouse => None,
-            CountedBy::User(id) => Some(id),
-        };
-        writer
-            .as_mut()
-            .write(&[
-                &bigint(message.sequence),
-                &counted.product_id.0,
-                &i64::from(counted.quantity),
-                &counted.counted_at.get(),
-                &by,
-                event_id,
-                &message.stored_at,
-            ])
-            .await?;
-    }
-    writer.finish().await?;
-    Ok(())
-}
-
-/// A decision as the columns `outcome`, `reason` and `items` hold it.
-fn decision_columns(decision: &OrderDecision) -> (&'static str, Option<&str>, Option<Json<Value>>) {
-    match decision {
-        OrderDecision::Allocated => ("allocated", None, None),
-        OrderDecision::Refused(failed) => {
-            let items = serde_json::to_value(&failed.items).unwrap_or_default();
-            ("refused", Some(failed.reason.as_str()), Some(Json(items)))
-        }
-    }
-}
-
-/// Adds the decisions of orders that have none yet.
-pub(crate) async fn write_decisions(
-    transaction: &Transaction<'_>,
-    schema: Schema,
-    decisions: &Decisions,
-) -> Result<(), ProjectionError> {
-    if decisions.is_empty() {
-        return Ok(());
-    }
-    let mut orders: Vec<Uuid> = Vec::with_capacity(decisions.len());
-    let mut outcomes: Vec<&str> = Vec::with_capacity(decisions.len());
-    let mut reasons: Vec<Option<&str>> = Vec::with_capacity(decisions.len());
-    let mut items: Vec<Option<Json<Value>>> = Vec::with_capacity(decisions.len());
-    let mut sequences: Vec<i64> = Vec::with_capacity(decisions.len());
-    let mut instants: Vec<OffsetDateTime> = Vec::with_capacity(decisions.len());
-    for (sequence, (order_id, decided_at, decision)) in decisions {
-        let (outcome, reason, failing) = decision_columns(decision);
-        orders.push(order_id.0);
-        outcomes.push(outcome);
-        reasons.push(reason);
-        items.push(failing);
-        sequences.push(bigint(*sequence));
-        instants.push(*decided_at);
-    }
-    let insert = format!(
-        "INSERT INTO {schema}.order_decisions (order_id, outcome, reason, items, sequence, decided_at)
-         SELECT * FROM UNNEST($1::uuid[], $2::text[], $3::text[], $4::jsonb[], $5::bigint[], $6::timestamptz[])
-         ON CONFLICT (order_id) DO NOTHING"
-    );
-    transaction.execute(&insert, &[&orders, &outcomes, &reasons, &items, &sequences, &instants]).await?;
-    Ok(())
-}
-
-/// Adds decisions by binary `COPY` to a table that has no key yet: an order of several batches gets several rows, of
-/// which its first is its decision.
-pub(crate) async fn copy_decisions(
-    transaction: &Transaction<'_>,
-    schema: Schema,
-    decisions: &Decisions,
-) -> Result<(), ProjectionError> {
-    if decisions.is_empty() {
-        return Ok(());
-    }
-    let copy = format!(
-        "COPY {schema}.order_decisions (order_id, outcome, reason, items, sequence, decided_at) FROM STDIN BINARY"
-    );
-    let sink = transaction.copy_in(&copy).await?;
-    let types = [Type::UUID, Type::TEXT, Type::TEXT, Type::JSONB, Type::INT8, Type::TIMESTAMPTZ];
-    let writer = BinaryCopyInWriter::new(sink, &types);
-    let mut writer = std::pin::pin!(writer);
-    for (sequence, (order_id, decided_at, decision)) in decisions {
-        let (outcome, reason, items) = decision_columns(decision);
-        writer.as_mut().write(&[&order_id.0, &outcome, &reason, &items, &bigint(*sequence), decided_at]).await?;
-    }
-    writer.finish().await?;
-    Ok(())
 }

@@ -12,8 +12,6 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use futures::StreamExt;
-use hashbrown::HashMap;
-use lomash_contract::ProductId;
 use lomash_ledger::{Ledger, ReadError, StoredMessage};
 use lomash_platform::Secret;
 use lomash_platform::postgres::{INVENTORY, Schema};
@@ -22,9 +20,10 @@ use tokio::sync::mpsc;
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
-use crate::projection::{
-    Changes, Parsed, ProductRow, ProjectionError, copy_decisions, move_checkpoint, write_counts, write_decisions,
-    write_movements, write_products,
+use crate::projection::ProjectionError;
+use crate::projection::changes::{Changes, Parsed, Products};
+use crate::projection::tables::{
+    copy_decisions, move_checkpoint, write_counts, write_decisions, write_movements, write_products,
 };
 
 /// Messages after which a transaction of the load is cut at the next end of a batch.
@@ -54,7 +53,7 @@ pub struct Rebuild<L> {
     /// Writes the shadow and holds the lock.
     client: Client,
     /// Every product, as of `checkpoint`.
-    products: HashMap<ProductId, ProductRow>,
+    products: Products,
     /// What is folded and written, but for `products`.
     checkpoint: u64,
     /// What the shadow's table says.
@@ -87,7 +86,7 @@ impl<L: Ledger> Rebuild<L> {
         let settings = format!("SET synchronous_commit = off; SET maintenance_work_mem = '{INDEX_MEMORY}'");
         client.batch_execute(&settings).await.context("the connection cannot be set up")?;
         let indexes = leave_out_indexes(&client).await.context("the indexes of the shadow cannot be left out")?;
-        let (products, checkpoint, settled, skipped) = (HashMap::new(), 0, 0, 0);
+        let (products, checkpoint, settled, skipped) = (Products::default(), 0, 0, 0);
         Ok(Self { ledger, url: url.clone(), client, products, checkpoint, settled, skipped, indexes })
     }
 
@@ -184,15 +183,13 @@ impl<L: Ledger> Rebuild<L> {
     pub async fn settle(&mut self) -> anyhow::Result<()> {
         let written = async {
             let transaction = self.client.transaction().await?;
-            write_products(&transaction, Schema::Shadow, self.products.values()).await?;
+            write_products(&transaction, Schema::Shadow, &self.products).await?;
             move_checkpoint(&transaction, Schema::Shadow, self.settled, self.checkpoint, self.skipped).await?;
             transaction.commit().await?;
             Ok::<(), ProjectionError>(())
         };
         written.await.context("the products of the shadow cannot be written")?;
-        for row in self.products.values_mut() {
-            (row.changed, row.details_changed) = (false, false);
-        }
+        self.products.written();
         (self.settled, self.skipped) = (self.checkpoint, 0);
         Ok(())
     }

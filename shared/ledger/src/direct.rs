@@ -7,7 +7,6 @@
 //! Any replica may answer, also one that is behind. Where an answer ends, the leader is asked what comes next; only its
 //! word is an end.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,19 +16,23 @@ use async_nats::jetstream::message::StreamMessage;
 use async_nats::jetstream::stream::{LastRawMessageErrorKind, RawMessageErrorKind};
 use async_nats::{HeaderMap, Message, StatusCode};
 use bytes::Bytes;
-use futures::stream::{BoxStream, StreamExt};
+use futures::TryStreamExt;
+use futures::stream::{self, BoxStream, StreamExt};
 use serde_json::json;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
+use tokio::sync::mpsc;
 
 use crate::ReadError;
 
 /// How long a server may leave one waiting for the next part of an answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Messages of one answer.
-const BATCH_MESSAGES: usize = 1_000;
+const BATCH_MESSAGES: u64 = 1_000;
 /// Bytes of one answer; a message may go over it.
 const BATCH_BYTES: usize = 4 * 1024 * 1024;
+/// Answers that wait to be looked at. Three are in memory: one being looked at, this one, and one on its way.
+const ANSWERS_AHEAD: usize = 1;
 /// Where the server takes direct gets.
 const API: &str = "$JS.API.DIRECT.GET";
 /// What the server adds to a message that it hands out so. On a message's own headers they would mean something else.
@@ -60,26 +63,30 @@ pub fn read(
     after: u64,
     upto: u64,
 ) -> BoxStream<'static, Result<Held, ReadError>> {
+    read_as(context, stream, filter, after, upto)
+}
+
+/// The same in the form that the reader wants.
+pub(crate) fn read_as<T: From<Answered> + Send + 'static>(
+    context: &Context,
+    stream: &str,
+    filter: Option<&str>,
+    after: u64,
+    upto: u64,
+) -> BoxStream<'static, Result<T, ReadError>> {
     let reader = Reader {
         context: context.clone(),
         stream: stream.into(),
         filter: filter.map(Into::into),
         seen: after,
         upto,
-        held: VecDeque::new(),
         over: after >= upto,
     };
-    futures::stream::unfold(reader, |mut reader| async move {
-        match reader.next().await {
-            Ok(Some(held)) => Some((Ok(held), reader)),
-            Ok(None) => None,
-            Err(problem) => {
-                reader.over = true;
-                Some((Err(problem), reader))
-            }
-        }
-    })
-    .boxed()
+    let (sender, answers) = mpsc::channel(ANSWERS_AHEAD);
+    tokio::spawn(reader.run(sender));
+    let answers =
+        stream::unfold(answers, |mut answers| async move { answers.recv().await.map(|next| (next, answers)) });
+    answers.map_ok(|answer| stream::iter(answer.into_iter().map(|message| Ok(T::from(message))))).try_flatten().boxed()
 }
 
 /// The first sequence of `stream` that was stored at `instant` or later; `None` when all are older.
@@ -88,9 +95,32 @@ pub fn read(
 /// [`ReadError::Unavailable`].
 pub async fn first_since(context: &Context, stream: &str, instant: OffsetDateTime) -> Result<Option<u64>, ReadError> {
     let start_time = instant.format(&Rfc3339).map_err(|problem| ReadError::Unavailable(problem.to_string()))?;
-    let mut first = VecDeque::new();
-    ask(context, stream, &json!({ "start_time": start_time, "batch": 1 }), &mut first).await?;
-    Ok(first.front().map(|held| held.sequence))
+    let first = ask(context, stream, &json!({ "start_time": start_time, "batch": 1 })).await?;
+    Ok(first.first().map(|held| held.sequence))
+}
+
+/// A message as the server hands it out, its own headers among those of the message.
+pub(crate) struct Answered {
+    pub(crate) sequence: u64,
+    pub(crate) stored_at: OffsetDateTime,
+    pub(crate) subject: String,
+    pub(crate) stamps: HeaderMap,
+    pub(crate) payload: Bytes,
+}
+
+impl From<Answered> for Held {
+    fn from(Answered { sequence, stored_at, subject, stamps, payload }: Answered) -> Self {
+        let mut headers = HeaderMap::new();
+        for (name, values) in stamps.iter() {
+            let added = [NATS_SEQUENCE, NATS_SUBJECT, NATS_STREAM].contains(name) || ADDED.contains(&name.as_ref());
+            if !added {
+                for value in values {
+                    headers.append(name.clone(), value.clone());
+                }
+            }
+        }
+        Self { sequence, stored_at, subject, headers, payload }
+    }
 }
 
 struct Reader {
@@ -100,54 +130,51 @@ struct Reader {
     /// Nothing at or below it is wanted any more.
     seen: u64,
     upto: u64,
-    held: VecDeque<Held>,
     over: bool,
 }
 
 impl Reader {
-    async fn next(&mut self) -> Result<Option<Held>, ReadError> {
-        loop {
-            if let Some(held) = self.held.pop_front() {
-                if held.sequence > self.upto {
-                    self.over = true;
-                    return Ok(None);
-                }
-                // An answer that was asked for twice, by a lost connection, repeats.
-                if held.sequence <= self.seen {
-                    continue;
-                }
-                self.seen = held.sequence;
-                return Ok(Some(held));
+    /// Hands out answers, and asks for the next one while the last is looked at, until there are none or nobody wants them.
+    async fn run(mut self, answers: mpsc::Sender<Result<Vec<Answered>, ReadError>>) {
+        while !self.over {
+            let answer = self.next().await;
+            self.over |= answer.is_err();
+            if answers.send(answer).await.is_err() {
+                return;
             }
-            if self.over || self.seen >= self.upto {
-                return Ok(None);
-            }
-            self.fill().await?;
         }
     }
 
-    async fn fill(&mut self) -> Result<(), ReadError> {
-        let mut request = json!({ "seq": self.seen + 1, "batch": BATCH_MESSAGES, "max_bytes": BATCH_BYTES });
+    /// The messages of one answer that are wanted.
+    async fn next(&mut self) -> Result<Vec<Answered>, ReadError> {
+        let batch = (self.upto - self.seen).min(BATCH_MESSAGES);
+        let mut request = json!({ "seq": self.seen + 1, "batch": batch, "max_bytes": BATCH_BYTES });
         if let Some(filter) = &self.filter {
             request["next_by_subj"] = json!(&**filter);
         }
-        ask(&self.context, &self.stream, &request, &mut self.held).await?;
-        if self.held.is_empty() {
-            match self.ask_the_leader().await? {
-                Some(held) => self.held.push_back(held),
-                None => self.over = true,
-            }
+        let mut answer = ask(&self.context, &self.stream, &request).await?;
+        if answer.is_empty() {
+            answer.extend(self.ask_the_leader().await?);
         }
-        Ok(())
+        let Some(last) = answer.last().map(|held| held.sequence) else {
+            self.over = true;
+            return Ok(answer);
+        };
+        // An answer that was asked for twice, by a lost connection, repeats.
+        let wanted = self.seen + 1..=self.upto;
+        answer.retain(|held| wanted.contains(&held.sequence));
+        self.seen = self.seen.max(last);
+        self.over = self.seen >= self.upto;
+        Ok(answer)
     }
 
     /// What comes next by the leader's word.
-    async fn ask_the_leader(&self) -> Result<Option<Held>, ReadError> {
+    async fn ask_the_leader(&self) -> Result<Option<Answered>, ReadError> {
         let handle = self.context.get_stream_no_info(&*self.stream).await.map_err(unavailable)?;
         let filter = self.filter.as_deref().unwrap_or(">");
         match handle.get_first_raw_message_by_subject(filter, self.seen + 1).await {
             Ok(StreamMessage { subject, sequence, headers, payload, time, .. }) => {
-                Ok(Some(Held { sequence, stored_at: time, subject: subject.to_string(), headers, payload }))
+                Ok(Some(Answered { sequence, stored_at: time, subject: subject.to_string(), stamps: headers, payload }))
             }
             Err(problem) if problem.kind() == LastRawMessageErrorKind::NoMessageFound => Ok(None),
             Err(problem) => Err(unavailable(problem)),
@@ -163,12 +190,8 @@ fn unavailable(problem: impl std::fmt::Display) -> ReadError {
 }
 
 /// Asks once and collects the whole answer.
-async fn ask(
-    context: &Context,
-    stream: &str,
-    request: &serde_json::Value,
-    held: &mut VecDeque<Held>,
-) -> Result<(), ReadError> {
+async fn ask(context: &Context, stream: &str, request: &serde_json::Value) -> Result<Vec<Answered>, ReadError> {
+    let mut held = Vec::new();
     let client = context.client();
     let inbox = client.new_inbox();
     let mut answers = client.subscribe(inbox.clone()).await.map_err(unavailable)?;
@@ -183,9 +206,9 @@ async fn ask(
             }
         };
         match answer.status {
-            None | Some(StatusCode::OK) => held.push_back(parse(answer)?),
+            None | Some(StatusCode::OK) => held.push(parse(answer)?),
             // The end of the batch, or nothing there from this sequence on.
-            Some(status) if status.as_u16() == 204 || status == StatusCode::NOT_FOUND => return Ok(()),
+            Some(status) if status.as_u16() == 204 || status == StatusCode::NOT_FOUND => return Ok(held),
             Some(StatusCode::NO_RESPONDERS) => return Err(unavailable(format!("no server answers for {stream}"))),
             Some(status) => {
                 let why = answer.description.unwrap_or_default();
@@ -195,7 +218,7 @@ async fn ask(
     }
 }
 
-fn parse(answer: Message) -> Result<Held, ReadError> {
+fn parse(answer: Message) -> Result<Answered, ReadError> {
     let stamps = answer.headers.unwrap_or_default();
     // The server's own come last, after those of the message.
     let stamp = |name: async_nats::HeaderName| {
@@ -205,14 +228,5 @@ fn parse(answer: Message) -> Result<Held, ReadError> {
     let sequence = stamp(NATS_SEQUENCE)?.parse().map_err(unavailable)?;
     let stored_at = OffsetDateTime::parse(&stamp(NATS_TIME_STAMP)?, &Rfc3339).map_err(unavailable)?;
     let subject = stamp(NATS_SUBJECT)?;
-    let mut headers = HeaderMap::new();
-    for (name, values) in stamps.iter() {
-        let added = [NATS_SEQUENCE, NATS_SUBJECT, NATS_STREAM].contains(name) || ADDED.contains(&name.as_ref());
-        if !added {
-            for value in values {
-                headers.append(name.clone(), value.clone());
-            }
-        }
-    }
-    Ok(Held { sequence, stored_at, subject, headers, payload: answer.payload })
+    Ok(Answered { sequence, stored_at, subject, stamps, payload: answer.payload })
 }

@@ -13,13 +13,13 @@ use async_nats::header::{
 };
 use async_nats::jetstream::consumer::{DeliverPolicy, pull};
 use async_nats::jetstream::{self, Context};
-use async_nats::{Client, HeaderMap, Request, client::RequestErrorKind};
+use async_nats::{Client, HeaderMap, HeaderValue, Request, client::RequestErrorKind};
 use bytes::Bytes;
 use futures::stream::{self, StreamExt};
 use serde::Deserialize;
 use time::OffsetDateTime;
 
-use crate::direct::{self, Held};
+use crate::direct::{self, Answered, Held};
 use crate::{
     AppendError, BatchPosition, Carried, Ledger, MAX_BATCH_MESSAGES, Messages, NewMessage, ReadError, StoredMessage,
     crash_point, header,
@@ -258,8 +258,7 @@ impl Ledger for JetStreamLedger {
             return Ok(stream::empty().boxed());
         }
         let messages = if self.by_direct_gets || last - after <= FEW_MESSAGES {
-            let held = direct::read(&self.context, &self.stream, None, after, last);
-            contiguous(after, held.map(|held| held.map(StoredMessage::from)))
+            contiguous(after, direct::read_as(&self.context, &self.stream, None, after, last))
         } else {
             self.follow(after).await?
         };
@@ -328,6 +327,12 @@ impl From<Held> for StoredMessage {
     }
 }
 
+impl From<Answered> for StoredMessage {
+    fn from(Answered { sequence, stored_at, subject, stamps, payload }: Answered) -> Self {
+        with_headers(sequence, stored_at, subject, Some(&stamps), payload)
+    }
+}
+
 /// A stored message with what its headers say.
 pub(crate) fn with_headers(
     sequence: u64,
@@ -336,27 +341,26 @@ pub(crate) fn with_headers(
     headers: Option<&HeaderMap>,
     payload: Bytes,
 ) -> StoredMessage {
-    let text = |name: &str| headers?.get(name).map(|value| value.as_str().to_owned());
-    let batch = text("Nats-Batch-Id").map(|id| BatchPosition {
-        id,
-        sequence: text("Nats-Batch-Sequence").and_then(|value| value.parse().ok()).unwrap_or(0),
-        commit: text("Nats-Batch-Commit").is_some(),
-    });
-    let carried = Carried {
-        traceparent: text(header::TRACEPARENT),
-        tracestate: text(header::TRACESTATE),
-        // A foreign writer may have put in what a text column cannot hold.
-        reason: text(header::REASON).map(|reason| header_text(&reason)),
-        command: text(header::COMMAND),
-    };
-    StoredMessage {
-        sequence,
-        stored_at,
-        message_id: text("Nats-Msg-Id"),
-        expected_last_sequence: text("Nats-Expected-Last-Sequence").and_then(|value| value.parse().ok()),
-        batch,
-        carried,
-        subject,
-        payload,
+    let (mut message_id, mut expected_last_sequence) = (None, None);
+    let (mut batch_id, mut batch_sequence, mut commit) = (None, None, false);
+    let mut carried = Carried::default();
+    // One pass: a look for each name by its text costs as much as parsing the payload.
+    for (name, values) in headers.into_iter().flat_map(HeaderMap::iter) {
+        let Some(value) = values.first().map(HeaderValue::as_str) else { continue };
+        match name.as_ref() {
+            "Nats-Msg-Id" => message_id = Some(value.to_owned()),
+            "Nats-Expected-Last-Sequence" => expected_last_sequence = value.parse().ok(),
+            "Nats-Batch-Id" => batch_id = Some(value.to_owned()),
+            "Nats-Batch-Sequence" => batch_sequence = value.parse().ok(),
+            "Nats-Batch-Commit" => commit = true,
+            header::TRACEPARENT => carried.traceparent = Some(value.to_owned()),
+            header::TRACESTATE => carried.tracestate = Some(value.to_owned()),
+            // A foreign writer may have put in what a text column cannot hold.
+            header::REASON => carried.reason = Some(header_text(value)),
+            header::COMMAND => carried.command = Some(value.to_owned()),
+            _ => {}
+        }
     }
+    let batch = batch_id.map(|id| BatchPosition { id, sequence: batch_sequence.unwrap_or(0), commit });
+    StoredMessage { sequence, stored_at, message_id, expected_last_sequence, batch, carried, subject, payload }
 }

@@ -15,11 +15,12 @@ use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use async_nats::jetstream::consumer::{PriorityGroupState, PullConsumer, pull};
+use async_nats::jetstream::consumer::{Info, PriorityGroupState, PullConsumer, pull};
 use async_nats::jetstream::{self, AckKind, Context};
 use async_nats::{HeaderMap, Subject};
 use bytes::Bytes;
 use futures::FutureExt;
+use futures::future::{BoxFuture, OptionFuture};
 use futures::stream::{FuturesUnordered, StreamExt};
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
@@ -178,7 +179,7 @@ async fn receive_on<H, F>(
             opened = open(context, receive) => opened,
         };
         match opened {
-            Ok((messages, ack_wait)) => {
+            Ok(opened) => {
                 info!(stream = receive.stream, consumer = receive.consumer, "receiving");
                 let work = Work {
                     context,
@@ -186,11 +187,11 @@ async fn receive_on<H, F>(
                     stop,
                     handler,
                     moves_suspects,
-                    ack_wait,
+                    ack_wait: opened.ack_wait,
                     told: &told,
                     observed: &observed,
                 };
-                pump(&work, messages).await;
+                pump(&work, opened).await;
             }
             Err(problem) => warn!(consumer = receive.consumer, problem, "cannot receive yet, trying again"),
         }
@@ -215,13 +216,22 @@ struct Work<'a, H> {
     observed: &'a Observed,
 }
 
-async fn open(context: &Context, receive: &Receive) -> Result<(pull::Stream, Duration), String> {
+/// A consumer that is pulled from.
+struct Opened {
+    messages: pull::Stream,
+    ack_wait: Duration,
+    /// The node that leads it, on a cluster: it has our pulls, and they go with it.
+    leader: Option<String>,
+}
+
+async fn open(context: &Context, receive: &Receive) -> Result<Opened, String> {
     let mut context = context.clone();
     context.set_timeout(DESCRIBE_TIMEOUT);
     streams::ensure_consumer(&context, receive.stream, receive.consumer).await.map_err(|error| error.to_string())?;
     let consumer: PullConsumer =
         context.get_consumer_from_stream(receive.consumer, receive.stream).await.map_err(|error| error.to_string())?;
     let ack_wait = consumer.cached_info().config.ack_wait;
+    let leader = leader(consumer.cached_info());
     let mut builder = consumer
         .stream()
         .max_messages_per_batch(PREFETCH_MESSAGES.min(receive.max_in_flight))
@@ -231,15 +241,49 @@ async fn open(context: &Context, receive: &Receive) -> Result<(pull::Stream, Dur
         builder = builder.group(group);
     }
     let messages = builder.messages().await.map_err(|error| error.to_string())?;
-    Ok((messages, ack_wait))
+    Ok(Opened { messages, ack_wait, leader })
 }
 
-async fn pump<H, F>(work: &Work<'_, H>, mut messages: pull::Stream)
+fn leader(info: &Info) -> Option<String> {
+    info.cluster.as_ref()?.leader.clone()
+}
+
+/// Opens the consumer anew when it has another leader than `known`; nothing when that one still leads it, late as it may be.
+///
+/// A pull that waits with a leader that died or froze is lost, and async-nats asks again only seven seconds after it asked.
+async fn open_with_another_leader(context: &Context, receive: &Receive, known: Option<String>) -> Option<Opened> {
+    let mut context = context.clone();
+    context.set_timeout(DESCRIBE_TIMEOUT);
+    loop {
+        let described = async {
+            let stream = context.get_stream_no_info(receive.stream).await.map_err(|error| error.to_string())?;
+            stream.consumer_info(receive.consumer).await.map_err(|error| error.to_string())
+        };
+        let problem = match described.await {
+            Ok(info) if leader(&info) == known => return None,
+            Ok(_) => match open(&context, receive).await {
+                Ok(opened) => {
+                    info!(consumer = receive.consumer, leader = opened.leader, "the consumer has another leader");
+                    return Some(opened);
+                }
+                Err(problem) => problem,
+            },
+            Err(problem) => problem,
+        };
+        debug!(consumer = receive.consumer, problem, "nobody leads the consumer yet");
+        tokio::time::sleep(REOPEN_PAUSE).await;
+    }
+}
+
+async fn pump<H, F>(work: &Work<'_, H>, opened: Opened)
 where
     H: Fn(Delivery) -> F + Sync,
     F: Future<Output = Settle> + Send,
 {
     let Work { context, receive, stop, .. } = *work;
+    let Opened { mut messages, mut leader, .. } = opened;
+    // While the consumer is silent, until it is heard again.
+    let mut reopening: Option<BoxFuture<'_, Option<Opened>>> = None;
     let mut at_work = FuturesUnordered::new();
     let mut bytes_at_work = 0;
     let mut pin: Option<String> = None;
@@ -250,8 +294,15 @@ where
             biased;
             Some(bytes) = at_work.next(), if !at_work.is_empty() => bytes_at_work -= bytes,
             () = stop.cancelled() => break,
+            Some(found) = OptionFuture::from(reopening.as_mut()) => {
+                reopening = None;
+                if let Some(opened) = found {
+                    (messages, leader) = (opened.messages, opened.leader);
+                }
+            }
             next = messages.next(), if has_room => match next {
                 Some(Ok(message)) => {
+                    reopening = None;
                     let bytes = message.payload.len();
                     let headers = message.headers.as_ref().filter(|_| receive.group.is_some());
                     let given = headers.and_then(|headers| headers.get_last(async_nats::header::NATS_PIN_ID));
@@ -265,6 +316,10 @@ where
                     debug!(consumer = receive.consumer, %problem, "pull interrupted");
                     if problem.kind() != pull::MessagesErrorKind::MissingHeartbeat {
                         break;
+                    }
+                    // It is said again and again as long as the consumer is silent.
+                    if reopening.is_none() {
+                        reopening = Some(open_with_another_leader(context, receive, leader.clone()).boxed());
                     }
                 }
                 None => break,

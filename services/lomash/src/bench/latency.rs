@@ -112,6 +112,8 @@ pub(super) async fn run(bed: &mut Bed, source: &mut Source, effort: Effort) -> a
         output::thousands(one_by_one.round() as i64)
     ));
     for percent in LEVELS {
+        // What the projection has not done of the level before would count against this one.
+        bed.quiet().await?;
         let rate = capacity * f64::from(percent) / 100.0;
         let way = if rate <= one_by_one * ONE_BY_ONE_SHARE { Way::OneByOne } else { Way::Batches };
         let found = level(bed, source, &mut ears, &admin, Level { percent, rate, way }, effort).await?;
