@@ -32,6 +32,9 @@ use crate::projected::Projected;
 /// row; as many take some 0.2 s.
 pub const BATCH_MESSAGES: usize = 10_000;
 
+/// Bytes of payload after which it is, too: refusals of long orders are some 100 kB each.
+pub const BATCH_BYTES: usize = 16 << 20;
+
 /// How long the rest of a batch whose beginning was read may take to arrive.
 const REST_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -297,9 +300,10 @@ async fn newest_movement(client: &tokio_postgres::Client) -> Result<Option<(u64,
 /// The messages that are there, up to where an atomic batch ends; none when none came for [`IDLE_CHECK`].
 async fn next_batch(messages: &mut Messages, after: u64) -> Result<Vec<StoredMessage>, ProjectionError> {
     let mut batch: Vec<StoredMessage> = Vec::new();
+    let mut bytes = 0;
     loop {
         let whole = batch.last().is_some_and(StoredMessage::ends_batch);
-        if whole && batch.len() >= BATCH_MESSAGES {
+        if whole && (batch.len() >= BATCH_MESSAGES || bytes >= BATCH_BYTES) {
             return Ok(batch);
         }
         let next = if batch.is_empty() {
@@ -318,7 +322,10 @@ async fn next_batch(messages: &mut Messages, after: u64) -> Result<Vec<StoredMes
             rest.map_err(|_| ProjectionError::Stalled(seen))?
         };
         match next {
-            Some(Ok(message)) => batch.push(message),
+            Some(Ok(message)) => {
+                bytes += message.payload.len();
+                batch.push(message);
+            }
             Some(Err(problem)) => return Err(problem.into()),
             None => return Err(ReadError::Unavailable("the stream's reader ended".to_owned()).into()),
         }
