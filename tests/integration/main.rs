@@ -17,6 +17,7 @@ mod orders;
 mod projection;
 mod reads;
 mod rebuild;
+mod receive;
 mod reconciliation;
 mod snapshots;
 mod streams_files;

@@ -178,26 +178,22 @@ impl Books {
             Ok(event) => event,
             Err(reason) => return Verdict::Foreign(reason.clone()),
         };
-        if !is_read(&event.payload) {
-            return Verdict::Recorded;
-        }
+        let Some(told) = Told::by(&event.payload) else { return Verdict::Recorded };
         let product = self.known.entry(ProductId(event.payload.key())).or_default();
         if !is_late && let Err(foreign) = chains(&event.payload, product.stock.map(|stock| stock.quantity)) {
             return Verdict::Foreign(foreign.to_string());
         }
-        match &event.payload {
-            LedgerEvent::ProductRegistered(registered) => {
+        match told {
+            Told::Registered(details) => {
                 if !is_late {
                     let stock = Stock { quantity: 0, sequence: arrival.sequence, is_low: false };
                     product.stock = Some(stock);
-                    self.changed.insert(registered.0.product_id, stock);
+                    self.changed.insert(details.product_id, stock);
                 }
-                self.learn(arrival.sequence, &registered.0);
+                self.learn(arrival.sequence, details);
             }
-            LedgerEvent::ProductRevised(revised) => self.learn(arrival.sequence, &revised.0),
-            LedgerEvent::InventoryUpdated(change) => self.judge(arrival, event, change, is_late, rules, now),
-            // Not read, see above.
-            _ => {}
+            Told::Revised(details) => self.learn(arrival.sequence, details),
+            Told::Changed(change) => self.judge(arrival, event, change, is_late, rules, now),
         }
         Verdict::Recorded
     }
@@ -265,13 +261,24 @@ impl Books {
     }
 }
 
-/// Whether alerts depend on it: changes of stock cause them, registrations and revisions carry names and thresholds. The
-/// consumer delivers the others too, see its definition.
-const fn is_read(event: &LedgerEvent) -> bool {
-    matches!(
-        event,
-        LedgerEvent::InventoryUpdated(_) | LedgerEvent::ProductRegistered(_) | LedgerEvent::ProductRevised(_)
-    )
+/// What an event tells that alerts depend on: changes of stock cause them, registrations and revisions carry names and
+/// thresholds.
+enum Told<'e> {
+    Registered(&'e ProductDetails),
+    Revised(&'e ProductDetails),
+    Changed(&'e InventoryUpdated),
+}
+
+impl<'e> Told<'e> {
+    /// Nothing for the other events, which the consumer delivers too, see its definition.
+    const fn by(event: &'e LedgerEvent) -> Option<Self> {
+        match event {
+            LedgerEvent::ProductRegistered(registered) => Some(Self::Registered(&registered.0)),
+            LedgerEvent::ProductRevised(revised) => Some(Self::Revised(&revised.0)),
+            LedgerEvent::InventoryUpdated(change) => Some(Self::Changed(change)),
+            _ => None,
+        }
+    }
 }
 
 #[cfg(test)]

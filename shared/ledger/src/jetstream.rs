@@ -11,11 +11,11 @@ use async_nats::header::{
     NATS_BATCH_COMMIT, NATS_BATCH_COMMIT_FINAL, NATS_BATCH_ID, NATS_BATCH_SEQUENCE, NATS_EXPECTED_LAST_SEQUENCE,
     NATS_MESSAGE_ID,
 };
-use async_nats::jetstream::consumer::{DeliverPolicy, pull};
+use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, pull};
 use async_nats::jetstream::{self, Context};
 use async_nats::{Client, HeaderMap, HeaderValue, Request, client::RequestErrorKind};
 use bytes::Bytes;
-use futures::stream::{self, StreamExt};
+use futures::stream::{self, Stream, StreamExt};
 use serde::Deserialize;
 use time::OffsetDateTime;
 
@@ -45,6 +45,13 @@ pub const OPEN_TIMEOUT: Duration = Duration::from_secs(3);
 /// Messages that are read by direct gets when a reader for more of them would be faster but has to be made first, by a leader
 /// that may be gone: two of the largest batches.
 const FEW_MESSAGES: u64 = 2 * MAX_BATCH_MESSAGES as u64;
+
+/// Messages that a reader of a range asks for at once. It asks again when half of them came, so that the server need not wait for
+/// its question; an ordered consumer asks for 500.
+const READ_AT_ONCE: usize = 5_000;
+
+/// How long the server keeps the reader of a range that nobody asks any more.
+const READER_KEPT: Duration = Duration::from_secs(30);
 
 /// How often an append that waits for its answer looks whether the connection is still the one that it was sent on.
 const CONNECTION_LOOK: Duration = Duration::from_millis(50);
@@ -125,6 +132,35 @@ impl JetStreamLedger {
             .await
             .map_err(unavailable)?;
         consumer.messages().await.map_err(unavailable)
+    }
+
+    /// What is stored after `after`, in large pulls. Unlike an ordered consumer it is not made anew when a delivery is lost:
+    /// the range ends there, and whoever reads it begins another where this one ended.
+    async fn range(
+        &self,
+        after: u64,
+    ) -> Result<impl Stream<Item = Result<StoredMessage, ReadError>> + Send + use<>, ReadError> {
+        let stream = self.context.get_stream_no_info(&*self.stream).await.map_err(unavailable)?;
+        let consumer = stream
+            .create_consumer(pull::Config {
+                deliver_policy: DeliverPolicy::ByStartSequence { start_sequence: after + 1 },
+                ack_policy: AckPolicy::None,
+                memory_storage: true,
+                num_replicas: 1,
+                inactive_threshold: READER_KEPT,
+                ..Default::default()
+            })
+            .await
+            .map_err(unavailable)?;
+        let messages = consumer.stream().max_messages_per_batch(READ_AT_ONCE).messages().await.map_err(unavailable)?;
+        Ok(messages.enumerate().map(|(before, item)| match delivered(item.map_err(unavailable)?)? {
+            (number, message) if number == before as u64 + 1 => Ok(message),
+            (number, message) => Err(ReadError::Unavailable(format!(
+                "delivery {} was lost: sequence {} came as delivery {number}",
+                before + 1,
+                message.sequence
+            ))),
+        }))
     }
 }
 
@@ -260,7 +296,7 @@ impl Ledger for JetStreamLedger {
         let messages = if self.by_direct_gets || last - after <= FEW_MESSAGES {
             contiguous(after, direct::read_as(&self.context, &self.stream, None, after, last))
         } else {
-            self.follow(after).await?
+            contiguous(after, self.range(after).await?)
         };
         // The end of the range is known, so silence before it is a fault and not an idle stream.
         let guarded = stream::unfold((messages, after), move |(mut messages, seen)| async move {
@@ -283,15 +319,12 @@ impl Ledger for JetStreamLedger {
 
     async fn follow(&self, after: u64) -> Result<Messages, ReadError> {
         let messages = self.open(after).await?;
-        Ok(contiguous(after, messages.map(|item| item.map_err(unavailable).and_then(delivered))))
+        Ok(contiguous(after, messages.map(|item| delivered(item.map_err(unavailable)?).map(|(_, message)| message))))
     }
 }
 
 /// Passes messages on as long as none is missing, and ends with the first fault.
-fn contiguous(
-    after: u64,
-    messages: impl futures::Stream<Item = Result<StoredMessage, ReadError>> + Send + 'static,
-) -> Messages {
+fn contiguous(after: u64, messages: impl Stream<Item = Result<StoredMessage, ReadError>> + Send + 'static) -> Messages {
     let contiguous = messages.scan((after, false), |(seen, failed), item| {
         if *failed {
             return futures::future::ready(None);
@@ -311,14 +344,15 @@ fn contiguous(
     contiguous.filter_map(futures::future::ready).boxed()
 }
 
-fn delivered(message: jetstream::Message) -> Result<StoredMessage, ReadError> {
-    let (sequence, stored_at) = {
+/// A message and which delivery of its consumer it was, the first being 1.
+fn delivered(message: jetstream::Message) -> Result<(u64, StoredMessage), ReadError> {
+    let (number, sequence, stored_at) = {
         let info = message.info().map_err(|error| ReadError::Unavailable(error.to_string()))?;
-        (info.stream_sequence, info.published)
+        (info.consumer_sequence, info.stream_sequence, info.published)
     };
     let message = message.message;
     let subject = message.subject.into_string();
-    Ok(with_headers(sequence, stored_at, subject, message.headers.as_ref(), message.payload))
+    Ok((number, with_headers(sequence, stored_at, subject, message.headers.as_ref(), message.payload)))
 }
 
 impl From<Held> for StoredMessage {

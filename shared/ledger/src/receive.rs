@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_nats::jetstream::consumer::{Info, PriorityGroupState, PullConsumer, pull};
+use async_nats::jetstream::stream::Stream;
 use async_nats::jetstream::{self, AckKind, Context};
 use async_nats::{HeaderMap, Subject};
 use bytes::Bytes;
@@ -248,20 +249,25 @@ fn leader(info: &Info) -> Option<String> {
     info.cluster.as_ref()?.leader.clone()
 }
 
+/// The stream, and what the leader of its consumer says of that one.
+async fn describe(context: &Context, receive: &Receive) -> Result<(Stream<()>, Info), String> {
+    let described = async {
+        let stream = context.get_stream_no_info(receive.stream).await.map_err(|error| error.to_string())?;
+        let info = stream.consumer_info(receive.consumer).await.map_err(|error| error.to_string())?;
+        Ok((stream, info))
+    };
+    let in_time = tokio::time::timeout(DESCRIBE_TIMEOUT, described).await;
+    in_time.unwrap_or_else(|_| Err(format!("no answer within {} s", DESCRIBE_TIMEOUT.as_secs())))
+}
+
 /// Opens the consumer anew when it has another leader than `known`; nothing when that one still leads it, late as it may be.
 ///
 /// A pull that waits with a leader that died or froze is lost, and async-nats asks again only seven seconds after it asked.
 async fn open_with_another_leader(context: &Context, receive: &Receive, known: Option<String>) -> Option<Opened> {
-    let mut context = context.clone();
-    context.set_timeout(DESCRIBE_TIMEOUT);
     loop {
-        let described = async {
-            let stream = context.get_stream_no_info(receive.stream).await.map_err(|error| error.to_string())?;
-            stream.consumer_info(receive.consumer).await.map_err(|error| error.to_string())
-        };
-        let problem = match described.await {
-            Ok(info) if leader(&info) == known => return None,
-            Ok(_) => match open(&context, receive).await {
+        let problem = match describe(context, receive).await {
+            Ok((_, info)) if leader(&info) == known => return None,
+            Ok(_) => match open(context, receive).await {
                 Ok(opened) => {
                     info!(consumer = receive.consumer, leader = opened.leader, "the consumer has another leader");
                     return Some(opened);
@@ -343,8 +349,7 @@ where
 /// Gives up the pin, if we have it, so that a standby need not wait until it runs out. Best effort.
 async fn hand_over(context: &Context, receive: &Receive, group: &str, pin: &str) {
     let handing_over = async {
-        let stream = context.get_stream_no_info(receive.stream).await.map_err(|error| error.to_string())?;
-        let info = stream.consumer_info(receive.consumer).await.map_err(|error| error.to_string())?;
+        let (stream, info) = describe(context, receive).await?;
         let ours = |state: &PriorityGroupState| state.group == group && state.pinned_client_id.as_deref() == Some(pin);
         if info.priority_groups.iter().any(ours) {
             stream.unpin_consumer(receive.consumer, group).await.map_err(|error| error.to_string())?;

@@ -247,6 +247,7 @@ pub async fn bench(args: &BenchArgs, show: Show) -> anyhow::Result<Report> {
             ("synchronous_commit", postgres.synchronous_commit),
             ("wal_sync_method", postgres.wal_sync_method),
             ("shared_buffers", postgres.shared_buffers),
+            ("max_wal_size", postgres.max_wal_size),
             ("Redis appendfsync of rival 3", redis.appendfsync),
         ]);
         scenarios = outcome.reports;

@@ -106,6 +106,7 @@ pub(super) struct Facts {
     pub synchronous_commit: String,
     pub wal_sync_method: String,
     pub shared_buffers: String,
+    pub max_wal_size: String,
 }
 
 impl Arena {
@@ -115,18 +116,23 @@ impl Arena {
         let url = Secret::from(server.url());
         let client = lomash_platform::postgres::connect(&url).await?;
         let mut values = Vec::new();
-        for setting in ["server_version", "fsync", "synchronous_commit", "wal_sync_method", "shared_buffers"] {
+        for setting in
+            ["server_version", "fsync", "synchronous_commit", "wal_sync_method", "shared_buffers", "max_wal_size"]
+        {
             let row = client.query_one(&format!("SHOW {setting}"), &[]).await.with_context(|| setting.to_owned())?;
             values.push(row.get::<_, String>(0));
         }
-        let [version, fsync, synchronous_commit, wal_sync_method, shared_buffers] =
-            <[String; 5]>::try_from(values).map_err(|_| anyhow!("Postgres did not show its settings"))?;
+        let [version, fsync, synchronous_commit, wal_sync_method, shared_buffers, max_wal_size] =
+            <[String; 6]>::try_from(values).map_err(|_| anyhow!("Postgres did not show its settings"))?;
         ensure!(
             fsync == "on" && synchronous_commit == "on",
             "Postgres runs with fsync {fsync} and synchronous_commit {synchronous_commit}; figures of a server that may \
              forget are of no use, so let both be on"
         );
-        Ok((Self { server, url }, Facts { version, fsync, synchronous_commit, wal_sync_method, shared_buffers }))
+        Ok((
+            Self { server, url },
+            Facts { version, fsync, synchronous_commit, wal_sync_method, shared_buffers, max_wal_size },
+        ))
     }
 
     /// Ends the server in order.

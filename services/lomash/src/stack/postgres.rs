@@ -38,6 +38,11 @@ const PRIVATE_PREFIX: &str = "lomash-postgres-";
 /// Creating a cluster takes a second or two; a slow disk may take a while to sync it.
 const INITDB_TIMEOUT: Duration = Duration::from_secs(120);
 
+/// Room for the log between two checkpoints. Rows of movements and decisions are indexed by random ids, so nearly each of them changes
+/// another page of an index, which goes into the log as a whole the first time after a checkpoint. With the 1 GB that
+/// is the default one checkpoint follows the other under load, and most rows pay that.
+const MAX_WAL_SIZE: &str = "max_wal_size=8GB";
+
 /// What starts postgres.
 #[derive(Debug)]
 pub struct PostgresServer {
@@ -89,7 +94,8 @@ impl Kind for PostgresServer {
             .args(["-p", &port.to_string()])
             .args(["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="])
             .args(["-c", "logging_collector=off", "-c", "log_destination=stderr"])
-            .args(["-c", "cluster_name=lomash"]);
+            .args(["-c", "cluster_name=lomash"])
+            .args(["-c", MAX_WAL_SIZE]);
         command
     }
 

@@ -2,6 +2,8 @@
 //!
 //! Assumes a transaction in which nobody else writes: the checkpoint is locked, or the schema is a shadow.
 
+use std::pin::Pin;
+
 use lomash_contract::{CountedBy, ProductDetails, ProductId, UpdatedBy};
 use lomash_platform::postgres::Schema;
 use serde_json::Value;
@@ -88,12 +90,7 @@ pub(crate) async fn write_products(
              WHERE old.product_id = new.product_id"
         );
         let updated = write_stock(transaction, &update, rows).await?;
-        if updated != rows.len() as u64 {
-            return Err(ProjectionError::Postgres(format!(
-                "of {} products that {schema}.stock had, {updated} are left; run `lomash rebuild`",
-                rows.len()
-            )));
-        }
+        found_all(schema, "stock", rows.len(), updated)?;
     }
     let (new, revised): (Vec<_>, Vec<_>) = products.details.values().partition(|row| row.registered.is_some());
     for rows in new.chunks(PRODUCTS_A_STATEMENT) {
@@ -103,6 +100,16 @@ pub(crate) async fn write_products(
         update_details(transaction, schema, rows).await?;
     }
     Ok(())
+}
+
+/// Refuses an update that did not find each of its `rows` in `table`: somebody else removed some.
+fn found_all(schema: Schema, table: &str, rows: usize, updated: u64) -> Result<(), ProjectionError> {
+    if updated == rows as u64 {
+        return Ok(());
+    }
+    Err(ProjectionError::Postgres(format!(
+        "of {rows} products that {schema}.{table} had, {updated} are left; run `lomash rebuild`"
+    )))
 }
 
 /// Runs `statement`, whose parameters are [`STOCK_ROWS`]; returns how many rows it wrote.
@@ -179,8 +186,8 @@ async fn update_details(
               AS new (product_id, sku, name, category, active, words)
          WHERE old.product_id = new.product_id"
     );
-    transaction.execute(&update, &[&ids, &skus, &names, &categories, &actives, &words]).await?;
-    Ok(())
+    let updated = transaction.execute(&update, &[&ids, &skus, &names, &categories, &actives, &words]).await?;
+    found_all(schema, "products", rows.len(), updated)
 }
 
 /// The words of its sku and its name, by which a product is found.
@@ -204,6 +211,17 @@ pub fn split_words(text: &str) -> impl Iterator<Item = String> {
     words.into_iter()
 }
 
+/// Begins a binary `COPY` into a table, which is named with its columns; `types` are theirs.
+async fn copy(
+    transaction: &Transaction<'_>,
+    schema: Schema,
+    columns: &str,
+    types: &[Type],
+) -> Result<Pin<Box<BinaryCopyInWriter>>, ProjectionError> {
+    let sink = transaction.copy_in(&format!("COPY {schema}.{columns} FROM STDIN BINARY")).await?;
+    Ok(Box::pin(BinaryCopyInWriter::new(sink, types)))
+}
+
 /// Adds movements by binary `COPY`.
 pub(crate) async fn write_movements(
     transaction: &Transaction<'_>,
@@ -213,12 +231,9 @@ pub(crate) async fn write_movements(
     if movements.is_empty() {
         return Ok(());
     }
-    let copy = format!(
-        "COPY {schema}.movements (sequence, product_id, previous_quantity, new_quantity, trigger, order_id, updated_by,
-                                  reason, event_id, occurred_at, stored_at)
-         FROM STDIN BINARY"
-    );
-    let sink = transaction.copy_in(&copy).await?;
+    let columns =
+        "movements (sequence, product_id, previous_quantity, new_quantity, trigger, order_id, updated_by, reason,
+                              event_id, occurred_at, stored_at)";
     let types = [
         Type::INT8,
         Type::UUID,
@@ -232,8 +247,7 @@ pub(crate) async fn write_movements(
         Type::TIMESTAMPTZ,
         Type::TIMESTAMPTZ,
     ];
-    let writer = BinaryCopyInWriter::new(sink, &types);
-    let mut writer = std::pin::pin!(writer);
+    let mut writer = copy(transaction, schema, columns, &types).await?;
     for Movement { message, event_id, occurred_at, updated } in movements {
         let by = match updated.updated_by {
             UpdatedBy::System => None,
@@ -256,7 +270,7 @@ pub(crate) async fn write_movements(
             ])
             .await?;
     }
-    writer.finish().await?;
+    writer.as_mut().finish().await?;
     Ok(())
 }
 
@@ -269,14 +283,9 @@ pub(crate) async fn write_counts(
     if counts.is_empty() {
         return Ok(());
     }
-    let copy = format!(
-        "COPY {schema}.counts (sequence, product_id, quantity, counted_at, counted_by, event_id, stored_at)
-         FROM STDIN BINARY"
-    );
-    let sink = transaction.copy_in(&copy).await?;
+    let columns = "counts (sequence, product_id, quantity, counted_at, counted_by, event_id, stored_at)";
     let types = [Type::INT8, Type::UUID, Type::INT8, Type::TIMESTAMPTZ, Type::UUID, Type::UUID, Type::TIMESTAMPTZ];
-    let writer = BinaryCopyInWriter::new(sink, &types);
-    let mut writer = std::pin::pin!(writer);
+    let mut writer = copy(transaction, schema, columns, &types).await?;
     for Count { message, event_id, counted } in counts {
         let by = match counted.counted_by {
             CountedBy::Warehouse => None,
@@ -295,7 +304,7 @@ pub(crate) async fn write_counts(
             ])
             .await?;
     }
-    writer.finish().await?;
+    writer.as_mut().finish().await?;
     Ok(())
 }
 
@@ -353,17 +362,13 @@ pub(crate) async fn copy_decisions(
     if decisions.is_empty() {
         return Ok(());
     }
-    let copy = format!(
-        "COPY {schema}.order_decisions (order_id, outcome, reason, items, sequence, decided_at) FROM STDIN BINARY"
-    );
-    let sink = transaction.copy_in(&copy).await?;
+    let columns = "order_decisions (order_id, outcome, reason, items, sequence, decided_at)";
     let types = [Type::UUID, Type::TEXT, Type::TEXT, Type::JSONB, Type::INT8, Type::TIMESTAMPTZ];
-    let writer = BinaryCopyInWriter::new(sink, &types);
-    let mut writer = std::pin::pin!(writer);
+    let mut writer = copy(transaction, schema, columns, &types).await?;
     for OrderDecided { order_id, sequence, decided_at, decision } in decisions {
         let (outcome, reason, items) = decision_columns(decision);
         writer.as_mut().write(&[&order_id.0, &outcome, &reason, &items, &bigint(*sequence), decided_at]).await?;
     }
-    writer.finish().await?;
+    writer.as_mut().finish().await?;
     Ok(())
 }
