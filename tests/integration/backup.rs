@@ -651,7 +651,7 @@ async fn projections_go_on_with_what_they_know_and_refuse_what_is_older() -> Res
     // Grown beyond what the projections have read: the lengths say nothing any more, and they refuse all the same.
     let bare = {
         let mut config = world.config();
-        config.database_url = nowhere();
+        config.service.database_url = nowhere();
         world.run_service_as(config).await?
     };
     for number in 0..10 {

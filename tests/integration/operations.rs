@@ -233,7 +233,7 @@ async fn a_ledger_that_was_backed_up_and_restored_verifies_like_the_original() -
 
     // And orders go on.
     let mut config = world.config();
-    config.nats_url = lomash_platform::Secret::from(nats.url());
+    config.service.nats_url = lomash_platform::Secret::from(nats.url());
     let stop = tokio_util::sync::CancellationToken::new();
     let service = tokio::spawn(product_service::service::run(config, stop.clone()));
     lomash::orders::publish(&context, order(&[(kitchen, 1)])).await?;

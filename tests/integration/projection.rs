@@ -10,13 +10,15 @@ use anyhow::{Context as _, Result};
 use async_nats::HeaderMap;
 use futures::StreamExt;
 use lomash::audit::Status;
-use lomash::verify;
+use lomash::rebuild::{self, Options};
+use lomash::verify::{self, Show};
 use lomash_contract::{
     ContentType, Envelope, EventId, InventoryUpdated, OrderCreated, ProductId, Timestamp, Topic, Trigger, UpdatedBy,
     codec,
 };
 use lomash_ledger::{AppendError, JetStreamLedger, Ledger, Messages, NewMessage, ReadError};
 use lomash_tests::{Dice, Fate, PATIENCE, World, count, eventually, nowhere, order, start_until_ready};
+use product_service::inventory::Action;
 use product_service::projected::Projected;
 use product_service::projection;
 use tokio::sync::watch;
@@ -77,8 +79,8 @@ async fn orders_are_decided_without_postgres_and_the_projection_catches_up() -> 
     Ok(())
 }
 
-fn adjust(delta: i64) -> product_service::inventory::Action {
-    product_service::inventory::Action::Adjust { delta }
+fn adjust(delta: i64) -> Action {
+    Action::Adjust { delta }
 }
 
 /// A service that starts while Postgres is away is a whole service all the same.
@@ -230,7 +232,7 @@ async fn a_projector_that_was_believed_dead_writes_nothing() -> Result<()> {
     let world = World::start().await?;
     let mut config = world.config();
     // This service only decides; the projector is the test's own.
-    config.database_url = nowhere();
+    config.service.database_url = nowhere();
     let service = world.run_service_as(config).await?;
     let product = world.register("ZOMBIE-1", 100).await?;
     let sell = async |units| -> Result<()> {
@@ -277,6 +279,36 @@ async fn a_projector_that_was_believed_dead_writes_nothing() -> Result<()> {
     world.verified().await?;
     stop.cancel();
     projector.await??;
+    service.stop().await?;
+    world.close();
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_row_that_somebody_removed_is_told_of_and_a_rebuild_brings_it_back() -> Result<()> {
+    let world = World::start().await?;
+    let mut service = world.start_service("product").await?;
+    let product = world.register("GONE-1", 10).await?;
+    world.quiet().await?;
+    let database = world.database().await?;
+    let before = checkpoint(&database).await?;
+
+    database.execute("DELETE FROM inventory.products", &[]).await?;
+    let mut details = lomash_tests::details("GONE-1")?;
+    details.name = "renamed".into();
+    world.act(product, Action::Revise { details }).await?;
+    let told = "of 1 products that inventory.products had, 0 are left; run `lomash rebuild`";
+    eventually("a word about it", PATIENCE, async || {
+        Ok(std::fs::read_to_string(service.log())?.contains(told).then_some(()))
+    })
+    .await?;
+    assert_eq!(checkpoint(&database).await?, before, "nothing is passed over");
+
+    rebuild::rebuild(&world.context, &world.database_url(), Options::default(), Show::Nothing).await?;
+    world.quiet_within(HEAL_BOUND).await?;
+    let renamed = "SELECT count(*) FROM inventory.products WHERE name = 'renamed'";
+    assert_eq!(count(&database, renamed).await?, 1);
+    world.verified().await?;
     service.stop().await?;
     world.close();
     Ok(())

@@ -11,5 +11,5 @@ async fn main() -> ExitCode {
     let config = Config::parse();
     #[cfg(feature = "failpoints")]
     let _crash_points = lomash_ledger::fail::FailScenario::setup();
-    process::main("analytics-service", config.log_format, |stop| run(config, stop)).await
+    process::main("analytics-service", config.service.log_format, |stop| run(config, stop)).await
 }

@@ -10,10 +10,9 @@ use lomash_ledger::{JetStreamLedger, receive, streams};
 use lomash_platform::postgres::ANALYTICS;
 use lomash_platform::process::Tasks;
 use lomash_platform::projected::Projected;
-use lomash_platform::telemetry::LogFormat;
-use lomash_platform::{Secret, nats, postgres};
+use lomash_platform::{nats, postgres};
 use lomash_web::health::Check;
-use lomash_web::{Health, HttpConfig, Routes, Server, Verifier};
+use lomash_web::{Health, Routes, Server, ServiceConfig, Verifier};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -30,34 +29,9 @@ const LOOK_TIMEOUT: Duration = Duration::from_secs(1);
 #[derive(Clone, Debug, Parser)]
 #[command(name = "analytics-service", version)]
 pub struct Config {
-    /// NATS server or servers, comma-separated.
-    #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222", hide_env_values = true)]
-    pub nats_url: Secret,
-
-    /// Who the service is to NATS.
+    /// What every service has.
     #[command(flatten)]
-    pub nats_identity: nats::Identity,
-
-    /// Postgres for the metrics.
-    #[arg(
-        long,
-        env = "DATABASE_URL",
-        default_value = "postgres://lomash@127.0.0.1:5432/lomash",
-        hide_env_values = true
-    )]
-    pub database_url: Secret,
-
-    /// Copies of each stream that is created: 1 on a laptop, 3 in a cluster.
-    #[arg(long, env = "STREAM_REPLICAS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=5))]
-    pub stream_replicas: u32,
-
-    /// The HTTP adapter.
-    #[command(flatten)]
-    pub http: HttpConfig,
-
-    /// How log lines look.
-    #[arg(long, env = "LOG_FORMAT", value_enum, default_value_t = LogFormat::Pretty)]
-    pub log_format: LogFormat,
+    pub service: ServiceConfig,
 }
 
 /// Runs the service until some time after `asked` is cancelled, which asks it to stop; see `HTTP_STOP_DELAY_SECONDS`.
@@ -65,27 +39,28 @@ pub struct Config {
 /// # Errors
 /// When it cannot start, or finds something that trying again cannot mend.
 pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()> {
-    let pool = postgres::pool(&config.database_url)?;
+    let Config { service } = config;
+    let pool = postgres::pool(&service.database_url)?;
     observed::begin();
     let mut tasks = Tasks::new();
     let health = Health::new();
-    let stop = health.drop_first(asked, config.http.stop_delay());
+    let stop = health.drop_first(asked, service.http.stop_delay());
     let checks = Checks { stream: health.check("stream", true), metrics: health.check("metrics", true) };
-    let verifier = Verifier::start(&config.http.tokens, &health, stop.clone()).await?;
+    let verifier = Verifier::start(&service.http.tokens, &health, stop.clone()).await?;
     let routes = Routes::default();
-    let server = Server::bind(&config.http).await?;
-    let serving = server.serve(routes.application(&config.http, &health), stop.clone());
+    let server = Server::bind(&service.http).await?;
+    let serving = server.serve(routes.application(&service.http, &health), stop.clone());
     tasks.spawn(async {
         serving.await;
         Ok(())
     });
     let (client, refusals) =
-        nats::connect_as(config.nats_url.expose(), &config.nats_identity, "analytics-service").await?;
+        nats::connect_as(service.nats_url.expose(), &service.nats_identity, "analytics-service").await?;
     let context = async_nats::jetstream::new(client.clone());
     refusals.guard(streams::wait_until_ready(&context)).await??;
     // Streams are the administrator's where there are identities; on a laptop's server the first service makes them.
-    if !config.nats_identity.is_known() {
-        for difference in streams::apply(&context, config.stream_replicas).await? {
+    if !service.nats_identity.is_known() {
+        for difference in streams::apply(&context, service.stream_replicas).await? {
             warn!(%difference, "the server differs from streams/");
         }
     }
@@ -93,7 +68,7 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
     let ledger = JetStreamLedger::read_only(context.clone(), streams::INVENTORY);
     let projected = Projected::new(pool.clone(), &ANALYTICS);
     let (queue, queued) = projection::queue();
-    let url = config.database_url.clone();
+    let url = service.database_url.clone();
     tasks.spawn(projection::run(ledger, pool.clone(), url, projected.clone(), queued, stop.clone()));
     tasks.spawn({
         let stop = stop.clone();
@@ -109,8 +84,8 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
             Ok(())
         }
     });
-    let api = Api { reads: Reads::new(&config.database_url)?, projected };
-    routes.open(http::routes(api, verifier, &config.http));
+    let api = Api { reads: Reads::new(&service.database_url)?, projected };
+    routes.open(http::routes(api, verifier, &service.http));
     // Last: whoever is told that this is ready sends requests.
     tasks.spawn(checks.watch(client.clone(), pool, stop.clone()));
     info!("ready");

@@ -11,5 +11,5 @@ async fn main() -> ExitCode {
     let config = Config::parse();
     #[cfg(feature = "failpoints")]
     let _crash_points = lomash_ledger::fail::FailScenario::setup();
-    process::main("notification-service", config.log_format, |stop| run(config, stop)).await
+    process::main("notification-service", config.service.log_format, |stop| run(config, stop)).await
 }

@@ -12,10 +12,9 @@ use lettre::message::{Mailbox, Mailboxes};
 use lomash_contract::limits::{LOW_STOCK_THRESHOLD, MAX_STOCK};
 use lomash_ledger::{JetStreamLedger, Ledger, receive, streams};
 use lomash_platform::process::Tasks;
-use lomash_platform::telemetry::LogFormat;
 use lomash_platform::{Secret, nats, postgres, schemas};
 use lomash_web::health::Check;
-use lomash_web::{Health, HttpConfig, Routes, Server, Verifier};
+use lomash_web::{Health, Routes, Server, ServiceConfig, Verifier};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use url::Url;
@@ -42,26 +41,9 @@ const MAX_RECIPIENTS: usize = 50;
 #[derive(Clone, Debug, Parser)]
 #[command(name = "notification-service", version)]
 pub struct Config {
-    /// NATS server or servers, comma-separated.
-    #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222", hide_env_values = true)]
-    pub nats_url: Secret,
-
-    /// Who the service is to NATS.
+    /// What every service has.
     #[command(flatten)]
-    pub nats_identity: nats::Identity,
-
-    /// Postgres for alerts and the mails that wait.
-    #[arg(
-        long,
-        env = "DATABASE_URL",
-        default_value = "postgres://lomash@127.0.0.1:5432/lomash",
-        hide_env_values = true
-    )]
-    pub database_url: Secret,
-
-    /// Copies of each stream that is created: 1 on a laptop, 3 in a cluster.
-    #[arg(long, env = "STREAM_REPLICAS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=5))]
-    pub stream_replicas: u32,
+    pub service: ServiceConfig,
 
     /// The mail server: smtp://host, smtp://user:password@host:port?tls=required (STARTTLS), or smtps://user:password@host.
     /// A path is the name to greet with.
@@ -108,14 +90,6 @@ pub struct Config {
     /// The threshold of products that have none of their own.
     #[arg(long, env = "LOW_STOCK_THRESHOLD", default_value_t = LOW_STOCK_THRESHOLD, value_parser = clap::value_parser!(u32).range(0..=i64::from(MAX_STOCK)))]
     pub low_stock_threshold: u32,
-
-    /// The HTTP adapter.
-    #[command(flatten)]
-    pub http: HttpConfig,
-
-    /// How log lines look.
-    #[arg(long, env = "LOG_FORMAT", value_enum, default_value_t = LogFormat::Pretty)]
-    pub log_format: LogFormat,
 }
 
 /// Runs the service until some time after `asked` is cancelled, which asks it to stop; see `HTTP_STOP_DELAY_SECONDS`.
@@ -123,31 +97,32 @@ pub struct Config {
 /// # Errors
 /// When it cannot start, or finds something that trying again cannot mend.
 pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()> {
+    let service = &config.service;
     observed::register();
     let letterhead = letterhead(&config)?;
     let mailer = Mailer::new(&config.smtp_url, config.smtp_ca_file.as_ref())?;
-    let pool = postgres::pool(&config.database_url)?;
+    let pool = postgres::pool(&service.database_url)?;
     let digest_period = Duration::from_secs(config.mail_digest_seconds.into());
-    let alerts = Alerts::new(pool, config.database_url.clone(), digest_period);
+    let alerts = Alerts::new(pool, service.database_url.clone(), digest_period);
     let mut tasks = Tasks::new();
     let health = Health::new();
-    let stop = health.drop_first(asked, config.http.stop_delay());
+    let stop = health.drop_first(asked, service.http.stop_delay());
     let checks = Checks::register(&health);
-    let verifier = Verifier::start(&config.http.tokens, &health, stop.clone()).await?;
+    let verifier = Verifier::start(&service.http.tokens, &health, stop.clone()).await?;
     let routes = Routes::default();
-    let server = Server::bind(&config.http).await?;
-    let serving = server.serve(routes.application(&config.http, &health), stop.clone());
+    let server = Server::bind(&service.http).await?;
+    let serving = server.serve(routes.application(&service.http, &health), stop.clone());
     tasks.spawn(async {
         serving.await;
         Ok(())
     });
     let (client, refusals) =
-        nats::connect_as(config.nats_url.expose(), &config.nats_identity, "notification-service").await?;
+        nats::connect_as(service.nats_url.expose(), &service.nats_identity, "notification-service").await?;
     let context = async_nats::jetstream::new(client.clone());
     refusals.guard(streams::wait_until_ready(&context)).await??;
     // Streams are the administrator's where there are identities; on a laptop's server the first service makes them.
-    if !config.nats_identity.is_known() {
-        for difference in streams::apply(&context, config.stream_replicas).await? {
+    if !service.nats_identity.is_known() {
+        for difference in streams::apply(&context, service.stream_replicas).await? {
             warn!(%difference, "the server differs from streams/");
         }
     }
@@ -182,7 +157,7 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
             Ok(())
         }
     });
-    routes.open(http::routes(Api { alerts: alerts.clone() }, verifier, &config.http));
+    routes.open(http::routes(Api { alerts: alerts.clone() }, verifier, &service.http));
     // Last: whoever is told that this is ready sends requests.
     tasks.spawn(checks.watch(client.clone(), alerts, sending, stop.clone()));
     info!("ready");

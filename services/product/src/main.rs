@@ -15,5 +15,5 @@ async fn main() -> ExitCode {
     let config = Config::parse();
     #[cfg(feature = "failpoints")]
     let _crash_points = lomash_ledger::fail::FailScenario::setup();
-    process::main("product-service", config.log_format, |stop| run(config, stop)).await
+    process::main("product-service", config.service.log_format, |stop| run(config, stop)).await
 }

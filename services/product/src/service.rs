@@ -12,9 +12,8 @@ use lomash_ledger::dead_letter::Letters;
 use lomash_ledger::streams::{self, Difference};
 use lomash_ledger::{JetStreamLedger, Ledger, receive};
 use lomash_platform::process::Tasks;
-use lomash_platform::telemetry::LogFormat;
 use lomash_platform::{Secret, nats, postgres};
-use lomash_web::{Health, HttpConfig, Routes, Server, Verifier};
+use lomash_web::{Health, Routes, Server, ServiceConfig, Verifier};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -52,30 +51,13 @@ const START_PAUSE: Duration = Duration::from_millis(500);
 #[derive(Clone, Debug, Parser)]
 #[command(name = "product-service", version)]
 pub struct Config {
-    /// NATS server or servers, comma-separated.
-    #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222", hide_env_values = true)]
-    pub nats_url: Secret,
-
-    /// Who the service is to NATS.
+    /// What every service has.
     #[command(flatten)]
-    pub nats_identity: nats::Identity,
-
-    /// Postgres with the projection.
-    #[arg(
-        long,
-        env = "DATABASE_URL",
-        default_value = "postgres://lomash@127.0.0.1:5432/lomash",
-        hide_env_values = true
-    )]
-    pub database_url: Secret,
+    pub service: ServiceConfig,
 
     /// Redis for the cache; without it reads come from Postgres.
     #[arg(long, env = "REDIS_URL", hide_env_values = true)]
     pub redis_url: Option<Secret>,
-
-    /// Copies of each stream that is created: 1 on a laptop, 3 in a cluster.
-    #[arg(long, env = "STREAM_REPLICAS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=5))]
-    pub stream_replicas: u32,
 
     /// Fields of the INVENTORY stream that may be weaker than their definition, comma-separated. The service does not
     /// start on a weaker ledger otherwise.
@@ -86,10 +68,6 @@ pub struct Config {
     /// them: then it does not start on servers that acknowledge what is not on disk yet (`sync_always`).
     #[arg(long, env = "NATS_MONITOR_URL", value_delimiter = ',', value_name = "URL")]
     pub nats_monitor_url: Vec<String>,
-
-    /// The HTTP adapter.
-    #[command(flatten)]
-    pub http: HttpConfig,
 
     /// Where the warehouse tells its figures (JSON or NDJSON), if it does.
     #[arg(long, env = "WAREHOUSE_URL", hide_env_values = true)]
@@ -112,10 +90,6 @@ pub struct Config {
     /// Events since the newest snapshot that make another one worth writing.
     #[arg(long, env = "SNAPSHOT_AFTER_EVENTS", default_value_t = snapshots::DEFAULT_AFTER_EVENTS)]
     pub snapshot_after_events: u64,
-
-    /// How log lines look.
-    #[arg(long, env = "LOG_FORMAT", value_enum, default_value_t = LogFormat::Pretty)]
-    pub log_format: LogFormat,
 }
 
 /// Runs the service until some time after `asked` is cancelled, which asks it to stop; see `HTTP_STOP_DELAY_SECONDS`.
@@ -123,27 +97,28 @@ pub struct Config {
 /// # Errors
 /// When it cannot start, or finds something that trying again cannot mend.
 pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()> {
-    let pool = postgres::pool(&config.database_url)?;
+    let service = &config.service;
+    let pool = postgres::pool(&service.database_url)?;
     let cache = Cache::connect(config.redis_url.as_ref())?;
     let warehouse = config.warehouse_url.as_ref().map(|url| Warehouse::new(url, config.warehouse_token.clone()));
     let warehouse = warehouse.transpose()?;
     observed::begin(config.redis_url.is_some().then_some(&cache));
     let mut tasks = Tasks::new();
     let health = Health::new();
-    let stop = health.drop_first(asked, config.http.stop_delay());
+    let stop = health.drop_first(asked, service.http.stop_delay());
     let checks = Checks::register(&health);
-    let verifier = Verifier::start(&config.http.tokens, &health, stop.clone()).await?;
+    let verifier = Verifier::start(&service.http.tokens, &health, stop.clone()).await?;
     let routes = Routes::default();
-    let server = Server::bind(&config.http).await?;
-    let serving = server.serve(routes.application(&config.http, &health), stop.clone());
+    let server = Server::bind(&service.http).await?;
+    let serving = server.serve(routes.application(&service.http, &health), stop.clone());
     tasks.spawn(async {
         serving.await;
         Ok(())
     });
     let (client, refusals) =
-        nats::connect_as(config.nats_url.expose(), &config.nats_identity, "product-service").await?;
+        nats::connect_as(service.nats_url.expose(), &service.nats_identity, "product-service").await?;
     let context = async_nats::jetstream::new(client.clone());
-    let preparing = prepare_streams(&context, config.stream_replicas, config.nats_identity.is_known());
+    let preparing = prepare_streams(&context, service.stream_replicas, service.nats_identity.is_known());
     let mut differences = refusals.guard(preparing).await??;
     differences.extend(hasty_servers(&config.nats_monitor_url).await?);
     refuse_a_weaker_ledger(differences, &config.ledger_allow_weaker)?;
@@ -164,7 +139,7 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
     let writer = Writer::new(client.clone(), committer.clone(), writing.clone());
     let mut commit_task = tokio::spawn(commit_loop);
     let projected = Projected::new(pool.clone(), &postgres::INVENTORY);
-    let reports = Reports::new(pool.clone(), config.database_url.clone());
+    let reports = Reports::new(pool.clone(), service.database_url.clone());
     let reconciliation = Reconciliation::new(context.clone(), reports.clone(), warehouse.is_some());
     let runner = Runner::new(Parts {
         reports,
@@ -177,7 +152,7 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
     let projecting = projection::run(
         ledger.clone(),
         pool.clone(),
-        config.database_url.clone(),
+        service.database_url.clone(),
         projected.clone(),
         cache.clone(),
         stop.clone(),
@@ -219,7 +194,7 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
     let api = Api {
         writer: writer.clone(),
         ledger,
-        reads: Reads::new(&config.database_url)?,
+        reads: Reads::new(&service.database_url)?,
         projected,
         cache,
         streams: Streams::default(),
@@ -228,7 +203,7 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
         dead_letters: Letters::new(async_nats::jetstream::new(client.clone())),
         stop: stop.clone(),
     };
-    routes.open(http::routes(api, verifier, &config.http));
+    routes.open(http::routes(api, verifier, &service.http));
     let serving = commands::serve(client.clone(), writer, stop.clone());
     tasks.spawn(async { serving.await.context("commands cannot be taken") });
     // Last: whoever is told that this is ready sends requests.

@@ -20,6 +20,7 @@ use lomash_ledger::{crash_point, streams};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt, BufWriter};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
@@ -69,6 +70,9 @@ const STALL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Bytes between the encoder and the store.
 const PIPE_BYTES: usize = 256 << 10;
+
+/// Parts that are read before they are put together; each of [`MAX_PART_BYTES`] at most.
+const PARTS_AHEAD: usize = 4;
 
 /// Description of an object that holds its label, so that places can be compared without reading them.
 const LABEL: &str = "label";
@@ -327,19 +331,24 @@ impl Snapshots {
             return Err(Unusable::NoDigest);
         }
         let mut object = store.get(&slot.info.name).await.map_err(unavailable("a snapshot cannot be read"))?;
-        let mut part = Vec::new();
-        if !next_part(&mut object, &mut part).await? {
+        let Some(part) = next_part(&mut object).await? else {
             return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into());
-        }
+        };
         let inside: Label = rmp_serde::from_slice(&part).map_err(|problem| Unusable::Label(problem.to_string()))?;
         if inside != label {
             return Err(Unusable::OtherLabel);
         }
-        let mut thawing = Thawing::begin(label.head, slot.info.size);
-        while next_part(&mut object, &mut part).await? {
-            thawing.take(&part)?;
+        // Reading is as much work as putting together: each has a thread.
+        let (parts, read) = mpsc::channel(PARTS_AHEAD);
+        let thawing = tokio::task::spawn_blocking(move || thaw(label.head, slot.info.size, read));
+        while let Some(part) = next_part(&mut object).await? {
+            // Whoever takes no more has found damage, and says which.
+            if parts.send(part).await.is_err() {
+                break;
+            }
         }
-        Ok(thawing.finish()?)
+        drop(parts);
+        Ok(thawing.await.map_err(std::io::Error::from)??)
     }
 
     // ── The ledger ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -400,21 +409,30 @@ async fn write(label: Label, frozen: Frozen, mut sink: impl AsyncWrite + Unpin) 
     sink.shutdown().await
 }
 
-/// Reads the next part into `part`; false at the end.
-async fn next_part(object: &mut Object, part: &mut Vec<u8>) -> Result<bool, Unusable> {
+/// Reads the next part; none at the end.
+async fn next_part(object: &mut Object) -> Result<Option<Vec<u8>>, Unusable> {
     let mut length = [0; size_of::<u32>()];
     // The end may come instead of the first byte of a length, and nowhere else.
     if in_time(object.read(&mut length[..1])).await? == 0 {
-        return Ok(false);
+        return Ok(None);
     }
     in_time(object.read_exact(&mut length[1..])).await?;
     let length = u32::from_be_bytes(length) as usize;
     if length > MAX_PART_BYTES {
         return Err(Unusable::PartTooLarge(length));
     }
-    part.resize(length, 0);
-    in_time(object.read_exact(part)).await?;
-    Ok(true)
+    let mut part = vec![0; length];
+    in_time(object.read_exact(&mut part)).await?;
+    Ok(Some(part))
+}
+
+/// The state that the parts of a snapshot are of.
+fn thaw(head: Head, bytes: usize, mut parts: mpsc::Receiver<Vec<u8>>) -> Result<State, Damaged> {
+    let mut thawing = Thawing::begin(head, bytes);
+    while let Some(part) = parts.blocking_recv() {
+        thawing.take(&part)?;
+    }
+    thawing.finish()
 }
 
 async fn in_time<T>(reading: impl Future<Output = std::io::Result<T>>) -> Result<T, Unusable> {

@@ -50,6 +50,9 @@ const FEW_MESSAGES: u64 = 2 * MAX_BATCH_MESSAGES as u64;
 /// its question; an ordered consumer asks for 500.
 const READ_AT_ONCE: usize = 5_000;
 
+/// And bytes of them: refusals of long orders are hundreds of times as large as most events.
+const READ_AT_ONCE_BYTES: usize = 16 * 1024 * 1024;
+
 /// How long the server keeps the reader of a range that nobody asks any more.
 const READER_KEPT: Duration = Duration::from_secs(30);
 
@@ -152,15 +155,9 @@ impl JetStreamLedger {
             })
             .await
             .map_err(unavailable)?;
-        let messages = consumer.stream().max_messages_per_batch(READ_AT_ONCE).messages().await.map_err(unavailable)?;
-        Ok(messages.enumerate().map(|(before, item)| match delivered(item.map_err(unavailable)?)? {
-            (number, message) if number == before as u64 + 1 => Ok(message),
-            (number, message) => Err(ReadError::Unavailable(format!(
-                "delivery {} was lost: sequence {} came as delivery {number}",
-                before + 1,
-                message.sequence
-            ))),
-        }))
+        let pulls = consumer.stream().max_messages_per_batch(READ_AT_ONCE).max_bytes_per_batch(READ_AT_ONCE_BYTES);
+        let messages = pulls.messages().await.map_err(unavailable)?;
+        Ok(messages.enumerate().map(|(before, item)| due(before as u64 + 1, delivered(item.map_err(unavailable)?)?)))
     }
 }
 
@@ -355,6 +352,15 @@ fn delivered(message: jetstream::Message) -> Result<(u64, StoredMessage), ReadEr
     Ok((number, with_headers(sequence, stored_at, subject, message.headers.as_ref(), message.payload)))
 }
 
+/// The message, when it is the delivery that is due. That one was lost on the way is no gap in the stream.
+fn due(due: u64, (number, message): (u64, StoredMessage)) -> Result<StoredMessage, ReadError> {
+    if number == due {
+        return Ok(message);
+    }
+    let sequence = message.sequence;
+    Err(ReadError::Unavailable(format!("delivery {due} was lost: sequence {sequence} came as delivery {number}")))
+}
+
 impl From<Held> for StoredMessage {
     fn from(Held { sequence, stored_at, subject, headers, payload }: Held) -> Self {
         with_headers(sequence, stored_at, subject, Some(&headers), payload)
@@ -397,4 +403,26 @@ pub(crate) fn with_headers(
     }
     let batch = batch_id.map(|id| BatchPosition { id, sequence: batch_sequence.unwrap_or(0), commit });
     StoredMessage { sequence, stored_at, message_id, expected_last_sequence, batch, carried, subject, payload }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn delivery(number: u64, sequence: u64) -> (u64, StoredMessage) {
+        let subject = "lomash.inventory.updated.1".to_owned();
+        (number, with_headers(sequence, OffsetDateTime::UNIX_EPOCH, subject, None, Bytes::new()))
+    }
+
+    #[tokio::test]
+    async fn a_lost_delivery_can_be_read_again_and_a_lost_message_cannot() {
+        let read = async |deliveries: [(u64, StoredMessage); 2]| {
+            let read = deliveries.into_iter().enumerate().map(|(before, delivery)| due(before as u64 + 1, delivery));
+            contiguous(6, stream::iter(read)).collect::<Vec<_>>().await
+        };
+        assert!(matches!(read([delivery(1, 7), delivery(2, 8)]).await[..], [Ok(_), Ok(_)]));
+        assert!(matches!(read([delivery(1, 7), delivery(3, 9)]).await[..], [Ok(_), Err(ReadError::Unavailable(_))]));
+        let gap = read([delivery(1, 7), delivery(2, 9)]).await;
+        assert!(matches!(gap[..], [Ok(_), Err(ReadError::Gap { after: 7, found: 9 })]));
+    }
 }

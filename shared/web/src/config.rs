@@ -1,8 +1,8 @@
-//! Configuration of an HTTP adapter, to be flattened into a service's own:
+//! Configuration that every service has, to be flattened into its own:
 //!
 //! ```ignore
 //! #[command(flatten)]
-//! pub http: HttpConfig,
+//! pub service: ServiceConfig,
 //! ```
 //!
 //! Every value has its variable and a default for a laptop. What clap can check it checks, and names the variable;
@@ -13,7 +13,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use clap::Args;
-use lomash_platform::Secret;
+use lomash_platform::telemetry::LogFormat;
+use lomash_platform::{Secret, nats};
 
 use crate::jwks::KeySource;
 
@@ -21,6 +22,39 @@ use crate::jwks::KeySource;
 pub const DEVELOPMENT_ISSUER: &str = "lomash";
 /// See [`DEVELOPMENT_ISSUER`].
 pub const DEVELOPMENT_AUDIENCE: &str = "lomash-inventory";
+
+/// Where the servers of a service are, who it is to them, how it answers HTTP and how it logs.
+#[derive(Clone, Debug, Args)]
+pub struct ServiceConfig {
+    /// NATS server or servers, comma-separated.
+    #[arg(long, env = "NATS_URL", default_value = "nats://127.0.0.1:4222", hide_env_values = true)]
+    pub nats_url: Secret,
+
+    /// Who the service is to NATS.
+    #[command(flatten)]
+    pub nats_identity: nats::Identity,
+
+    /// Postgres, with what the service writes and reads there.
+    #[arg(
+        long,
+        env = "DATABASE_URL",
+        default_value = "postgres://lomash@127.0.0.1:5432/lomash",
+        hide_env_values = true
+    )]
+    pub database_url: Secret,
+
+    /// Copies of each stream that is created: 1 on a laptop, 3 in a cluster.
+    #[arg(long, env = "STREAM_REPLICAS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=5))]
+    pub stream_replicas: u32,
+
+    /// The HTTP adapter.
+    #[command(flatten)]
+    pub http: HttpConfig,
+
+    /// How log lines look.
+    #[arg(long, env = "LOG_FORMAT", value_enum, default_value_t = LogFormat::Pretty)]
+    pub log_format: LogFormat,
+}
 
 /// The HTTP adapter: where it listens, whom it believes, what it bears.
 #[derive(Clone, Debug, Args)]

@@ -215,6 +215,22 @@ pub fn single_header<'a>(headers: &'a HeaderMap, name: &'static str) -> Result<O
     }
 }
 
+/// Checks the text of a query parameter that names a value: Postgres bears no NUL, and what is longer than any value is a
+/// mistake.
+///
+/// # Errors
+/// 400 when it has a NUL, or more than `most` characters.
+pub fn check_text(name: &str, text: Option<&str>, most: usize) -> Result<(), Problem> {
+    let text = text.unwrap_or_default();
+    if text.contains('\0') {
+        return Err(Problem::invalid_parameter(name, "must not contain NUL"));
+    }
+    if text.chars().count() > most {
+        return Err(Problem::invalid_parameter(name, format!("must have at most {most} characters")));
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use serde::Deserialize;

@@ -5,12 +5,12 @@
 //! it should, always as a problem:
 //!
 //! ```ignore
-//! let verifier = Verifier::start(&config.http.tokens, stop.clone()).await?;
-//! let gate = Gate::new(verifier, &config.http.rates);
-//! let v1 = limits::time_limited(routes(), config.http.request_timeout());
-//! let app = server::application(gate.guard(v1).merge(health.routes()), &config.http);
-//! let server = Server::bind(&config.http).await?;
-//! server.serve(app, health.drop_first(asked, config.http.stop_delay())).await;
+//! let verifier = Verifier::start(&config.service.http.tokens, stop.clone()).await?;
+//! let gate = Gate::new(verifier, &config.service.http.rates);
+//! let v1 = limits::time_limited(routes(), config.service.http.request_timeout());
+//! let app = server::application(gate.guard(v1).merge(health.routes()), &config.service.http);
+//! let server = Server::bind(&config.service.http).await?;
+//! server.serve(app, health.drop_first(asked, config.service.http.stop_delay())).await;
 //! ```
 
 pub mod auth;
@@ -28,7 +28,7 @@ pub mod sequences;
 pub mod server;
 
 pub use auth::{Admin, Caller, Gate, Role, Verifier, Viewer};
-pub use config::{HttpConfig, RateConfig, TokenConfig};
+pub use config::{HttpConfig, RateConfig, ServiceConfig, TokenConfig};
 pub use extract::{Body, Path, Query};
 pub use health::Health;
 pub use problem::{Problem, ProblemType};

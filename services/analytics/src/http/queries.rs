@@ -7,6 +7,7 @@ use lomash_contract::ProductId;
 use lomash_contract::limits::{MAX_NAME_CHARS, MAX_SKU_CHARS};
 use lomash_platform::projected::NotYetProjected;
 use lomash_platform::reader::Unreadable;
+use lomash_web::extract::check_text;
 use lomash_web::openapi::ListProblems;
 use lomash_web::problem::sentence;
 use lomash_web::sequences::{RETRY_AFTER_SECONDS, min_sequence, not_yet_projected, page_limit, told};
@@ -147,15 +148,8 @@ pub(super) async fn stock_levels(
 ) -> Result<Response, Problem> {
     let StockLevelParameters { category, sku, available, below_threshold, active, sort, window_days, limit, cursor } =
         parameters;
-    for (name, text, most) in [("category", &category, MAX_NAME_CHARS), ("sku", &sku, MAX_SKU_CHARS)] {
-        let Some(text) = text else { continue };
-        if text.contains('\0') {
-            return Err(Problem::invalid_parameter(name, "must not contain NUL"));
-        }
-        if text.chars().count() > most {
-            return Err(Problem::invalid_parameter(name, format!("must have at most {most} characters")));
-        }
-    }
+    check_text("category", category.as_deref(), MAX_NAME_CHARS)?;
+    check_text("sku", sku.as_deref(), MAX_SKU_CHARS)?;
     let filter = StockLevelFilter { category, sku, available, below_threshold, active };
     let sort = sort
         .map(|text| text.parse())

@@ -14,6 +14,7 @@ use lomash_contract::limits::{MAX_NAME_CHARS, MAX_SKU_CHARS};
 use lomash_contract::{OrderId, ProductId, Timestamp, Trigger};
 use lomash_ledger::Ledger;
 use lomash_platform::reader::Unreadable;
+use lomash_web::extract::check_text;
 use lomash_web::sequences::{LOMASH_SEQUENCE, RETRY_AFTER_SECONDS, min_sequence, not_yet_projected, sequence, told};
 use lomash_web::{Path, Problem, Query, Viewer, cursor, sequences};
 use serde::{Deserialize, Serialize};
@@ -173,15 +174,8 @@ pub(super) async fn products(
     let ListParameters { category, available, below_threshold, active, sku, q, sort, limit, cursor } = parameters;
     let words = q.map(|text| text.parse().map_err(|problem| invalid("q", &problem))).transpose()?;
     let filter = ProductFilter { category, available, below_threshold, active, sku, words };
-    for (name, text, most) in [("category", &filter.category, MAX_NAME_CHARS), ("sku", &filter.sku, MAX_SKU_CHARS)] {
-        let Some(text) = text else { continue };
-        if text.contains('\0') {
-            return Err(Problem::invalid_parameter(name, "must not contain NUL"));
-        }
-        if text.chars().count() > most {
-            return Err(Problem::invalid_parameter(name, format!("must have at most {most} characters")));
-        }
-    }
+    check_text("category", filter.category.as_deref(), MAX_NAME_CHARS)?;
+    check_text("sku", filter.sku.as_deref(), MAX_SKU_CHARS)?;
     let sort =
         sort.map(|text| text.parse().map_err(|problem| invalid("sort", &problem))).transpose()?.unwrap_or_default();
     let list = ("products", &filter, sort);

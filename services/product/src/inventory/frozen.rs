@@ -25,6 +25,9 @@ pub const MAX_PART_BYTES: usize = 4 << 20;
 /// Bytes of an id.
 const ID_BYTES: usize = 16;
 
+/// Fewest bytes of a product: its id, and a byte for each other field.
+const LEAST_PRODUCT_BYTES: usize = ID_BYTES + 8;
+
 const _: () = assert!(PAGE_ORDERS * ID_BYTES * 2 <= MAX_PART_BYTES && PART_COMMANDS * 40 <= MAX_PART_BYTES);
 const _: () = assert!(PAGE_PRODUCTS * 4_096 <= MAX_PART_BYTES, "a sku and two names of 200 characters take 2 kB");
 
@@ -220,7 +223,9 @@ impl Thawing {
     #[must_use]
     pub fn begin(head: Head, bytes: usize) -> Self {
         let mut state = State { sequence: head.sequence, skipped: head.skipped, ..State::default() };
-        state.decided.reserve(usize::try_from(head.orders).unwrap_or(usize::MAX).min(bytes / ID_BYTES));
+        let room = |told: u64, least: usize| usize::try_from(told).unwrap_or(usize::MAX).min(bytes / least);
+        state.decided.reserve(room(head.orders, ID_BYTES));
+        state.products.reserve(room(head.products, LEAST_PRODUCT_BYTES));
         Self { head, state }
     }
 
@@ -336,8 +341,10 @@ mod tests {
             shorter[missing].pop();
             assert!(matches!(thaw(head.clone(), &shorter), Err(Damaged::Unreadable(_))), "part {missing} cut");
         }
-        let boastful = Head { orders: u64::MAX, ..head };
+        let boastful = Head { orders: u64::MAX, ..head.clone() };
         assert!(matches!(thaw(boastful, &parts), Err(Damaged::Count { what: "orders", .. })));
+        let boastful = Head { products: u64::MAX, ..head };
+        assert!(matches!(thaw(boastful, &parts), Err(Damaged::Count { what: "products", .. })));
     }
 
     #[test]

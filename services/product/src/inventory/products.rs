@@ -112,6 +112,13 @@ impl Products {
         self.by_sku.insert_unique(sku_hash, at, |at| hasher.hash_one(sku_at(pages, *at)));
     }
 
+    /// Makes room for so many more in the indexes: to move an entry, they look at its product again.
+    pub(super) fn reserve(&mut self, more: usize) {
+        let (pages, hasher) = (&self.pages, &self.hasher);
+        self.by_id.reserve(more, |at| hasher.hash_one(place(pages, *at).id));
+        self.by_sku.reserve(more, |at| hasher.hash_one(sku_at(pages, *at)));
+    }
+
     /// The pages, in the order in which the products were registered; nothing is copied.
     pub(super) fn pages(&self) -> Vec<Arc<Page>> {
         self.pages.clone()
