@@ -28,7 +28,8 @@ use uuid::Uuid;
 /// Within this the projection must have caught up once it can.
 const HEAL_BOUND: Duration = Duration::from_secs(30);
 
-/// Lower half of the key of the lock that the active projector holds, as `pg_locks` shows it.
+/// Key of the lock that the active projector holds, and its lower half, as `pg_locks` shows it.
+const PROJECTOR_LOCK: i64 = 0x6c6f_6d61_7368_0002;
 const PROJECTOR_LOCK_LOW: u32 = 0x7368_0002;
 
 async fn checkpoint(database: &tokio_postgres::Client) -> Result<i64> {
@@ -309,6 +310,27 @@ async fn a_row_that_somebody_removed_is_told_of_and_a_rebuild_brings_it_back() -
     let renamed = "SELECT count(*) FROM inventory.products WHERE name = 'renamed'";
     assert_eq!(count(&database, renamed).await?, 1);
     world.verified().await?;
+    service.stop().await?;
+    world.close();
+    Ok(())
+}
+
+/// Postgres ends a session that is silent between two statements; whoever is silent within a `COPY` is its heir's affair.
+#[tokio::test]
+async fn a_projector_that_froze_within_a_copy_loses_its_place() -> Result<()> {
+    let world = World::start().await?;
+    let frozen = world.database().await?;
+    let held: bool = frozen.query_one("SELECT pg_try_advisory_lock($1)", &[&PROJECTOR_LOCK]).await?.get(0);
+    assert!(held);
+    frozen.batch_execute("CREATE TEMPORARY TABLE rows (row text)").await?;
+    let silent = frozen.copy_in::<_, bytes::Bytes>("COPY rows FROM STDIN").await?;
+
+    let service = world.run_service().await?;
+    world.register("COPY-1", 5).await?;
+    world.quiet_within(PATIENCE).await?;
+    world.verified().await?;
+    drop(silent);
+    assert!(frozen.batch_execute("SELECT 1").await.is_err(), "its session is ended");
     service.stop().await?;
     world.close();
     Ok(())

@@ -55,7 +55,7 @@ const STATEMENT_TIMEOUT_MS: u32 = 30_000;
 /// table, with helpers that are processes to be started, or to compile the statement; each is dearer than what it saves.
 const BY_KEYS_ONLY: &str = "SET enable_seqscan = off; SET max_parallel_workers_per_gather = 0; SET jit = off";
 
-/// How long the active projector may leave Postgres alone, also within a transaction, before Postgres gives its place to
+/// How long the active projector may leave Postgres alone, also within a transaction or a `COPY`, before its place goes to
 /// another: one that was frozen holds its connection, and with it the place and its locks.
 const PLACE_TIMEOUT: Duration = Duration::from_secs(15);
 
@@ -193,6 +193,21 @@ async fn told(what: &str, hearing: impl Future<Output = ()>) {
     }
 }
 
+/// Ends the session of the active projector when it has left a statement without its rows for [`PLACE_TIMEOUT`]; whether it had.
+///
+/// Postgres does so by itself between statements. Within a `COPY` it does not: there it is neither idle, nor does it look at
+/// `statement_timeout` before the next row comes.
+async fn end_silent_copy(client: &tokio_postgres::Client) -> Result<bool, ProjectionError> {
+    let end = "SELECT pg_terminate_backend(pid)
+               FROM pg_stat_activity JOIN pg_locks USING (pid)
+               WHERE locktype = 'advisory' AND granted AND objsubid = 1
+                 AND (classid::bigint << 32 | objid::bigint) = $1 AND datname = current_database()
+                 AND state = 'active' AND wait_event = 'ClientRead'
+                 AND query_start < clock_timestamp() - $2 * interval '1 ms'";
+    let ended = client.query(end, &[&PROJECTOR_LOCK, &(PLACE_TIMEOUT.as_millis() as f64)]).await?;
+    Ok(!ended.is_empty())
+}
+
 /// Becomes the active projector and projects until something fails.
 async fn project<L: Ledger, A: AfterCommit>(
     ledger: &L,
@@ -216,6 +231,9 @@ async fn project<L: Ledger, A: AfterCommit>(
     ledger.last_sequence().await?;
     let lock = "SELECT pg_try_advisory_lock($1)";
     while !client.query_one(lock, &[&PROJECTOR_LOCK]).await?.get::<_, bool>(0) {
+        if end_silent_copy(&client).await? {
+            warn!("the active projector stopped in the middle of a COPY; its session is ended");
+        }
         tokio::time::sleep(STANDBY_PAUSE).await;
     }
     let Checkpoint { sequence: mut checkpoint, mut table } = read_checkpoint(&client, Schema::Live).await?;
