@@ -23,7 +23,7 @@ build() {
     done
     (
         cd "$source"
-        # Both in the form that can hold a path with a blank.
+        # Rust's in the form that can hold a path with a blank; jemalloc's configure bears none.
         CARGO_ENCODED_RUSTFLAGS="$rust" CC_SHELL_ESCAPED_FLAGS=1 CFLAGS="${CFLAGS:-}$c" \
             CARGO_TARGET_DIR="$target" CARGO_INCREMENTAL=0 cargo build --release --locked "${packages[@]}"
     )
@@ -51,11 +51,11 @@ case "${1-}" in
         fi
         elsewhere=$(mktemp -d "${TMPDIR:-/tmp}/lomash-release.XXXXXX")
         trap 'rm -rf "$elsewhere"' EXIT
-        git clone --quiet "$source" "$elsewhere/another clone"
+        git clone --quiet "$source" "$elsewhere/another-clone"
         build "$source" "$target"
-        build "$elsewhere/another clone" "$elsewhere/another target"
+        build "$elsewhere/another-clone" "$elsewhere/another-target"
         sums "$target" >"$elsewhere/here"
-        sums "$elsewhere/another target" >"$elsewhere/there"
+        sums "$elsewhere/another-target" >"$elsewhere/there"
         cat "$elsewhere/here"
         diff "$elsewhere/here" "$elsewhere/there" || {
             echo "release: the two builds differ" >&2

@@ -48,6 +48,14 @@ fail() {
     exit 1
 }
 
+build_folder=${CARGO_TARGET_DIR:-${CARGO_BUILD_TARGET_DIR:-$root/target}}
+case $build_folder in
+    *[[:space:]]*)
+        # It would say so itself, in the middle of a long log.
+        fail "the build folder '$build_folder' has a blank in its path, which jemalloc's configure refuses; clone to a path without one, or name another folder in CARGO_TARGET_DIR."
+        ;;
+esac
+
 # at_least WANTED FOUND: versions compared number by number.
 at_least() { [ -n "$2" ] && [ "$(printf '%s\n%s\n' "$1" "$2" | sort -V | head -n 1)" = "$1" ]; }
 
