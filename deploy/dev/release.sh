@@ -16,16 +16,21 @@ build() {
     local source=$1 target=$2 cargo_home=${CARGO_HOME:-$HOME/.cargo}
     local from=("$target" "$source" "$cargo_home") to=(/target /source /cargo)
     local rust="" c="" index
+    # jemalloc's configure hands C's flags on as words.
+    if [[ "$target$source$cargo_home" == *[[:space:]]* ]]; then
+        echo "release: a path below has a blank, which C's flags cannot hold; use folders without one:" >&2
+        printf '  %s\n' "${from[@]}" >&2
+        exit 1
+    fi
     # The last match wins in rustc, and the build folder may lie in the clone.
     for index in 2 1 0; do
         rust+="${rust:+$'\x1f'}--remap-path-prefix=${from[index]}=${to[index]}"
-        c+=" $(printf '%q' "-ffile-prefix-map=${from[index]}=${to[index]}")"
+        c+=" -ffile-prefix-map=${from[index]}=${to[index]}"
     done
     (
         cd "$source"
-        # Rust's in the form that can hold a path with a blank; jemalloc's configure bears none.
-        CARGO_ENCODED_RUSTFLAGS="$rust" CC_SHELL_ESCAPED_FLAGS=1 CFLAGS="${CFLAGS:-}$c" \
-            CARGO_TARGET_DIR="$target" CARGO_INCREMENTAL=0 cargo build --release --locked "${packages[@]}"
+        CARGO_ENCODED_RUSTFLAGS="$rust" CFLAGS="${CFLAGS:-}$c" CARGO_TARGET_DIR="$target" CARGO_INCREMENTAL=0 \
+            cargo build --release --locked "${packages[@]}"
     )
 }
 
