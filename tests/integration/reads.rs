@@ -1196,8 +1196,8 @@ async fn every_read_of_a_hundred_thousand_products_comes_by_an_index() -> Result
         (
             "a decision",
             asking(|reads| async move { reads.decision(OrderId(numbered(5_000_777))).await.map(drop) }),
-            "movements_order",
-            15.0,
+            "movements_pkey",
+            2_100.0,
         ),
         (
             "counts",

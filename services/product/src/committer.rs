@@ -164,7 +164,8 @@ impl Committer {
         let (span, carried) = observed::decide_span(&command, carried);
         let submission = Submission { command, carried, reply, tried: Vec::new(), span: span.clone() };
         let deciding = async {
-            self.queue.send(submission).await.map_err(|_| CommandError::Stopping)?;
+            // Not `send`, whose future holds what is sent once more: as many wait as orders are handled at once.
+            self.queue.reserve().await.map_err(|_| CommandError::Stopping)?.send(submission);
             answer.await.unwrap_or(Err(CommandError::Stopping))
         };
         deciding.instrument(span).await

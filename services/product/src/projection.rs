@@ -55,6 +55,10 @@ const STATEMENT_TIMEOUT_MS: u32 = 30_000;
 /// table, with helpers that are processes to be started, or to compile the statement; each is dearer than what it saves.
 const BY_KEYS_ONLY: &str = "SET enable_seqscan = off; SET max_parallel_workers_per_gather = 0; SET jit = off";
 
+/// A commit does not wait until it is on disk: what a crash of Postgres takes with it, rows and checkpoint together, is read
+/// from the stream again.
+const NOT_WAITING_FOR_THE_DISK: &str = "SET synchronous_commit = off";
+
 /// How long the active projector may leave Postgres alone, also within a transaction or a `COPY`, before its place goes to
 /// another: one that was frozen holds its connection, and with it the place and its locks.
 const PLACE_TIMEOUT: Duration = Duration::from_secs(15);
@@ -224,7 +228,7 @@ async fn project<L: Ledger, A: AfterCommit>(
     let idle_ms = PLACE_TIMEOUT.as_millis();
     client
         .batch_execute(&format!(
-            "SET statement_timeout = {STATEMENT_TIMEOUT_MS}; SET idle_session_timeout = {idle_ms}; SET idle_in_transaction_session_timeout = {idle_ms}; {BY_KEYS_ONLY}"
+            "SET statement_timeout = {STATEMENT_TIMEOUT_MS}; SET idle_session_timeout = {idle_ms}; SET idle_in_transaction_session_timeout = {idle_ms}; {BY_KEYS_ONLY}; {NOT_WAITING_FOR_THE_DISK}"
         ))
         .await?;
     // Whoever cannot see the ledger must not take the place of one that can.
@@ -371,7 +375,7 @@ async fn apply(
     reached: u64,
 ) -> Result<Applied, ProjectionError> {
     let parsed: Vec<Parsed> = batch.iter().map(StoredMessage::parse).collect();
-    let transaction = client.transaction().await?;
+    let mut transaction = client.transaction().await?;
     // First of all, and with a lock on the table too: who swaps schemas waits for this transaction, and this one finds
     // either the tables from before the swap or those from after it, never some of each.
     let lock = format!("SELECT sequence, tableoid FROM {schema}.checkpoint WHERE projection = $1 FOR UPDATE");
@@ -389,7 +393,7 @@ async fn apply(
     write_products(&transaction, schema, &changes.products).await?;
     write_movements(&transaction, schema, &changes.movements).await?;
     write_counts(&transaction, schema, &changes.counts).await?;
-    write_decisions(&transaction, schema, &changes.decisions).await?;
+    write_decisions(&mut transaction, schema, &changes.decisions).await?;
     move_checkpoint(&transaction, schema, expected, reached, changes.skipped).await?;
     transaction.commit().await?;
     let changed = changes.products.stock.keys().copied().collect();

@@ -135,11 +135,11 @@ impl<L: Ledger> Rebuild<L> {
         }
         let has_keys = self.indexes.is_empty();
         let written = async {
-            let transaction = self.client.transaction().await?;
+            let mut transaction = self.client.transaction().await?;
             write_movements(&transaction, Schema::Shadow, &changes.movements).await?;
             write_counts(&transaction, Schema::Shadow, &changes.counts).await?;
             if has_keys {
-                write_decisions(&transaction, Schema::Shadow, &changes.decisions).await?;
+                write_decisions(&mut transaction, Schema::Shadow, &changes.decisions).await?;
             } else {
                 copy_decisions(&transaction, Schema::Shadow, &changes.decisions).await?;
             }

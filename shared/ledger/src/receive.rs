@@ -12,6 +12,7 @@ use std::convert::Infallible;
 use std::future::Future;
 use std::ops::ControlFlow;
 use std::panic::AssertUnwindSafe;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -363,6 +364,7 @@ async fn hand_over(context: &Context, receive: &Receive, group: &str, pin: &str)
     }
 }
 
+/// What a delivery goes through. There is one for each message at work, and it is moved once: what is rare in it is boxed.
 fn handle<'a, H, F>(work: &'a Work<'a, H>, message: jetstream::Message) -> impl Future<Output = ()> + 'a + use<'a, H, F>
 where
     H: Fn(Delivery) -> F + Sync,
@@ -385,11 +387,11 @@ where
         let Some(mut handled) = handled else {
             let case = Case::new(receive.stream, receive.consumer, sequence, deliveries);
             let kind = loop {
-                match case.summon(context).await {
+                match Box::pin(case.summon(context)).await {
                     Ok(()) => break Some(AckKind::Ack),
                     Err(problem) => {
                         debug!(consumer = receive.consumer, sequence, problem, "cannot hand a suspect over yet");
-                        if keeping.pause(DEAD_LETTER_RETRY).await.is_break() {
+                        if Box::pin(keeping.pause(DEAD_LETTER_RETRY)).await.is_break() {
                             break Some(AckKind::Nak(None));
                         }
                     }
@@ -432,7 +434,7 @@ where
             match settle {
                 Settle::Done => break Some(AckKind::Ack),
                 Settle::Retry(pause) => {
-                    if keeping.pause(pause).await.is_break() {
+                    if Box::pin(keeping.pause(pause)).await.is_break() {
                         break Some(AckKind::Nak(Some(pause)));
                     }
                     tries += 1;
@@ -450,7 +452,7 @@ where
                         headers: delivery.headers.as_deref(),
                         payload: delivery.payload.clone(),
                     };
-                    let stored = letter.store(context).await;
+                    let stored = Box::pin(letter.store(context)).await;
                     work.told.letter(receive.consumer, sequence, &reason, stored.as_ref().err());
                     // The original stays where it is until its letter is stored.
                     break Some(stored.map_or(AckKind::Nak(Some(DEAD_LETTER_RETRY)), |()| AckKind::Term));
@@ -462,12 +464,12 @@ where
     .instrument(span)
 }
 
-/// Calls a handler, which may panic before it returns its future.
-pub(crate) fn call<H, F>(handler: &H, delivery: Delivery) -> std::thread::Result<F>
+/// Calls a handler, which may panic before it returns its future. That is large, and is not moved again.
+pub(crate) fn call<H, F>(handler: &H, delivery: Delivery) -> std::thread::Result<Pin<Box<F>>>
 where
     H: Fn(Delivery) -> F,
 {
-    std::panic::catch_unwind(AssertUnwindSafe(|| handler(delivery)))
+    std::panic::catch_unwind(AssertUnwindSafe(|| Box::pin(handler(delivery))))
 }
 
 /// The last that is said about a delivery; nothing, when it is not ours any more.

@@ -3,10 +3,11 @@
 //!
 //! There are two, for "as large" and "the same server" can be read in two ways:
 //! - [`Contestant::Limit`]: a stream of the very configuration of `INVENTORY`, so it republishes what it stores and looks
-//!   message ids up, and messages that carry an id each. That is what the contract asks of the server for these messages,
-//!   whoever writes them.
-//! - [`Contestant::Bare`]: the least that the server can be asked: nothing is republished and no message has an id (its
-//!   bytes are payload).
+//!   message ids up, and messages that carry an id each. It holds the same history before: the server looks up what it
+//!   stored last of each product, and finding that in a long stream is its work, not the service's. That is what the
+//!   contract asks of the server for these messages, whoever writes them.
+//! - [`Contestant::Bare`]: the least that the server can be asked: nothing is republished, no message has an id (its bytes
+//!   are payload), and the stream is empty before.
 //!
 //! In both no sequence is expected (its header's bytes are payload), batches end where those of ours ended in the stream,
 //! one batch is in flight at a time, as with the committer, and every message is made before the clock starts. What the
@@ -25,6 +26,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::batches::{self, Message};
+use super::bed::Bed;
 use super::report::Contestant;
 
 /// What its subjects begin with, as long as what it stands for.
@@ -76,6 +78,11 @@ impl Shape {
             ends_batch: message.ends_batch(),
         }
     }
+
+    /// Bytes of the header that holds its id.
+    fn id_line(&self) -> usize {
+        if self.id_bytes == 0 { 0 } else { line("Nats-Msg-Id", self.id_bytes) }
+    }
 }
 
 /// The shapes of what the ledger holds after `after`.
@@ -88,19 +95,47 @@ pub(super) async fn shapes(ledger: &JetStreamLedger, after: u64) -> anyhow::Resu
     Ok(shapes)
 }
 
-/// Writes as many messages of those shapes; how long it took from the first to the last confirmation. Ours took
-/// `ours_bytes` of the server's storage; as large is what is written here, or there is no figure.
+/// Writes to the limit's stream what the ledger holds up to `upto`, the end of a batch, with payloads of as many bytes. Ids
+/// are left out: ours are forgotten too before a race.
+async fn write_history(context: &Context, ledger: &JetStreamLedger, upto: u64) -> anyhow::Result<()> {
+    let client = context.client();
+    let mut messages = ledger.read(0).await?.take(usize::try_from(upto)?);
+    let mut batch: Vec<Message> = Vec::new();
+    let mut stored = 0;
+    while let Some(message) = messages.next().await {
+        let message = message?;
+        let shape = Shape::of(&message);
+        let payload = Bytes::from(vec![b'x'; shape.bytes + shape.id_line()]);
+        batch.push((Subject::from(format!("{PREFIX_OF_LIMIT}{}", shape.subject)), HeaderMap::new(), payload));
+        if shape.ends_batch {
+            stored += batch.len() as u64;
+            batches::mark(&mut batch, &format!("history-{stored}"));
+            batches::send(&client, std::mem::take(&mut batch)).await?;
+        }
+    }
+    ensure!(stored == upto, "{stored} of {upto} messages of the history could be written");
+    Ok(())
+}
+
+/// Writes as many messages of those shapes as the ledger holds after `prepared`; how long it took from the first to the last
+/// confirmation. Ours took `ours_bytes` of the server's storage; as large is what is written here, or there is no figure.
 pub(super) async fn run(
-    context: &Context,
+    bed: &Bed,
     contestant: Contestant,
     shapes: &[Shape],
+    prepared: u64,
     ours_bytes: u64,
 ) -> anyhow::Result<Duration> {
+    let context = &bed.context;
     let bare = contestant == Contestant::Bare;
     let prefix = if bare { PREFIX_OF_BARE } else { PREFIX_OF_LIMIT };
     batches::configure(context, "CREATE", &stream(prefix, bare)?).await?;
-    let id_line = |shape: &Shape| if shape.id_bytes == 0 { 0 } else { line("Nats-Msg-Id", shape.id_bytes) };
-    let largest = shapes.iter().map(|shape| shape.bytes + id_line(shape)).max().unwrap_or(0);
+    let (mut stored, mut stored_before) = (0, 0);
+    if !bare {
+        write_history(context, &bed.ledger, prepared).await?;
+        (stored, stored_before) = (prepared, stored_bytes(context, name(bare)).await?);
+    }
+    let largest = shapes.iter().map(|shape| shape.bytes + shape.id_line()).max().unwrap_or(0);
     let payload = Bytes::from(vec![b'x'; largest]);
     let mut made: Vec<Vec<Message>> = vec![Vec::new()];
     for shape in shapes {
@@ -110,7 +145,7 @@ pub(super) async fn run(
         let mut headers = HeaderMap::new();
         let mut bytes = shape.bytes;
         if bare {
-            bytes += id_line(shape);
+            bytes += shape.id_line();
         } else if shape.id_bytes > 0 {
             // Ids of ours are UUIDs; another length would be another message's.
             headers.insert(NATS_MESSAGE_ID, Uuid::new_v4().to_string());
@@ -125,14 +160,13 @@ pub(super) async fn run(
 
     let client = context.client();
     let started = Instant::now();
-    let mut stored = 0;
     for batch in made {
         stored += batch.len() as u64;
         let sequence = batches::send(&client, batch).await?;
         ensure!(sequence == stored, "a bare batch ends at {sequence} where {stored} was due");
     }
     let taken = started.elapsed();
-    let bytes = stored_bytes(context, name(bare)).await?;
+    let bytes = stored_bytes(context, name(bare)).await? - stored_before;
     ensure!(
         bytes.abs_diff(ours_bytes) <= ours_bytes / SIZE_TOLERANCE,
         "the same messages took {bytes} bytes here and {ours_bytes} in the ledger: they are not equally large"

@@ -234,7 +234,10 @@ pub async fn bench(args: &BenchArgs, show: Show) -> anyhow::Result<Report> {
         ("rounds", args.rounds().to_string()),
         ("seed", args.seed.to_string()),
         ("NATS sync_interval", "always, one node".to_owned()),
-        ("projection", "Postgres projects while ours is timed; no order waits for it".to_owned()),
+        (
+            "projection",
+            "Postgres projects while ours is timed, not waiting for the disk; no order waits for it".to_owned(),
+        ),
     ]);
     let mut scenarios = Vec::new();
     if !workloads.is_empty() {

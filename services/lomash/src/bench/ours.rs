@@ -90,7 +90,7 @@ async fn on(
         limits.reverse();
     }
     for (contestant, taken) in &mut limits {
-        *taken = limit::run(&bed.context, *contestant, &shapes, bytes).await?;
+        *taken = limit::run(bed, *contestant, &shapes, prepared, bytes).await?;
     }
     Ok(Ok(Figures {
         ours,

@@ -10,6 +10,7 @@ use serde_json::Value;
 use time::OffsetDateTime;
 use tokio_postgres::Transaction;
 use tokio_postgres::binary_copy::BinaryCopyInWriter;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{Json, ToSql, Type};
 use uuid::Uuid;
 
@@ -217,7 +218,7 @@ async fn copy(
     schema: Schema,
     columns: &str,
     types: &[Type],
-) -> Result<Pin<Box<BinaryCopyInWriter>>, ProjectionError> {
+) -> Result<Pin<Box<BinaryCopyInWriter>>, tokio_postgres::Error> {
     let sink = transaction.copy_in(&format!("COPY {schema}.{columns} FROM STDIN BINARY")).await?;
     Ok(Box::pin(BinaryCopyInWriter::new(sink, types)))
 }
@@ -321,12 +322,19 @@ fn decision_columns(decision: &OrderDecision) -> (&'static str, Option<&str>, Op
 
 /// Adds the decisions of orders that have none yet.
 pub(crate) async fn write_decisions(
-    transaction: &Transaction<'_>,
+    transaction: &mut Transaction<'_>,
     schema: Schema,
     decisions: &[OrderDecided],
 ) -> Result<(), ProjectionError> {
     if decisions.is_empty() {
         return Ok(());
+    }
+    let copying = transaction.savepoint("decisions").await?;
+    match copy_decisions(&copying, schema, decisions).await {
+        Ok(()) => return Ok(copying.commit().await?),
+        // Only in a ledger that decides an order twice, which is never ours; the first decision counts.
+        Err(problem) if problem.code() == Some(&SqlState::UNIQUE_VIOLATION) => copying.rollback().await?,
+        Err(problem) => return Err(problem.into()),
     }
     let mut orders: Vec<Uuid> = Vec::with_capacity(decisions.len());
     let mut outcomes: Vec<&str> = Vec::with_capacity(decisions.len());
@@ -352,16 +360,12 @@ pub(crate) async fn write_decisions(
     Ok(())
 }
 
-/// Adds decisions by binary `COPY` to a table that has no key yet: an order of several batches gets several rows, of
-/// which its first is its decision.
+/// Adds decisions by binary `COPY`, none of an order that has one already; to a table without its key of those too.
 pub(crate) async fn copy_decisions(
     transaction: &Transaction<'_>,
     schema: Schema,
     decisions: &[OrderDecided],
-) -> Result<(), ProjectionError> {
-    if decisions.is_empty() {
-        return Ok(());
-    }
+) -> Result<(), tokio_postgres::Error> {
     let columns = "order_decisions (order_id, outcome, reason, items, sequence, decided_at)";
     let types = [Type::UUID, Type::TEXT, Type::TEXT, Type::JSONB, Type::INT8, Type::TIMESTAMPTZ];
     let mut writer = copy(transaction, schema, columns, &types).await?;
