@@ -12,9 +12,9 @@ use lomash_platform::process::Tasks;
 use lomash_platform::projected::Projected;
 use lomash_platform::{nats, postgres};
 use lomash_web::health::Check;
-use lomash_web::{Health, Routes, Server, ServiceConfig, Verifier};
+use lomash_web::{Health, Routes, ServiceConfig, Verifier};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::info;
 
 use crate::http::Api;
 use crate::projection::ProjectionError;
@@ -47,43 +47,19 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
     let stop = health.drop_first(asked, service.http.stop_delay());
     let checks = Checks { stream: health.check("stream", true), metrics: health.check("metrics", true) };
     let verifier = Verifier::start(&service.http.tokens, &health, stop.clone()).await?;
-    let routes = Routes::default();
-    let server = Server::bind(&service.http).await?;
-    let serving = server.serve(routes.application(&service.http, &health), stop.clone());
-    tasks.spawn(async {
-        serving.await;
-        Ok(())
-    });
+    let routes = Routes::serve(&service.http, &health, stop.clone(), &mut tasks).await?;
     let (client, refusals) =
         nats::connect_as(service.nats_url.expose(), &service.nats_identity, "analytics-service").await?;
     let context = async_nats::jetstream::new(client.clone());
-    refusals.guard(streams::wait_until_ready(&context)).await??;
-    // Streams are the administrator's where there are identities; on a laptop's server the first service makes them.
-    if !service.nats_identity.is_known() {
-        for difference in streams::apply(&context, service.stream_replicas).await? {
-            warn!(%difference, "the server differs from streams/");
-        }
-    }
+    refusals.guard(streams::prepare(&context, service.stream_replicas, service.nats_identity.is_known())).await??;
 
     let ledger = JetStreamLedger::read_only(context.clone(), streams::INVENTORY);
     let projected = Projected::new(pool.clone(), &ANALYTICS);
     let (queue, queued) = projection::queue();
     let url = service.database_url.clone();
     tasks.spawn(projection::run(ledger, pool.clone(), url, projected.clone(), queued, stop.clone()));
-    tasks.spawn({
-        let stop = stop.clone();
-        async move {
-            receive::run(context, projection::receive(), stop, |delivery| queue.handle(delivery)).await;
-            Ok(())
-        }
-    });
-    tasks.spawn({
-        let (client, stop) = (client.clone(), stop.clone());
-        async move {
-            streams::leave_a_lonely_server(client, streams::INVENTORY, streams::ANALYTICS, stop).await;
-            Ok(())
-        }
-    });
+    tasks.run(receive::run(context, projection::receive(), stop.clone(), move |delivery| queue.handle(delivery)));
+    tasks.run(streams::leave_a_lonely_server(client.clone(), streams::INVENTORY, streams::ANALYTICS, stop.clone()));
     let api = Api { reads: Reads::new(&service.database_url)?, projected };
     routes.open(http::routes(api, verifier, &service.http));
     // Last: whoever is told that this is ready sends requests.

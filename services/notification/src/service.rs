@@ -14,7 +14,7 @@ use lomash_ledger::{JetStreamLedger, Ledger, receive, streams};
 use lomash_platform::process::Tasks;
 use lomash_platform::{Secret, nats, postgres, schemas};
 use lomash_web::health::Check;
-use lomash_web::{Health, Routes, Server, ServiceConfig, Verifier};
+use lomash_web::{Health, Routes, ServiceConfig, Verifier};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use url::Url;
@@ -109,23 +109,11 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
     let stop = health.drop_first(asked, service.http.stop_delay());
     let checks = Checks::register(&health);
     let verifier = Verifier::start(&service.http.tokens, &health, stop.clone()).await?;
-    let routes = Routes::default();
-    let server = Server::bind(&service.http).await?;
-    let serving = server.serve(routes.application(&service.http, &health), stop.clone());
-    tasks.spawn(async {
-        serving.await;
-        Ok(())
-    });
+    let routes = Routes::serve(&service.http, &health, stop.clone(), &mut tasks).await?;
     let (client, refusals) =
         nats::connect_as(service.nats_url.expose(), &service.nats_identity, "notification-service").await?;
     let context = async_nats::jetstream::new(client.clone());
-    refusals.guard(streams::wait_until_ready(&context)).await??;
-    // Streams are the administrator's where there are identities; on a laptop's server the first service makes them.
-    if !service.nats_identity.is_known() {
-        for difference in streams::apply(&context, service.stream_replicas).await? {
-            warn!(%difference, "the server differs from streams/");
-        }
-    }
+    refusals.guard(streams::prepare(&context, service.stream_replicas, service.nats_identity.is_known())).await??;
     refuse_a_shorter_ledger(&context, &alerts).await?;
 
     let rules = Rules {
@@ -137,12 +125,11 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
     let recording = CancellationToken::new();
     let (intake, recorder) = recorder::recorder(context.clone(), alerts.clone(), rules);
     tasks.spawn(recorder.run(recording.clone()));
-    tasks.spawn({
+    tasks.run({
         let (context, stop) = (context.clone(), stop.clone());
         async move {
             receive::run(context, recorder::receive(), stop, |delivery| intake.handle(delivery)).await;
             recording.cancel();
-            Ok(())
         }
     });
     tasks.spawn(publishing::run(context, alerts.clone(), stop.clone()));
@@ -150,13 +137,7 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
     for _ in 0..config.mail_connections {
         tasks.spawn(sending.clone().run(stop.clone()));
     }
-    tasks.spawn({
-        let (client, stop) = (client.clone(), stop.clone());
-        async move {
-            streams::leave_a_lonely_server(client, streams::INVENTORY, streams::NOTIFICATION, stop).await;
-            Ok(())
-        }
-    });
+    tasks.run(streams::leave_a_lonely_server(client.clone(), streams::INVENTORY, streams::NOTIFICATION, stop.clone()));
     routes.open(http::routes(Api { alerts: alerts.clone() }, verifier, &service.http));
     // Last: whoever is told that this is ready sends requests.
     tasks.spawn(checks.watch(client.clone(), alerts, sending, stop.clone()));

@@ -13,7 +13,7 @@ use lomash_ledger::streams::{self, Difference};
 use lomash_ledger::{JetStreamLedger, Ledger, receive};
 use lomash_platform::process::Tasks;
 use lomash_platform::{Secret, nats, postgres};
-use lomash_web::{Health, Routes, Server, ServiceConfig, Verifier};
+use lomash_web::{Health, Routes, ServiceConfig, Verifier};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -108,13 +108,7 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
     let stop = health.drop_first(asked, service.http.stop_delay());
     let checks = Checks::register(&health);
     let verifier = Verifier::start(&service.http.tokens, &health, stop.clone()).await?;
-    let routes = Routes::default();
-    let server = Server::bind(&service.http).await?;
-    let serving = server.serve(routes.application(&service.http, &health), stop.clone());
-    tasks.spawn(async {
-        serving.await;
-        Ok(())
-    });
+    let routes = Routes::serve(&service.http, &health, stop.clone(), &mut tasks).await?;
     let (client, refusals) =
         nats::connect_as(service.nats_url.expose(), &service.nats_identity, "product-service").await?;
     let context = async_nats::jetstream::new(client.clone());
@@ -158,39 +152,21 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
         stop.clone(),
     );
     tasks.spawn(async { projecting.await.map_err(ProjectionError::with_remedy).context("the projector cannot go on") });
-    tasks.spawn({
-        let (context, stop) = (context.clone(), stop.clone());
-        async move {
-            receive::run(context, runs::receive(), stop, |delivery| runner.clone().handle(delivery)).await;
-            Ok(())
-        }
-    });
-    tasks.spawn({
-        let (context, committer, stop) = (context.clone(), committer.clone(), stop.clone());
-        async move {
-            let after = config.snapshot_after_events;
-            let handler = |tick| snapshots::handle(snapshots.clone(), committer.clone(), after, stop.clone(), tick);
-            receive::run(context, snapshots::receive(), stop.clone(), handler).await;
-            Ok(())
-        }
-    });
+    let run = move |delivery| runner.clone().handle(delivery);
+    tasks.run(receive::run(context.clone(), runs::receive(), stop.clone(), run));
+    let write_snapshot = {
+        let (committer, after, stop) = (committer.clone(), config.snapshot_after_events, stop.clone());
+        move |tick| snapshots::handle(snapshots.clone(), committer.clone(), after, stop.clone(), tick)
+    };
+    tasks.run(receive::run(context.clone(), snapshots::receive(), stop.clone(), write_snapshot));
     tasks.spawn(observed::watch(context.clone(), pool.clone(), committer.clone(), stop.clone()));
-    tasks.spawn({
-        let (committer, writing, stop) = (committer.clone(), writing.clone(), stop.clone());
-        async move {
-            let handler = |delivery| orders::handle(committer.clone(), writing.clone(), delivery);
-            receive::run(context, orders::receive(), stop, handler).await;
-            Ok(())
-        }
-    });
+    let decide = {
+        let committer = committer.clone();
+        move |delivery| orders::handle(committer.clone(), writing.clone(), delivery)
+    };
+    tasks.run(receive::run(context, orders::receive(), stop.clone(), decide));
     let watched = Watched { client: client.clone(), pool, committer, cache: config.redis_url.map(|_| cache.clone()) };
-    tasks.spawn({
-        let (client, stop) = (client.clone(), stop.clone());
-        async move {
-            streams::leave_a_lonely_server(client, streams::ORDERS, streams::PRODUCT_ORDERS, stop).await;
-            Ok(())
-        }
-    });
+    tasks.run(streams::leave_a_lonely_server(client.clone(), streams::ORDERS, streams::PRODUCT_ORDERS, stop.clone()));
     let api = Api {
         writer: writer.clone(),
         ledger,
@@ -250,11 +226,11 @@ async fn prepare_streams(
     replicas: u32,
     has_identity: bool,
 ) -> Result<Vec<Difference>, streams::StreamsError> {
-    streams::wait_until_ready(context).await?;
-    let found =
-        if has_identity { streams::check(context, replicas).await } else { streams::apply(context, replicas).await };
-    for difference in found? {
-        warn!(%difference, "the server differs from streams/");
+    streams::prepare(context, replicas, has_identity).await?;
+    if has_identity {
+        for difference in streams::check(context, replicas).await? {
+            warn!(%difference, "the server differs from streams/");
+        }
     }
     streams::compare(context, streams::INVENTORY, replicas).await
 }

@@ -10,6 +10,7 @@ use async_nats::jetstream::Context;
 use lomash_platform::nats;
 use serde_json::{Map, Value, json};
 use tokio_util::sync::CancellationToken;
+use tracing::warn;
 
 /// The stream of incoming orders.
 pub const ORDERS: &str = "ORDERS";
@@ -246,6 +247,21 @@ pub async fn wait_until_ready(context: &Context) -> Result<(), StreamsError> {
             _ => tokio::time::sleep(READY_PAUSE).await,
         }
     }
+}
+
+/// For a service that starts: waits until JetStream answers and, on a server without users, makes what is missing with
+/// `replicas` copies. Where the service has an identity, streams are the administrator's. What differs is logged.
+///
+/// # Errors
+/// [`StreamsError`].
+pub async fn prepare(context: &Context, replicas: u32, has_identity: bool) -> Result<(), StreamsError> {
+    wait_until_ready(context).await?;
+    if !has_identity {
+        for difference in apply(context, replicas).await? {
+            warn!(%difference, "the server differs from streams/");
+        }
+    }
+    Ok(())
 }
 
 /// Whether the server that we are connected to still has a cluster behind it, judged by a consumer.

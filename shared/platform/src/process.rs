@@ -50,6 +50,14 @@ impl Tasks {
         Self::default()
     }
 
+    /// Adds a task that cannot fail.
+    pub fn run(&mut self, task: impl Future<Output = ()> + Send + 'static) {
+        self.spawn(async {
+            task.await;
+            Ok(())
+        });
+    }
+
     /// Adds a task.
     pub fn spawn(&mut self, task: impl Future<Output = anyhow::Result<()>> + Send + 'static) {
         self.0.spawn(task);

@@ -1,16 +1,17 @@
 //! What every HTTP adapter of the platform needs and none should write again: problems (RFC 9457), bearer tokens and
 //! roles, limits, cursors, health, and the server loop.
 //!
-//! Knows nothing of products or orders. A service brings its routes and gets back an application that refuses what
-//! it should, always as a problem:
+//! Knows nothing of products or orders. A service tells how it is from its first moment on, and brings its routes when
+//! they can be answered; what it should refuse is refused, always as a problem:
 //!
 //! ```ignore
-//! let verifier = Verifier::start(&config.service.http.tokens, stop.clone()).await?;
-//! let gate = Gate::new(verifier, &config.service.http.rates);
-//! let v1 = limits::time_limited(routes(), config.service.http.request_timeout());
-//! let app = server::application(gate.guard(v1).merge(health.routes()), &config.service.http);
-//! let server = Server::bind(&config.service.http).await?;
-//! server.serve(app, health.drop_first(asked, config.service.http.stop_delay())).await;
+//! let health = Health::new();
+//! let stop = health.drop_first(asked, http.stop_delay());
+//! let verifier = Verifier::start(&http.tokens, &health, stop.clone()).await?;
+//! let routes = Routes::serve(&http, &health, stop, &mut tasks).await?;
+//! // … the rest of the service …
+//! let v1 = limits::time_limited(v1_routes(), http.request_timeout());
+//! routes.open(Gate::new(verifier, &http.rates).guard(v1));
 //! ```
 
 pub mod auth;

@@ -7,19 +7,37 @@ use axum::Router;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::any;
+use lomash_platform::process::Tasks;
+use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 use utoipa::Modify;
 use utoipa::openapi::OpenApi;
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
 
 use crate::problem::{no_such_method, no_such_route};
-use crate::{Health, HttpConfig, Problem, observed, server};
+use crate::{Health, HttpConfig, Problem, Server, observed, server};
 
 /// The routes of a service that is still starting: health is told at once, all else when it is [opened](Self::open).
 #[derive(Clone, Debug, Default)]
 pub struct Routes(Arc<OnceLock<Router>>);
 
 impl Routes {
+    /// Listens from now on, as one of `tasks` until `stop`, and tells what `health` says.
+    ///
+    /// # Errors
+    /// When the address cannot be had.
+    pub async fn serve(
+        config: &HttpConfig,
+        health: &Health,
+        stop: CancellationToken,
+        tasks: &mut Tasks,
+    ) -> anyhow::Result<Self> {
+        let routes = Self::default();
+        let server = Server::bind(config).await?;
+        tasks.run(server.serve(routes.application(config, health), stop));
+        Ok(routes)
+    }
+
     /// What the server serves from the first moment on.
     pub fn application(&self, config: &HttpConfig, health: &Health) -> Router {
         // As a fallback and not as a route for every path: what that captures would be a parameter of the routes behind.
