@@ -22,9 +22,7 @@ use tokio_postgres::error::SqlState;
 
 use crate::projection::ProjectionError;
 use crate::projection::changes::{Changes, Parsed, Products};
-use crate::projection::tables::{
-    copy_decisions, move_checkpoint, write_counts, write_decisions, write_movements, write_products,
-};
+use crate::projection::tables::{move_checkpoint, write_counts, write_decisions, write_movements, write_products};
 
 /// Messages after which a transaction of the load is cut at the next end of a batch.
 pub const LOAD_MESSAGES: usize = 20_000;
@@ -133,16 +131,12 @@ impl<L: Ledger> Rebuild<L> {
         for (message, parsed) in messages.iter().zip(parsed) {
             changes.fold(message, parsed);
         }
-        let has_keys = self.indexes.is_empty();
         let written = async {
             let mut transaction = self.client.transaction().await?;
             write_movements(&transaction, Schema::Shadow, &changes.movements).await?;
             write_counts(&transaction, Schema::Shadow, &changes.counts).await?;
-            if has_keys {
-                write_decisions(&mut transaction, Schema::Shadow, &changes.decisions).await?;
-            } else {
-                copy_decisions(&transaction, Schema::Shadow, &changes.decisions).await?;
-            }
+            // Before the table has its key again, all that are decided twice are in it; `index` sees to them.
+            write_decisions(&mut transaction, Schema::Shadow, &changes.decisions).await?;
             transaction.commit().await?;
             Ok::<(), ProjectionError>(())
         };

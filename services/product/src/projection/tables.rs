@@ -360,8 +360,8 @@ pub(crate) async fn write_decisions(
     Ok(())
 }
 
-/// Adds decisions by binary `COPY`, none of an order that has one already; to a table without its key of those too.
-pub(crate) async fn copy_decisions(
+/// Adds decisions by binary `COPY`. The key of the table refuses an order that has one; a table without its key takes them all.
+async fn copy_decisions(
     transaction: &Transaction<'_>,
     schema: Schema,
     decisions: &[OrderDecided],
