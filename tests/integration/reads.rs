@@ -927,7 +927,10 @@ impl Done {
             let on = if node["Index Name"].is_string() { text("Index Name") } else { text("Relation Name") };
             let rows =
                 number("Actual Rows") + number("Rows Removed by Filter") + number("Rows Removed by Index Recheck");
-            self.rows += rows * number("Actual Loops");
+            // What a query keeps for itself, without a name, are rows that were looked at already.
+            if !on.is_empty() {
+                self.rows += rows * number("Actual Loops");
+            }
             self.nodes.push((kind, on));
         }
         for child in node["Plans"].as_array().into_iter().flatten() {
@@ -1197,7 +1200,7 @@ async fn every_read_of_a_hundred_thousand_products_comes_by_an_index() -> Result
             "a decision",
             asking(|reads| async move { reads.decision(OrderId(numbered(5_000_777))).await.map(drop) }),
             "movements_pkey",
-            2_100.0,
+            15.0,
         ),
         (
             "counts",
@@ -1221,7 +1224,7 @@ async fn every_read_of_a_hundred_thousand_products_comes_by_an_index() -> Result
                 reads.stock_as_of_each(&moments).await.map(drop)
             }),
             "movements_product",
-            2_000.0,
+            1_100.0,
         ),
     ];
     for (what, ask, index, most) in &cases {

@@ -17,7 +17,7 @@ use std::fmt::{self, Write as _};
 use std::str::FromStr;
 
 use hashbrown::HashMap;
-use lomash_contract::limits::{LOW_STOCK_THRESHOLD, MAX_NAME_CHARS, MAX_ORDER_ITEMS};
+use lomash_contract::limits::{LOW_STOCK_THRESHOLD, MAX_NAME_CHARS};
 use lomash_contract::{
     CountedBy, EventId, FailedItem, FailureReason, OrderId, ProductId, Sku, Timestamp, Trigger, UpdatedBy,
 };
@@ -46,9 +46,6 @@ pub const MAX_WORDS: usize = 8;
 
 /// Products that one statement asks for.
 const PRODUCTS_A_STATEMENT: usize = 5_000;
-
-/// Events that an order can have: each line changes a stock, and perhaps whether it is available.
-const MAX_EVENTS_OF_AN_ORDER: usize = 2 * MAX_ORDER_ITEMS;
 
 const _: () = assert!(LOW_STOCK_THRESHOLD == 3, "as the index stock_low of sql/ and the statements here say");
 
@@ -957,17 +954,26 @@ fn history_text(query: &HistoryQuery) -> String {
     )
 }
 
-/// `$1` the order. One row a line. Its events stand together in the stream, from that of the decision on, so its movements
-/// are found without an index of their own.
+/// `$1` the order. One row a line. An order's events stand together in the stream, so among the movements its own follow
+/// each other from its decision's sequence on, and the first of another one ends them.
 fn decision_text() -> String {
     format!(
-        "SELECT c.sequence, d.order_id, d.outcome, d.reason, d.items, d.sequence, d.decided_at, m.sequence, m.product_id,
+        "WITH RECURSIVE decision AS (
+             SELECT * FROM {schema}.order_decisions WHERE order_id = $1
+         ), moved AS (
+             SELECT m.* FROM decision d, LATERAL (
+                 SELECT * FROM {schema}.movements WHERE sequence >= d.sequence ORDER BY sequence LIMIT 1
+             ) m WHERE d.outcome = 'allocated' AND m.order_id = $1
+             UNION ALL
+             SELECT m.* FROM moved before, LATERAL (
+                 SELECT * FROM {schema}.movements WHERE sequence > before.sequence ORDER BY sequence LIMIT 1
+             ) m WHERE m.order_id = $1
+         )
+         SELECT c.sequence, d.order_id, d.outcome, d.reason, d.items, d.sequence, d.decided_at, m.sequence, m.product_id,
                 m.previous_quantity, m.new_quantity, p.sku
          FROM {schema}.checkpoint c
-         LEFT JOIN {schema}.order_decisions d ON d.order_id = $1
-         LEFT JOIN ({schema}.movements m JOIN {schema}.products p ON p.product_id = m.product_id)
-                ON m.order_id = $1 AND d.outcome = 'allocated'
-               AND m.sequence BETWEEN d.sequence AND d.sequence + {MAX_EVENTS_OF_AN_ORDER} - 1
+         LEFT JOIN decision d ON true
+         LEFT JOIN (moved m JOIN {schema}.products p ON p.product_id = m.product_id) ON true
          WHERE c.projection = '{PROJECTION}'
          ORDER BY m.sequence",
         schema = Schema::Live

@@ -152,8 +152,8 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
         stop.clone(),
     );
     tasks.spawn(async { projecting.await.map_err(ProjectionError::with_remedy).context("the projector cannot go on") });
-    let run = move |delivery| runner.clone().handle(delivery);
-    tasks.run(receive::run(context.clone(), runs::receive(), stop.clone(), run));
+    let reconcile = move |delivery| runner.clone().handle(delivery);
+    tasks.run(receive::run(context.clone(), runs::receive(), stop.clone(), reconcile));
     let write_snapshot = {
         let (committer, after, stop) = (committer.clone(), config.snapshot_after_events, stop.clone());
         move |tick| snapshots::handle(snapshots.clone(), committer.clone(), after, stop.clone(), tick)
