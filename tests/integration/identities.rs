@@ -195,11 +195,12 @@ fn empties(stream: &str) -> &'static [Who] {
     if stream == "OBJ_SNAPSHOTS" { &[Who::Administrator, Who::Product] } else { &[Who::Administrator] }
 }
 
-/// Who may have a consumer deliver again from a sequence: its service, whose database may have been lost.
+/// Who may have a consumer deliver again from a sequence: its service, whose database may have been lost, and who rebuilds.
 fn begins_anew(consumer: &str) -> &'static [Who] {
     match consumer {
         "analytics" => &[Who::Administrator, Who::Analytics],
         "notification" => &[Who::Administrator, Who::Notification],
+        "rebuild" => &[Who::Administrator, Who::Operator],
         _ => &[Who::Administrator],
     }
 }
@@ -244,6 +245,7 @@ fn table() -> Vec<Row> {
             r#"{"batch":1,"no_wait":true}"#,
             &[Administrator, Notification],
         ),
+        row("$JS.API.CONSUMER.MSG.NEXT.INVENTORY.rebuild", r#"{"batch":1,"no_wait":true}"#, &[Administrator, Operator]),
         row("$JS.API.CONSUMER.MSG.NEXT.JOBS.snapshots", r#"{"batch":1,"no_wait":true}"#, &[Administrator, Product]),
         // Snapshots, an object store: the product service writes and clears it, and reads it by consumers of its own.
         row("$O.SNAPSHOTS.C.x", "{}", &[Product]),
@@ -296,6 +298,7 @@ fn table() -> Vec<Row> {
         ("JOBS", "snapshots"),
         ("INVENTORY", "analytics"),
         ("INVENTORY", "notification"),
+        ("INVENTORY", "rebuild"),
     ] {
         let push =
             json!({ "stream_name": stream, "config": { "name": consumer, "deliver_subject": ledger_subject() } });
@@ -419,6 +422,9 @@ async fn no_answer_can_be_sent_into_the_ledger() -> Result<()> {
         (Who::Operator, "$JS.API.CONSUMER.INFO.ORDERS.product-orders", ""),
         (Who::Operator, "$JS.API.CONSUMER.LIST.INVENTORY", ""),
         (Who::Operator, "$JS.API.CONSUMER.NAMES.INVENTORY", ""),
+        (Who::Operator, "$JS.API.CONSUMER.MSG.NEXT.INVENTORY.rebuild", pull),
+        (Who::Operator, "$JS.API.CONSUMER.MSG.NEXT.INVENTORY.rebuild", r#"{"batch":1,"expires":100000000}"#),
+        (Who::Operator, "$JS.API.CONSUMER.RESET.INVENTORY.rebuild", r#"{"seq":1}"#),
         (Who::Operator, "$JS.API.STREAM.MSG.GET.ORDERS", r#"{"seq":1}"#),
         (Who::Operator, "$JS.API.DIRECT.GET.ORDERS", r#"{"seq":1}"#),
         (Who::Operator, "$JS.API.DIRECT.GET.ORDERS", r#"{"seq":1,"batch":3}"#),
@@ -606,6 +612,21 @@ async fn orders_are_decided_with_every_program_under_its_own_key() -> Result<()>
         lomash_ledger::direct::read(&reading, dead_letter::STREAM, None, 0, 1).next().await.context("a letter")??;
     let origin = letter.headers.get(dead_letter::ORIGIN_SEQUENCE).context("its origin")?;
     assert_eq!(origin.as_str(), poison.sequence.to_string());
+
+    // And through the consumer that is there for rebuilding, from its beginning and once more from another place.
+    let (client, refusals) = secured.connect(Who::Operator).await?;
+    let rebuilding = jetstream::new(client).get_stream_no_info(streams::INVENTORY).await?;
+    let reading = async {
+        for first in [1, 3] {
+            rebuilding.reset_consumer(streams::REBUILD, Some(first)).await?;
+            let consumer: jetstream::consumer::PullConsumer =
+                rebuilding.get_consumer(streams::REBUILD).await.map_err(|problem| anyhow::anyhow!(problem))?;
+            let message = consumer.stream().messages().await?.next().await.context("a message")??;
+            assert_eq!(message.info().map_err(|problem| anyhow::anyhow!(problem))?.stream_sequence, first);
+        }
+        anyhow::Ok(())
+    };
+    tokio::time::timeout(PATIENCE, refusals.guard(reading)).await???;
 
     // The other services pull from their consumers across the accounts, and acknowledge.
     let sequences = [1, 2, 3, 4, 5].as_slice();

@@ -10,8 +10,10 @@ use anyhow::Result;
 use bytes::Bytes;
 use futures::{FutureExt, StreamExt};
 use lomash_contract::EventId;
+use lomash_ledger::streams::{INVENTORY, REBUILD};
 use lomash_ledger::{
-    AppendError, Carried, Ledger, MAX_BATCH_MESSAGES, MemoryLedger, Messages, NewMessage, ReadError, StoredMessage,
+    AppendError, Carried, JetStreamLedger, Ledger, MAX_BATCH_MESSAGES, MemoryLedger, Messages, NewMessage, ReadError,
+    StoredMessage,
 };
 use lomash_tests::{PATIENCE, World};
 use uuid::Uuid;
@@ -368,12 +370,70 @@ async fn the_server_refuses_what_is_larger_than_any_event() -> Result<()> {
     Ok(())
 }
 
+/// A long range is read by other means than a short one: by a consumer of one's own, by direct gets, or through the consumer
+/// that is there for rebuilding.
+#[tokio::test]
+async fn a_long_ledger_reads_the_same_by_whatever_means() -> Result<()> {
+    let world = World::without_postgres().await?;
+    let (ledger, stream) = (world.ledger(), world.context.get_stream(INVENTORY).await?);
+    let mut sent = Vec::new();
+    for _ in 0..3 {
+        let batch = batch(MAX_BATCH_MESSAGES);
+        ledger.append(&batch, sent.len() as u64).await?;
+        sent.extend(ids(&batch));
+    }
+    let read_only = || JetStreamLedger::read_only(world.context.clone(), INVENTORY);
+    let through = || read_only().through(REBUILD);
+    let delivered = async || anyhow::Ok(stream.consumer_info(REBUILD).await?.delivered.stream_sequence);
+
+    for after in [0, 2_500] {
+        for ledger in [world.ledger(), read_only()] {
+            assert_eq!(stored_ids(&all(ledger.read(after).await?).await?), sent[usize::try_from(after)?..]);
+        }
+    }
+    assert_eq!(delivered().await?, 0, "they left it alone");
+    let reader = through();
+    for after in [0, 2_500, 0] {
+        assert_eq!(stored_ids(&all(reader.read(after).await?).await?), sent[usize::try_from(after)?..]);
+        assert_eq!(delivered().await?, sent.len() as u64);
+    }
+
+    // Two at once take each other's messages away: what comes is right as far as it goes, and the next try has all.
+    let (one, other) = (through(), through());
+    let mut begun = one.read(0).await?;
+    let mut found = vec![next(&mut begun).await?];
+    let (interrupted, others) = tokio::join!(
+        async {
+            while let Some(message) = begun.next().await {
+                found.push(message?);
+            }
+            Ok(())
+        },
+        async { all(other.read(0).await?).await }
+    );
+    let taken: Result<(), ReadError> = interrupted;
+    assert!(taken.as_ref().is_ok_and(|()| found.len() == sent.len()) || taken.is_err_and(|error| error.is_transient()));
+    assert_eq!(stored_ids(&found), sent[..found.len()]);
+    if let Ok(others) = others {
+        assert_eq!(stored_ids(&others), sent);
+    }
+    for ledger in [one, other] {
+        assert_eq!(stored_ids(&stored(&ledger).await?), sent);
+    }
+
+    // An older deployment does not have it.
+    stream.delete_consumer(REBUILD).await?;
+    assert_eq!(stored_ids(&stored(&through()).await?), sent);
+    world.close();
+    Ok(())
+}
+
 /// A stream that is not there is a fault to recover from and not the end of a writer.
 #[tokio::test]
 async fn without_its_stream_the_outcome_is_unknown() -> Result<()> {
     let world = World::without_postgres().await?;
     let ledger = world.ledger();
-    world.context.delete_stream(lomash_ledger::streams::INVENTORY).await?;
+    world.context.delete_stream(INVENTORY).await?;
     let outcome = ledger.append(&batch(2), 0).await;
     assert!(matches!(outcome, Err(AppendError::Unknown(_))), "{outcome:?}");
     let read = ledger.read(0).await.map(|_| ());

@@ -868,7 +868,7 @@ async fn whoever_wants_hears_of_each_commit_and_holds_nothing_up() -> Result<()>
     listener.heard.lock().unwrap().clear();
     let mut shadow = product_service::rebuild::Rebuild::begin(shop.books.told.clone(), &shop.url).await?;
     shadow.load(shop.books.last(), &mut |_| {}).await?;
-    shadow.index().await?;
+    shadow.finish().await?;
     shadow.swap().await?;
     hears(Heard::Active(shop.books.last())).await?;
     shop.close().await

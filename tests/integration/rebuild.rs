@@ -376,8 +376,7 @@ async fn of_two_decisions_of_one_order_the_first_counts() -> Result<()> {
     shadow.load(decided_at + 1, &mut |_| {}).await?;
     assert_eq!(shadow.checkpoint(), decided_at + 1);
     assert_eq!(count(&database, "SELECT count(*) FROM inventory_rebuild.order_decisions").await?, 2);
-    shadow.index().await?;
-    shadow.settle().await?;
+    shadow.finish().await?;
     let sequences = "SELECT sum(sequence)::bigint FROM inventory_rebuild.order_decisions";
     let first = count(&database, "SELECT sum(sequence)::bigint FROM inventory.order_decisions").await?;
     assert_eq!(count(&database, sequences).await?, first);

@@ -248,7 +248,7 @@ async fn cut(context: &Context) -> Result<Vec<Cut>> {
     let mut consumers: BTreeMap<&str, Vec<ConsumerEntry>> = BTreeMap::new();
     for definition in streams::definitions() {
         let Some(stream) = KEPT.into_iter().find(|kept| *kept == definition.name) else { continue };
-        for (name, _) in definition.consumers {
+        for (name, _) in definition.consumers.into_iter().filter(|(_, config)| streams::keeps_a_place(config)) {
             if let Some(consumer) = consumer(context, stream, &name).await? {
                 consumers.entry(stream).or_default().push(consumer);
             }

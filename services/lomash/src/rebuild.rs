@@ -225,9 +225,7 @@ impl<L: Ledger> Shadow for Rebuild<L> {
     }
 
     async fn finish(&mut self) -> anyhow::Result<()> {
-        self.index().await?;
-        Self::settle(self).await?;
-        self.analyze().await
+        Self::finish(self).await
     }
 
     async fn settle(&mut self) -> anyhow::Result<()> {
@@ -271,7 +269,7 @@ pub async fn rebuild_of(
     options: Options,
     show: Show,
 ) -> anyhow::Result<Outcome> {
-    let ledger = JetStreamLedger::read_only(context.clone(), streams::INVENTORY);
+    let ledger = JetStreamLedger::read_only(context.clone(), streams::INVENTORY).through(streams::REBUILD);
     let family = projection.family();
     match projection {
         Projection::Inventory => {

@@ -202,7 +202,7 @@ pub async fn status(context: &Context, database_url: Option<&Secret>) -> Snapsho
     Snapshot { streams, consumers, projection, analytics, alerts }
 }
 
-/// The durable consumers that are there, and those that are defined and are not.
+/// The durable consumers that are there, and those that are defined and are not; only those that keep a place.
 fn consumer_parts<E: std::fmt::Display>(
     stream: &str,
     defined: &[(String, serde_json::Map<String, serde_json::Value>)],
@@ -214,7 +214,7 @@ fn consumer_parts<E: std::fmt::Display>(
     };
     let mut parts: Vec<_> = found
         .into_iter()
-        .filter(|info| info.config.durable_name.is_some())
+        .filter(|info| info.config.durable_name.is_some() && info.config.ack_policy != consumer::AckPolicy::None)
         .map(|info| Part {
             name: format!("{stream}/{}", info.name),
             answer: Answer::Found(ConsumerStatus {
@@ -226,7 +226,7 @@ fn consumer_parts<E: std::fmt::Display>(
             }),
         })
         .collect();
-    for (name, _) in defined {
+    for (name, _) in defined.iter().filter(|(_, config)| streams::keeps_a_place(config)) {
         let name = format!("{stream}/{name}");
         if !parts.iter().any(|part| part.name == name) {
             parts.push(Part { name, answer: Answer::Unavailable(problem.clone()) });

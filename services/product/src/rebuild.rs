@@ -42,7 +42,9 @@ const INTERRUPTION_PAUSE: Duration = Duration::from_millis(500);
 const INDEX_MEMORY: &str = "256MB";
 
 /// The tables that are loaded without indexes.
-const BULK_TABLES: [&str; 3] = ["movements", "order_decisions", "counts"];
+const BULK_TABLES: [&str; 3] = [LARGEST_TABLE, "order_decisions", "counts"];
+const LARGEST_TABLE: &str = "movements";
+const OTHER_TABLES: [&str; 4] = ["products", "stock", "order_decisions", "counts"];
 
 /// A shadow projection that is being built.
 pub struct Rebuild<L> {
@@ -58,8 +60,14 @@ pub struct Rebuild<L> {
     settled: u64,
     /// Messages that were not ours, since the table was told.
     skipped: u64,
-    /// Statements that make the indexes that are left out meanwhile.
-    indexes: Vec<String>,
+    /// What is left out meanwhile.
+    indexes: Vec<Index>,
+}
+
+/// An index or a key of a table, and the statement that makes it.
+struct Index {
+    table: String,
+    statement: String,
 }
 
 /// Messages up to the end of an atomic batch, parsed.
@@ -80,9 +88,7 @@ impl<L: Ledger> Rebuild<L> {
         let seen = schemas::checkpoint(&client, &INVENTORY, INVENTORY.live).await?.unwrap_or(0);
         reaches(&ledger, seen, INVENTORY.live).await?;
         schemas::make_shadow(&client, &INVENTORY, url).await?;
-        // What is not on disk yet when a transaction returns is so at the latest when the swap commits.
-        let settings = format!("SET synchronous_commit = off; SET maintenance_work_mem = '{INDEX_MEMORY}'");
-        client.batch_execute(&settings).await.context("the connection cannot be set up")?;
+        set_up(&client).await?;
         let indexes = leave_out_indexes(&client).await.context("the indexes of the shadow cannot be left out")?;
         let (products, checkpoint, settled, skipped) = (Products::default(), 0, 0, 0);
         Ok(Self { ledger, url: url.clone(), client, products, checkpoint, settled, skipped, indexes })
@@ -135,7 +141,7 @@ impl<L: Ledger> Rebuild<L> {
             let mut transaction = self.client.transaction().await?;
             write_movements(&transaction, Schema::Shadow, &changes.movements).await?;
             write_counts(&transaction, Schema::Shadow, &changes.counts).await?;
-            // Before the table has its key again, all that are decided twice are in it; `index` sees to them.
+            // Before the table has its key again, all that are decided twice are in it; `build` sees to them.
             write_decisions(&mut transaction, Schema::Shadow, &changes.decisions).await?;
             transaction.commit().await?;
             Ok::<(), ProjectionError>(())
@@ -147,27 +153,32 @@ impl<L: Ledger> Rebuild<L> {
         Ok(())
     }
 
-    /// Builds the indexes that the load left out, once: faster than keeping them during the load.
+    /// Makes what was loaded fit to be read: builds the indexes that the load left out, faster than keeping them meanwhile;
+    /// settles; and lets the planner know the new tables, so that the first readers get the plans of the later ones.
+    ///
+    /// `movements`, the largest by far, on one connection and all else on another.
     ///
     /// # Errors
     /// When Postgres fails.
-    pub async fn index(&mut self) -> anyhow::Result<()> {
-        for statement in &self.indexes {
-            let mut built = self.client.batch_execute(statement).await;
-            if built.as_ref().is_err_and(|problem| problem.code() == Some(&SqlState::UNIQUE_VIOLATION)) {
-                // Only in a ledger that decides an order twice, which is never ours; the first decision counts.
-                let first_only = format!(
-                    "DELETE FROM {schema}.order_decisions AS late USING {schema}.order_decisions AS first
-                     WHERE late.order_id = first.order_id AND late.sequence > first.sequence",
-                    schema = Schema::Shadow
-                );
-                self.client.batch_execute(&first_only).await.context("second decisions cannot be left out")?;
-                built = self.client.batch_execute(statement).await;
-            }
-            built.with_context(|| format!("an index of the shadow cannot be built by `{statement}`"))?;
+    pub async fn finish(&mut self) -> anyhow::Result<()> {
+        let beside = schemas::connect(&self.url).await?;
+        set_up(&beside).await?;
+        let indexes = std::mem::take(&mut self.indexes);
+        let (largest, others): (Vec<_>, Vec<_>) = indexes.iter().partition(|index| index.table == LARGEST_TABLE);
+        let largest = async {
+            build(&beside, &largest).await?;
+            analyze(&beside, &[LARGEST_TABLE]).await
+        };
+        let others = async {
+            build(&self.client, &others).await?;
+            self.settle().await?;
+            analyze(&self.client, &OTHER_TABLES).await
+        };
+        let finished = tokio::try_join!(largest, others).map(drop);
+        if finished.is_err() {
+            self.indexes = indexes;
         }
-        self.indexes.clear();
-        Ok(())
+        finished
     }
 
     /// Writes products and checkpoint, so that the shadow's tables are the projection at [`Rebuild::checkpoint`].
@@ -186,17 +197,6 @@ impl<L: Ledger> Rebuild<L> {
         self.products.written();
         (self.settled, self.skipped) = (self.checkpoint, 0);
         Ok(())
-    }
-
-    /// Lets the planner know the new tables, so that the first readers get the plans of the later ones.
-    ///
-    /// # Errors
-    /// When Postgres fails.
-    pub async fn analyze(&self) -> anyhow::Result<()> {
-        let schema = Schema::Shadow;
-        let tables = ["products", "stock", "movements", "order_decisions", "counts"];
-        let statement = format!("ANALYZE {}", tables.map(|table| format!("{schema}.{table}")).join(", "));
-        self.client.batch_execute(&statement).await.context("the shadow cannot be analysed")
     }
 
     /// Makes the shadow live and keeps what was live as the previous one, in one transaction.
@@ -238,16 +238,46 @@ async fn reaches<L: Ledger>(ledger: &L, seen: u64, schema: &str) -> anyhow::Resu
     Ok(())
 }
 
-/// Drops indexes and keys of the big tables; returns the statements that make them.
-async fn leave_out_indexes(client: &Client) -> Result<Vec<String>, tokio_postgres::Error> {
+async fn set_up(client: &Client) -> anyhow::Result<()> {
+    // What is not on disk yet when a transaction returns is so at the latest when the swap commits.
+    let settings = format!("SET synchronous_commit = off; SET maintenance_work_mem = '{INDEX_MEMORY}'");
+    client.batch_execute(&settings).await.context("the connection cannot be set up")
+}
+
+async fn build(client: &Client, indexes: &[&Index]) -> anyhow::Result<()> {
+    for Index { statement, .. } in indexes {
+        let mut built = client.batch_execute(statement).await;
+        if built.as_ref().is_err_and(|problem| problem.code() == Some(&SqlState::UNIQUE_VIOLATION)) {
+            // Only in a ledger that decides an order twice, which is never ours; the first decision counts.
+            let first_only = format!(
+                "DELETE FROM {schema}.order_decisions AS late USING {schema}.order_decisions AS first
+                 WHERE late.order_id = first.order_id AND late.sequence > first.sequence",
+                schema = Schema::Shadow
+            );
+            client.batch_execute(&first_only).await.context("second decisions cannot be left out")?;
+            built = client.batch_execute(statement).await;
+        }
+        built.with_context(|| format!("an index of the shadow cannot be built by `{statement}`"))?;
+    }
+    Ok(())
+}
+
+async fn analyze(client: &Client, tables: &[&str]) -> anyhow::Result<()> {
+    let tables: Vec<String> = tables.iter().map(|table| format!("{}.{table}", Schema::Shadow)).collect();
+    let statement = format!("ANALYZE {}", tables.join(", "));
+    client.batch_execute(&statement).await.context("the shadow cannot be analysed")
+}
+
+/// Drops indexes and keys of the big tables; returns what was dropped.
+async fn leave_out_indexes(client: &Client) -> Result<Vec<Index>, tokio_postgres::Error> {
     let query = "
         SELECT format('ALTER TABLE %s DROP CONSTRAINT %I', k.conrelid::regclass, k.conname),
                format('ALTER TABLE %s ADD CONSTRAINT %I %s', k.conrelid::regclass, k.conname,
-                      pg_get_constraintdef(k.oid))
+                      pg_get_constraintdef(k.oid)), t.relname::text
         FROM pg_constraint k JOIN pg_class t ON t.oid = k.conrelid JOIN pg_namespace n ON n.oid = t.relnamespace
         WHERE n.nspname = $1 AND t.relname = ANY($2) AND k.contype IN ('p', 'u')
         UNION ALL
-        SELECT format('DROP INDEX %s', i.indexrelid::regclass), pg_get_indexdef(i.indexrelid)
+        SELECT format('DROP INDEX %s', i.indexrelid::regclass), pg_get_indexdef(i.indexrelid), t.relname::text
         FROM pg_index i JOIN pg_class t ON t.oid = i.indrelid JOIN pg_namespace n ON n.oid = t.relnamespace
         WHERE n.nspname = $1 AND t.relname = ANY($2)
           AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = i.indexrelid)";
@@ -255,7 +285,7 @@ async fn leave_out_indexes(client: &Client) -> Result<Vec<String>, tokio_postgre
     let mut later = Vec::with_capacity(rows.len());
     for row in rows {
         client.batch_execute(row.get(0)).await?;
-        later.push(row.get(1));
+        later.push(Index { table: row.get(2), statement: row.get(1) });
     }
     Ok(later)
 }

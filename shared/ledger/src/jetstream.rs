@@ -4,20 +4,22 @@
 //! (checked at start by [`crate::streams`]).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_nats::header::{
     NATS_BATCH_COMMIT, NATS_BATCH_COMMIT_FINAL, NATS_BATCH_ID, NATS_BATCH_SEQUENCE, NATS_EXPECTED_LAST_SEQUENCE,
     NATS_MESSAGE_ID,
 };
-use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, pull};
+use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull};
 use async_nats::jetstream::{self, Context};
 use async_nats::{Client, HeaderMap, HeaderValue, Request, client::RequestErrorKind};
 use bytes::Bytes;
+use futures::TryStreamExt;
 use futures::stream::{self, Stream, StreamExt};
 use serde::Deserialize;
 use time::OffsetDateTime;
+use tracing::info;
 
 use crate::direct::{self, Answered, Held};
 use crate::{
@@ -74,7 +76,18 @@ pub struct JetStreamLedger {
     /// Batch ids are this prefix and a counter: unique across processes, short on the wire.
     batch_prefix: Arc<str>,
     batches: Arc<AtomicU64>,
-    by_direct_gets: bool,
+    reading: Reading,
+}
+
+/// How a long range is read.
+#[derive(Clone, Debug)]
+enum Reading {
+    /// By a consumer that is made for it.
+    OwnConsumer,
+    /// By direct gets.
+    DirectGets,
+    /// By a durable consumer that is there already, as long as nothing went wrong with it; by direct gets from then on.
+    Through { consumer: &'static str, failed: Arc<AtomicBool> },
 }
 
 #[derive(Deserialize)]
@@ -114,7 +127,7 @@ impl JetStreamLedger {
             stream: stream.into(),
             batch_prefix: unique[..12].into(),
             batches: Arc::new(AtomicU64::new(1)),
-            by_direct_gets: false,
+            reading: Reading::OwnConsumer,
         }
     }
 
@@ -122,7 +135,17 @@ impl JetStreamLedger {
     /// followed.
     #[must_use]
     pub fn read_only(context: Context, stream: &str) -> Self {
-        Self { by_direct_gets: true, ..Self::new(context, stream) }
+        Self { reading: Reading::DirectGets, ..Self::new(context, stream) }
+    }
+
+    /// The same, reading long ranges through a durable consumer without acknowledgements, which is set back to where the
+    /// range begins: the server hands out a message for less than half of what a direct get costs it.
+    ///
+    /// Whoever else does so at the same time takes messages away. That is seen, ends the range, and is no gap; from then on, and
+    /// when there is no such consumer, this reads by direct gets.
+    #[must_use]
+    pub fn through(self, consumer: &'static str) -> Self {
+        Self { reading: Reading::Through { consumer, failed: Arc::default() }, ..self }
     }
 
     async fn open(&self, after: u64) -> Result<jetstream::consumer::pull::Ordered, ReadError> {
@@ -137,12 +160,8 @@ impl JetStreamLedger {
         consumer.messages().await.map_err(unavailable)
     }
 
-    /// What is stored after `after`, in large pulls. Unlike an ordered consumer it is not made anew when a delivery is lost:
-    /// the range ends there, and whoever reads it begins another where this one ended.
-    async fn range(
-        &self,
-        after: u64,
-    ) -> Result<impl Stream<Item = Result<StoredMessage, ReadError>> + Send + use<>, ReadError> {
+    /// What is stored after `after`, in large pulls by a consumer of its own.
+    async fn range(&self, after: u64) -> Result<Messages, ReadError> {
         let stream = self.context.get_stream_no_info(&*self.stream).await.map_err(unavailable)?;
         let consumer = stream
             .create_consumer(pull::Config {
@@ -155,10 +174,29 @@ impl JetStreamLedger {
             })
             .await
             .map_err(unavailable)?;
-        let pulls = consumer.stream().max_messages_per_batch(READ_AT_ONCE).max_bytes_per_batch(READ_AT_ONCE_BYTES);
-        let messages = pulls.messages().await.map_err(unavailable)?;
-        Ok(messages.enumerate().map(|(before, item)| due(before as u64 + 1, delivered(item.map_err(unavailable)?)?)))
+        pull_all(&consumer, after).await
     }
+
+    /// The same by the durable consumer `name`.
+    async fn range_through(&self, name: &str, after: u64) -> Result<Messages, ReadError> {
+        let stream = self.context.get_stream_no_info(&*self.stream).await.map_err(unavailable)?;
+        let consumer = stream.get_consumer::<pull::Config>(name).await;
+        let consumer = consumer.map_err(|problem| ReadError::Unavailable(problem.to_string()))?;
+        if consumer.cached_info().config.ack_policy != AckPolicy::None {
+            return Err(ReadError::Unavailable(format!("the consumer {name} keeps somebody's place")));
+        }
+        stream.reset_consumer(name, Some(after + 1)).await.map_err(unavailable)?;
+        pull_all(&consumer, after).await
+    }
+}
+
+/// What a consumer delivers that begins after `after`. Unlike an ordered consumer it is not made anew when a delivery is lost:
+/// the range ends there, and whoever reads it begins another where this one ended.
+async fn pull_all(consumer: &PullConsumer, after: u64) -> Result<Messages, ReadError> {
+    let pulls = consumer.stream().max_messages_per_batch(READ_AT_ONCE).max_bytes_per_batch(READ_AT_ONCE_BYTES);
+    let messages = pulls.messages().await.map_err(unavailable)?;
+    let due = messages.enumerate().map(|(before, item)| due(before as u64 + 1, delivered(item.map_err(unavailable)?)?));
+    Ok(contiguous(after, due))
 }
 
 fn unavailable(error: impl std::error::Error) -> ReadError {
@@ -290,10 +328,24 @@ impl Ledger for JetStreamLedger {
         if last == after {
             return Ok(stream::empty().boxed());
         }
-        let messages = if self.by_direct_gets || last - after <= FEW_MESSAGES {
-            contiguous(after, direct::read_as(&self.context, &self.stream, None, after, last))
-        } else {
-            contiguous(after, self.range(after).await?)
+        let by_direct_gets = || contiguous(after, direct::read_as(&self.context, &self.stream, None, after, last));
+        let mut shared = None;
+        let messages = match &self.reading {
+            _ if last - after <= FEW_MESSAGES => by_direct_gets(),
+            Reading::OwnConsumer => self.range(after).await?,
+            Reading::DirectGets => by_direct_gets(),
+            Reading::Through { failed, .. } if failed.load(Ordering::Relaxed) => by_direct_gets(),
+            Reading::Through { consumer, failed } => match self.range_through(consumer, after).await {
+                Ok(messages) => {
+                    shared = Some(Arc::clone(failed));
+                    messages
+                }
+                Err(problem) => {
+                    info!(consumer, %problem, "reading by direct gets, which takes longer");
+                    failed.store(true, Ordering::Relaxed);
+                    by_direct_gets()
+                }
+            },
         };
         // The end of the range is known, so silence before it is a fault and not an idle stream.
         let guarded = stream::unfold((messages, after), move |(mut messages, seen)| async move {
@@ -311,7 +363,12 @@ impl Ledger for JetStreamLedger {
             let seen = item.as_ref().map_or(u64::MAX, |message| message.sequence);
             Some((item, (messages, seen)))
         });
-        Ok(guarded.boxed())
+        let noted = guarded.inspect_err(move |_| {
+            if let Some(failed) = &shared {
+                failed.store(true, Ordering::Relaxed);
+            }
+        });
+        Ok(noted.boxed())
     }
 
     async fn follow(&self, after: u64) -> Result<Messages, ReadError> {

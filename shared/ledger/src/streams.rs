@@ -30,6 +30,9 @@ pub const NOTIFICATION: &str = "notification";
 /// Its priority group.
 pub const NOTIFICATION_GROUP: &str = "notification";
 
+/// The durable consumer by which a projection that is built anew reads the ledger, see [`crate::JetStreamLedger::through`].
+pub const REBUILD: &str = "rebuild";
+
 /// The work queue: schedules and what they start.
 pub const JOBS: &str = "JOBS";
 /// The durable consumer by which reconciliation runs are received, one at a time.
@@ -141,6 +144,7 @@ pub fn definitions() -> Vec<Definition> {
             &[
                 (ANALYTICS, include_str!("../../../streams/consumers/INVENTORY.analytics.json")),
                 (NOTIFICATION, include_str!("../../../streams/consumers/INVENTORY.notification.json")),
+                (REBUILD, include_str!("../../../streams/consumers/INVENTORY.rebuild.json")),
             ],
         ),
         stream(
@@ -166,6 +170,13 @@ pub fn definitions() -> Vec<Definition> {
 pub fn is_defined(stream: &str, consumer: &str) -> bool {
     let mut defined = definitions().into_iter().filter(|definition| definition.name == stream);
     defined.any(|definition| definition.consumers.iter().any(|(name, _)| name == consumer))
+}
+
+/// Whether a consumer's definition keeps somebody's place. One without acknowledgements only reads, for whoever sets it to
+/// where they begin: how far it got says nothing.
+#[must_use]
+pub fn keeps_a_place(consumer: &Map<String, Value>) -> bool {
+    consumer.get("ack_policy").and_then(Value::as_str) != Some("none")
 }
 
 /// Whether the files define a stream of this name that takes messages on this very subject.
