@@ -285,6 +285,7 @@ async fn a_projector_that_was_believed_dead_writes_nothing() -> Result<()> {
     Ok(())
 }
 
+/// The first try fails by what the projector remembers, later ones by what they find.
 #[tokio::test]
 async fn a_row_that_somebody_removed_is_told_of_and_a_rebuild_brings_it_back() -> Result<()> {
     let world = World::start().await?;
@@ -292,24 +293,25 @@ async fn a_row_that_somebody_removed_is_told_of_and_a_rebuild_brings_it_back() -
     let product = world.register("GONE-1", 10).await?;
     world.quiet().await?;
     let database = world.database().await?;
-    let before = checkpoint(&database).await?;
+    for (table, name) in [("products", "renamed once"), ("stock", "renamed twice")] {
+        let before = checkpoint(&database).await?;
+        database.execute(&format!("DELETE FROM inventory.{table}"), &[]).await?;
+        let mut details = lomash_tests::details("GONE-1")?;
+        details.name = name.into();
+        world.act(product, Action::Revise { details }).await?;
+        let told = format!("of 1 products that inventory.{table} had, 0 are left; run `lomash rebuild`");
+        eventually("a word about it, twice", PATIENCE, async || {
+            Ok((std::fs::read_to_string(service.log())?.matches(&told).count() >= 2).then_some(()))
+        })
+        .await?;
+        assert_eq!(checkpoint(&database).await?, before, "nothing is passed over");
 
-    database.execute("DELETE FROM inventory.products", &[]).await?;
-    let mut details = lomash_tests::details("GONE-1")?;
-    details.name = "renamed".into();
-    world.act(product, Action::Revise { details }).await?;
-    let told = "of 1 products that inventory.products had, 0 are left; run `lomash rebuild`";
-    eventually("a word about it", PATIENCE, async || {
-        Ok(std::fs::read_to_string(service.log())?.contains(told).then_some(()))
-    })
-    .await?;
-    assert_eq!(checkpoint(&database).await?, before, "nothing is passed over");
-
-    rebuild::rebuild(&world.context, &world.database_url(), Options::default(), Show::Nothing).await?;
-    world.quiet_within(HEAL_BOUND).await?;
-    let renamed = "SELECT count(*) FROM inventory.products WHERE name = 'renamed'";
-    assert_eq!(count(&database, renamed).await?, 1);
-    world.verified().await?;
+        rebuild::rebuild(&world.context, &world.database_url(), Options::default(), Show::Nothing).await?;
+        world.quiet_within(HEAL_BOUND).await?;
+        let renamed = format!("SELECT count(*) FROM inventory.products WHERE name = '{name}'");
+        assert_eq!(count(&database, &renamed).await?, 1);
+        world.verified().await?;
+    }
     service.stop().await?;
     world.close();
     Ok(())

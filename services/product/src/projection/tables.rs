@@ -49,7 +49,8 @@ fn integer(value: u32) -> i32 {
     i32::try_from(value).unwrap_or(i32::MAX)
 }
 
-/// What `stock` says of these products; nothing of those that it has not.
+/// What `stock` says of these products; nothing of those that are not registered yet. Refuses when it has no row of one that
+/// `products` has: somebody removed it, and its events would be taken for somebody else's.
 pub(crate) async fn load_stock(
     transaction: &Transaction<'_>,
     schema: Schema,
@@ -66,7 +67,13 @@ pub(crate) async fn load_stock(
         let known = Known { quantity: quantity.unsigned_abs(), threshold: threshold.map(i32::unsigned_abs) };
         (ProductId(row.get(0)), known)
     });
-    Ok(known.collect())
+    let known: Vec<_> = known.collect();
+    if known.len() < products.len() {
+        let query = format!("SELECT count(*) FROM {schema}.products WHERE product_id = ANY($1)");
+        let registered: i64 = transaction.query_one(&query, &[&products]).await?.get(0);
+        found_all(schema, "stock", usize::try_from(registered).unwrap_or(0), known.len() as u64)?;
+    }
+    Ok(known)
 }
 
 /// Writes what the tables do not have yet.
