@@ -228,9 +228,7 @@ async fn prepare_streams(
 ) -> Result<Vec<Difference>, streams::StreamsError> {
     streams::prepare(context, replicas, has_identity).await?;
     if has_identity {
-        for difference in streams::check(context, replicas).await? {
-            warn!(%difference, "the server differs from streams/");
-        }
+        streams::tell(&streams::check(context, replicas).await?);
     }
     streams::compare(context, streams::INVENTORY, replicas).await
 }

@@ -15,8 +15,7 @@ use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, PullConsumer, pu
 use async_nats::jetstream::{self, Context};
 use async_nats::{Client, HeaderMap, HeaderValue, Request, client::RequestErrorKind};
 use bytes::Bytes;
-use futures::TryStreamExt;
-use futures::stream::{self, Stream, StreamExt};
+use futures::stream::{self, Stream, StreamExt, TryStreamExt};
 use serde::Deserialize;
 use time::OffsetDateTime;
 use tracing::info;
@@ -328,25 +327,23 @@ impl Ledger for JetStreamLedger {
         if last == after {
             return Ok(stream::empty().boxed());
         }
-        let by_direct_gets = || contiguous(after, direct::read_as(&self.context, &self.stream, None, after, last));
+        let is_long = last - after > FEW_MESSAGES;
         let mut shared = None;
-        let messages = match &self.reading {
-            _ if last - after <= FEW_MESSAGES => by_direct_gets(),
-            Reading::OwnConsumer => self.range(after).await?,
-            Reading::DirectGets => by_direct_gets(),
-            Reading::Through { failed, .. } if failed.load(Ordering::Relaxed) => by_direct_gets(),
-            Reading::Through { consumer, failed } => match self.range_through(consumer, after).await {
-                Ok(messages) => {
-                    shared = Some(Arc::clone(failed));
-                    messages
-                }
-                Err(problem) => {
+        let by_consumer = match &self.reading {
+            Reading::OwnConsumer if is_long => Some(self.range(after).await?),
+            Reading::Through { consumer, failed } if is_long && !failed.load(Ordering::Relaxed) => {
+                let opened = self.range_through(consumer, after).await;
+                if let Err(problem) = &opened {
                     info!(consumer, %problem, "reading by direct gets, which takes longer");
                     failed.store(true, Ordering::Relaxed);
-                    by_direct_gets()
                 }
-            },
+                shared = Some(Arc::clone(failed));
+                opened.ok()
+            }
+            _ => None,
         };
+        let messages = by_consumer
+            .unwrap_or_else(|| contiguous(after, direct::read_as(&self.context, &self.stream, None, after, last)));
         // The end of the range is known, so silence before it is a fault and not an idle stream.
         let guarded = stream::unfold((messages, after), move |(mut messages, seen)| async move {
             if seen >= last {

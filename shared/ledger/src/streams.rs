@@ -268,11 +268,16 @@ pub async fn wait_until_ready(context: &Context) -> Result<(), StreamsError> {
 pub async fn prepare(context: &Context, replicas: u32, has_identity: bool) -> Result<(), StreamsError> {
     wait_until_ready(context).await?;
     if !has_identity {
-        for difference in apply(context, replicas).await? {
-            warn!(%difference, "the server differs from streams/");
-        }
+        tell(&apply(context, replicas).await?);
     }
     Ok(())
+}
+
+/// Logs what differs.
+pub fn tell(differences: &[Difference]) {
+    for difference in differences {
+        warn!(%difference, "the server differs from streams/");
+    }
 }
 
 /// Whether the server that we are connected to still has a cluster behind it, judged by a consumer.
