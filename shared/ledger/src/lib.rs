@@ -5,8 +5,10 @@
 //! implementations with the same semantics, held to the same tests: [`JetStreamLedger`] and [`MemoryLedger`], on which
 //! faults happen on demand.
 
+mod cumulative;
 pub mod dead_letter;
 pub mod direct;
+mod in_hand;
 mod jetstream;
 mod memory;
 mod observed;

@@ -4,6 +4,10 @@
 //! comes last, so every handler must bear seeing a message twice. The loop survives a lost connection, a restarted server
 //! and a panicking handler.
 //!
+//! A consumer acknowledges each message by itself or, with `ack_policy: all`, everything up to one: then one acknowledgement
+//! is sent for all that was settled at once, and only when nothing before it is in anybody's hands any more, see
+//! [`crate::in_hand`].
+//!
 //! The server counts deliveries, and only what a process did not survive may count against a message. So the loop tries
 //! again by itself, without giving the message back; and a message that was delivered often is not handled among others
 //! any more but alone, see [`crate::suspects`].
@@ -16,7 +20,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use async_nats::jetstream::consumer::{Info, PriorityGroupState, PullConsumer, pull};
+use async_nats::jetstream::consumer::{AckPolicy, Info, PriorityGroupState, PullConsumer, pull};
 use async_nats::jetstream::stream::Stream;
 use async_nats::jetstream::{self, AckKind, Context};
 use async_nats::{HeaderMap, Subject};
@@ -28,6 +32,7 @@ use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, debug, error, info, warn};
 
+use crate::cumulative::Cumulative;
 use crate::dead_letter::{DeadLetter, Past, StoreError};
 use crate::jetstream::with_headers;
 use crate::observed::{LagWatch, Observed, process_span, tell_settled};
@@ -190,6 +195,7 @@ async fn receive_on<H, F>(
                     handler,
                     moves_suspects,
                     ack_wait: opened.ack_wait,
+                    acks_all: opened.acks_all,
                     told: &told,
                     observed: &observed,
                 };
@@ -205,15 +211,17 @@ async fn receive_on<H, F>(
 }
 
 /// What a loop works with.
-struct Work<'a, H> {
-    context: &'a Context,
-    receive: &'a Receive,
+pub(crate) struct Work<'a, H> {
+    pub(crate) context: &'a Context,
+    pub(crate) receive: &'a Receive,
     stop: &'a CancellationToken,
     handler: &'a H,
     /// Whether what was delivered too often is handed over to be tried alone.
     moves_suspects: bool,
     /// The consumer's: a message that is silent for so long is delivered again.
-    ack_wait: Duration,
+    pub(crate) ack_wait: Duration,
+    /// Whether an acknowledgement settles everything before it.
+    pub(crate) acks_all: bool,
     told: &'a Told,
     observed: &'a Observed,
 }
@@ -222,6 +230,7 @@ struct Work<'a, H> {
 struct Opened {
     messages: pull::Stream,
     ack_wait: Duration,
+    acks_all: bool,
     /// The node that leads it, on a cluster: it has our pulls, and they go with it.
     leader: Option<String>,
 }
@@ -233,6 +242,7 @@ async fn open(context: &Context, receive: &Receive) -> Result<Opened, String> {
     let consumer: PullConsumer =
         context.get_consumer_from_stream(receive.consumer, receive.stream).await.map_err(|error| error.to_string())?;
     let ack_wait = consumer.cached_info().config.ack_wait;
+    let acks_all = consumer.cached_info().config.ack_policy == AckPolicy::All;
     let leader = leader(consumer.cached_info());
     let mut builder = consumer
         .stream()
@@ -243,7 +253,7 @@ async fn open(context: &Context, receive: &Receive) -> Result<Opened, String> {
         builder = builder.group(group);
     }
     let messages = builder.messages().await.map_err(|error| error.to_string())?;
-    Ok(Opened { messages, ack_wait, leader })
+    Ok(Opened { messages, ack_wait, acks_all, leader })
 }
 
 fn leader(info: &Info) -> Option<String> {
@@ -251,7 +261,7 @@ fn leader(info: &Info) -> Option<String> {
 }
 
 /// The stream, and what the leader of its consumer says of that one.
-async fn describe(context: &Context, receive: &Receive) -> Result<(Stream<()>, Info), String> {
+pub(crate) async fn describe(context: &Context, receive: &Receive) -> Result<(Stream<()>, Info), String> {
     let described = async {
         let stream = context.get_stream_no_info(receive.stream).await.map_err(|error| error.to_string())?;
         let info = stream.consumer_info(receive.consumer).await.map_err(|error| error.to_string())?;
@@ -294,13 +304,21 @@ where
     let mut at_work = FuturesUnordered::new();
     let mut bytes_at_work = 0;
     let mut pin: Option<String> = None;
+    let mut cumulative = Cumulative::new(work);
     loop {
         let has_room = at_work.len() < receive.max_in_flight && bytes_at_work < receive.max_in_flight_bytes;
+        let may_acknowledge = cumulative.may_acknowledge();
         tokio::select! {
-            // Settling frees places, so it goes first; stopping is looked at before new work.
+            // Settling frees places, so it goes first, and then what is settled is acknowledged, all at once; stopping is
+            // looked at before new work.
             biased;
-            Some(bytes) = at_work.next(), if !at_work.is_empty() => bytes_at_work -= bytes,
+            Some(done @ Done { bytes, .. }) = at_work.next(), if !at_work.is_empty() => {
+                bytes_at_work -= bytes;
+                cumulative.done(&done);
+            }
+            () = std::future::ready(()), if may_acknowledge => cumulative.acknowledge().await,
             () = stop.cancelled() => break,
+            () = cumulative.look() => {}
             Some(found) = OptionFuture::from(reopening.as_mut()) => {
                 reopening = None;
                 if let Some(opened) = found {
@@ -316,8 +334,11 @@ where
                     if let Some(given) = given.filter(|given| pin.as_deref() != Some(given.as_str())) {
                         pin = Some(given.to_string());
                     }
+                    if !cumulative.given(&message) {
+                        continue;
+                    }
                     bytes_at_work += bytes;
-                    at_work.push(handle(work, message).map(move |()| bytes));
+                    at_work.push(handle(work, message, bytes));
                 }
                 Some(Err(problem)) => {
                     debug!(consumer = receive.consumer, %problem, "pull interrupted");
@@ -334,7 +355,13 @@ where
         }
     }
     drop(messages);
-    let drained = tokio::time::timeout(DRAIN_TIMEOUT, async { while at_work.next().await.is_some() {} }).await;
+    let drained = tokio::time::timeout(DRAIN_TIMEOUT, async {
+        while let Some(done) = at_work.next().await {
+            cumulative.done(&done);
+        }
+    })
+    .await;
+    cumulative.acknowledge().await;
     if drained.is_err() {
         warn!(
             consumer = receive.consumer,
@@ -345,6 +372,14 @@ where
     if let (true, Some(group), Some(pin)) = (stop.is_cancelled(), receive.group, pin) {
         hand_over(context, receive, group, &pin).await;
     }
+}
+
+/// A delivery that the loop is done with.
+pub(crate) struct Done {
+    pub(crate) sequence: u64,
+    bytes: usize,
+    /// Whether the message is settled; it comes again otherwise.
+    pub(crate) is_settled: bool,
 }
 
 /// Gives up the pin, if we have it, so that a standby need not wait until it runs out. Best effort.
@@ -365,7 +400,11 @@ async fn hand_over(context: &Context, receive: &Receive, group: &str, pin: &str)
 }
 
 /// What a delivery goes through. There is one for each message at work, and it is moved once: what is rare in it is boxed.
-fn handle<'a, H, F>(work: &'a Work<'a, H>, message: jetstream::Message) -> impl Future<Output = ()> + 'a + use<'a, H, F>
+fn handle<'a, H, F>(
+    work: &'a Work<'a, H>,
+    message: jetstream::Message,
+    bytes: usize,
+) -> impl Future<Output = Done> + 'a + use<'a, H, F>
 where
     H: Fn(Delivery) -> F + Sync,
     F: Future<Output = Settle> + Send + 'a,
@@ -384,10 +423,10 @@ where
     let told = span.clone();
     async move {
         let mut keeping = Keeping { acker: &acker, stop: work.stop, every: work.ack_wait / KEEP_SHARE, told: since };
+        let case = || Case::new(receive.stream, receive.consumer, sequence, deliveries);
         let Some(mut handled) = handled else {
-            let case = Case::new(receive.stream, receive.consumer, sequence, deliveries);
             let kind = loop {
-                match Box::pin(case.summon(context)).await {
+                match Box::pin(case().summon(context)).await {
                     Ok(()) => break Some(AckKind::Ack),
                     Err(problem) => {
                         debug!(consumer = receive.consumer, sequence, problem, "cannot hand a suspect over yet");
@@ -398,7 +437,7 @@ where
                 }
             };
             info!(consumer = receive.consumer, sequence, deliveries, "delivered too often, to be tried alone");
-            return settle(receive, &acker, sequence, kind).await;
+            return Done { sequence, bytes, is_settled: settle(work, &acker, sequence, kind).await };
         };
         let (mut tries, mut panics) = (0, 0);
         let kind = loop {
@@ -454,12 +493,17 @@ where
                     };
                     let stored = Box::pin(letter.store(context)).await;
                     work.told.letter(receive.consumer, sequence, &reason, stored.as_ref().err());
-                    // The original stays where it is until its letter is stored.
-                    break Some(stored.map_or(AckKind::Nak(Some(DEAD_LETTER_RETRY)), |()| AckKind::Term));
+                    // The original stays where it is until its letter is stored. Where that would hold up the others, it is tried
+                    // alone until then.
+                    break Some(match stored {
+                        Ok(()) => AckKind::Term,
+                        Err(_) if work.acks_all && Box::pin(case().summon(context)).await.is_ok() => AckKind::Ack,
+                        Err(_) => AckKind::Nak(Some(DEAD_LETTER_RETRY)),
+                    });
                 }
             }
         };
-        settle(receive, &acker, sequence, kind).await;
+        Done { sequence, bytes, is_settled: settle(work, &acker, sequence, kind).await }
     }
     .instrument(span)
 }
@@ -472,12 +516,23 @@ where
     std::panic::catch_unwind(AssertUnwindSafe(|| Box::pin(handler(delivery))))
 }
 
-/// The last that is said about a delivery; nothing, when it is not ours any more.
-async fn settle(receive: &Receive, acker: &jetstream::message::Acker, sequence: u64, kind: Option<AckKind>) {
-    let Some(kind) = kind else { return };
-    if let Err(problem) = acker.ack_with(kind).await {
-        debug!(consumer = receive.consumer, sequence, %problem, "could not settle; the message comes back");
+/// The last that is said about a delivery; nothing, when it is not ours any more, or when one acknowledgement will say it of
+/// many. Returns whether the message is settled.
+async fn settle<H>(
+    work: &Work<'_, H>,
+    acker: &jetstream::message::Acker,
+    sequence: u64,
+    kind: Option<AckKind>,
+) -> bool {
+    let Some(kind) = kind else { return false };
+    let is_settled = matches!(kind, AckKind::Ack | AckKind::Term);
+    if is_settled && work.acks_all {
+        return true;
     }
+    if let Err(problem) = acker.ack_with(kind).await {
+        debug!(consumer = work.receive.consumer, sequence, %problem, "could not settle; the message comes back");
+    }
+    is_settled
 }
 
 /// A message that is kept for its next try: the server hears that it is in progress, and does not count.

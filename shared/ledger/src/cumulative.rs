@@ -1,0 +1,211 @@
+//! Cumulative acknowledgement: one for everything that was settled, by the rule of [`crate::in_hand`].
+//!
+//! Owns finding out what others were given and asking the server for it. Assumes a consumer with one client at a time (a pinned
+//! one): where several pull side by side, each would look after every delivery. A replica that is given the pin takes over what
+//! the one before had in hand and did not settle: nobody acknowledges past it until it was delivered again, with its count of
+//! deliveries, or tried alone.
+
+use async_nats::Subject;
+use async_nats::jetstream::{self, AckKind};
+use futures::future::{BoxFuture, FutureExt, OptionFuture};
+use futures::stream::TryStreamExt;
+use tracing::{debug, info, warn};
+
+use crate::direct::{self, Answered};
+use crate::in_hand::{Given, InHand, Place, UPTO_THE_LAST};
+use crate::receive::{DEAD_LETTER_RETRY, Done, REOPEN_PAUSE, Work, describe};
+use crate::suspects::Case;
+
+/// After how many times its `ack_wait` a message that others had in hand is tried alone when it was neither settled there nor
+/// came here. The server delivers again after one; what it gave up, or does not have any more, never comes.
+const PATIENCE_ACK_WAITS: u32 = 3;
+
+/// The acknowledgements of a loop.
+pub(crate) struct Cumulative<'a, H> {
+    work: &'a Work<'a, H>,
+    /// None where each message is acknowledged by itself; then there is nothing to do here.
+    in_hand: Option<InHand<Option<Subject>>>,
+    /// Finding out what others have in hand, while there is a doubt.
+    looking: Option<BoxFuture<'a, Found>>,
+    /// What happens when something is awaited in vain.
+    missing: Option<BoxFuture<'a, Missing>>,
+}
+
+/// What others were given and did not settle.
+struct Found {
+    /// Everything up to this sequence is settled.
+    floor: u64,
+    /// Up to where was looked.
+    upto: u64,
+    /// What the stream holds between.
+    unsettled: Vec<u64>,
+}
+
+/// How waiting for what others had in hand went on.
+enum Missing {
+    /// It took too long.
+    TooLong,
+    /// These will be tried alone, for certain.
+    Summoned(Vec<u64>),
+}
+
+impl<'a, H: Sync> Cumulative<'a, H> {
+    pub(crate) fn new(work: &'a Work<'a, H>) -> Self {
+        Self { work, in_hand: work.acks_all.then(InHand::default), looking: None, missing: None }
+    }
+
+    /// Takes a delivery in; false when there is nothing to be done about it.
+    pub(crate) fn given(&mut self, message: &jetstream::Message) -> bool {
+        // What does not say where it stands cannot be acknowledged either.
+        let (Some(in_hand), Ok(info)) = (&mut self.in_hand, message.info()) else { return true };
+        let deliveries = u64::try_from(info.delivered).unwrap_or(1);
+        let place = Place { sequence: info.stream_sequence, number: info.consumer_sequence, deliveries };
+        let Given { is_new, doubt } = in_hand.given(place, message.reply.clone());
+        if let Some(upto) = doubt {
+            self.looking = Some(look(self.work, upto, place.number, message.reply.clone()).boxed());
+        }
+        is_new
+    }
+
+    /// A delivery was handled.
+    pub(crate) fn done(&mut self, done: &Done) {
+        match &mut self.in_hand {
+            Some(in_hand) if done.is_settled => in_hand.settled(done.sequence),
+            Some(in_hand) => in_hand.given_back(done.sequence),
+            None => {}
+        }
+    }
+
+    /// Whether there may be something to acknowledge.
+    pub(crate) fn may_acknowledge(&self) -> bool {
+        self.in_hand.as_ref().is_some_and(InHand::is_changed)
+    }
+
+    /// Acknowledges what may be acknowledged, by one message.
+    pub(crate) async fn acknowledge(&mut self) {
+        let reply = self.in_hand.as_mut().and_then(InHand::acknowledgement).flatten();
+        let Some(reply) = reply else { return };
+        if let Err(problem) = self.work.context.client().publish(reply, AckKind::Ack.into()).await {
+            debug!(consumer = self.work.receive.consumer, %problem, "could not acknowledge; the messages come back");
+        }
+    }
+
+    /// Goes on finding out what others have in hand, until there is something new or, when nothing is to be found out, for ever.
+    /// May be dropped at any time.
+    pub(crate) async fn look(&mut self) {
+        let Some(in_hand) = &mut self.in_hand else { return std::future::pending().await };
+        tokio::select! {
+            Some(Found { floor, upto, unsettled }) = OptionFuture::from(self.looking.as_mut()) => {
+                self.looking = None;
+                let awaited = in_hand.found(floor, upto, unsettled);
+                self.missing = (!awaited.is_empty()).then(|| patience(self.work).boxed());
+            }
+            Some(missing) = OptionFuture::from(self.missing.as_mut()) => {
+                let awaited = match missing {
+                    Missing::TooLong => in_hand.awaited(),
+                    Missing::Summoned(summoned) => {
+                        summoned.into_iter().for_each(|sequence| in_hand.given_up(sequence));
+                        Vec::new()
+                    }
+                };
+                self.missing = (!awaited.is_empty()).then(|| summon(self.work, awaited).boxed());
+            }
+            else => std::future::pending().await,
+        }
+    }
+}
+
+async fn patience<H>(work: &Work<'_, H>) -> Missing {
+    tokio::time::sleep(work.ack_wait * PATIENCE_ACK_WAITS).await;
+    Missing::TooLong
+}
+
+/// Lets messages be tried alone: however often that happens, they are decided once.
+async fn summon<H: Sync>(work: &Work<'_, H>, awaited: Vec<u64>) -> Missing {
+    let receive = work.receive;
+    warn!(consumer = receive.consumer, count = awaited.len(), "messages that others had in hand do not come");
+    for sequence in &awaited {
+        let case = Case::new(receive.stream, receive.consumer, *sequence, 1);
+        while let Err(problem) = case.summon(work.context).await {
+            debug!(consumer = receive.consumer, sequence, problem, "cannot hand a message over yet");
+            tokio::time::sleep(DEAD_LETTER_RETRY).await;
+        }
+    }
+    Missing::Summoned(awaited)
+}
+
+/// Finds out what others may have in hand up to `upto`, however long it takes, and asks the server for it: by itself it
+/// delivers that again only after its `ack_wait`. `number` and `reply` are those of the delivery that raised the doubt.
+async fn look<H: Sync>(work: &Work<'_, H>, upto: u64, number: u64, reply: Option<Subject>) -> Found {
+    let consumer = work.receive.consumer;
+    let found = loop {
+        match try_to_look(work, upto, number).await {
+            Ok(found) => break found,
+            Err(problem) => debug!(consumer, problem, "cannot find out yet what others were given"),
+        }
+        tokio::time::sleep(REOPEN_PAUSE).await;
+    };
+    let (Found { floor, upto, unsettled }, client) = (&found, work.context.client());
+    if !unsettled.is_empty() {
+        info!(consumer, floor, upto, count = unsettled.len(), "others were given messages that are not settled");
+    }
+    for reply in unsettled.iter().filter_map(|sequence| reply_for(reply.as_ref()?, *sequence)) {
+        if let Err(problem) = client.publish(reply, AckKind::Nak(None).into()).await {
+            debug!(consumer, %problem, "could not ask for messages; they come later");
+            break;
+        }
+    }
+    found
+}
+
+async fn try_to_look<H>(work: &Work<'_, H>, upto: u64, number: u64) -> Result<Found, String> {
+    let (_, info) = describe(work.context, work.receive).await?;
+    // A leader that was frozen and wakes answers from its past. What was settled then is settled; of what was delivered only one
+    // that knows of our delivery knows all.
+    let floor = info.ack_floor.stream_sequence;
+    let upto = match upto {
+        UPTO_THE_LAST if info.delivered.consumer_sequence < number => return Err("its leader is behind".to_owned()),
+        UPTO_THE_LAST => info.delivered.stream_sequence,
+        upto => upto,
+    };
+    let filter = Some(info.config.filter_subject.as_str()).filter(|filter| !filter.is_empty());
+    let unsettled = direct::read_as(work.context, work.receive.stream, filter, floor, upto)
+        .map_ok(|Answered { sequence, .. }| sequence)
+        .try_collect();
+    let unsettled = unsettled.await.map_err(|problem| problem.to_string())?;
+    Ok(Found { floor, upto, unsettled })
+}
+
+/// The reply by which the message of `sequence` is settled, made from that of another message.
+fn reply_for(reply: &str, sequence: u64) -> Option<String> {
+    let mut tokens: Vec<_> = reply.split('.').collect();
+    // `$JS.ACK`, in the longer form the domain and the account, then stream, consumer, deliveries and the sequence.
+    let place = match tokens.len() {
+        9 => 5,
+        11.. => 7,
+        _ => return None,
+    };
+    let sequence = sequence.to_string();
+    tokens[place] = &sequence;
+    Some(tokens.join("."))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reply_for_another_message_differs_in_its_sequence() {
+        let short = "$JS.ACK.ORDERS.product-orders.1.70.90.1769850600000000000.5";
+        assert_eq!(
+            reply_for(short, 12).as_deref(),
+            Some("$JS.ACK.ORDERS.product-orders.1.12.90.1769850600000000000.5")
+        );
+        let long = "$JS.ACK._.AbCdEf.ORDERS.product-orders.1.70.90.1769850600000000000.5.x";
+        assert_eq!(
+            reply_for(long, 12).as_deref(),
+            Some("$JS.ACK._.AbCdEf.ORDERS.product-orders.1.12.90.1769850600000000000.5.x")
+        );
+        assert_eq!(reply_for("_INBOX.1", 12), None);
+    }
+}
