@@ -5,6 +5,8 @@
 //! the one before had in hand and did not settle: nobody acknowledges past it until it was delivered again, with its count of
 //! deliveries, or tried alone.
 
+use std::time::Instant;
+
 use async_nats::Subject;
 use async_nats::jetstream::{self, AckKind};
 use futures::future::{BoxFuture, FutureExt, OptionFuture};
@@ -27,8 +29,9 @@ pub(crate) struct Cumulative<'a, H> {
     in_hand: Option<InHand<Option<Subject>>>,
     /// Finding out what others have in hand, while there is a doubt.
     looking: Option<BoxFuture<'a, Found>>,
-    /// What happens when something is awaited in vain.
-    missing: Option<BoxFuture<'a, Missing>>,
+    /// What becomes of those that are awaited, and since when there are any.
+    awaiting: Option<BoxFuture<'a, Awaiting>>,
+    since: Option<Instant>,
 }
 
 /// What others were given and did not settle.
@@ -41,17 +44,17 @@ struct Found {
     unsettled: Vec<u64>,
 }
 
-/// How waiting for what others had in hand went on.
-enum Missing {
-    /// It took too long.
-    TooLong,
+/// How waiting for what others have in hand went on.
+enum Awaiting {
+    /// Everything up to this sequence is settled by now.
+    Settled(u64),
     /// These will be tried alone, for certain.
     Summoned(Vec<u64>),
 }
 
 impl<'a, H: Sync> Cumulative<'a, H> {
     pub(crate) fn new(work: &'a Work<'a, H>) -> Self {
-        Self { work, in_hand: work.acks_all.then(InHand::default), looking: None, missing: None }
+        Self { work, in_hand: work.acks_all.then(InHand::default), looking: None, awaiting: None, since: None }
     }
 
     /// Takes a delivery in; false when there is nothing to be done about it.
@@ -97,31 +100,41 @@ impl<'a, H: Sync> Cumulative<'a, H> {
         tokio::select! {
             Some(Found { floor, upto, unsettled }) = OptionFuture::from(self.looking.as_mut()) => {
                 self.looking = None;
-                let awaited = in_hand.found(floor, upto, unsettled);
-                self.missing = (!awaited.is_empty()).then(|| patience(self.work).boxed());
+                in_hand.found(floor, upto, unsettled);
             }
-            Some(missing) = OptionFuture::from(self.missing.as_mut()) => {
-                let awaited = match missing {
-                    Missing::TooLong => in_hand.awaited(),
-                    Missing::Summoned(summoned) => {
-                        summoned.into_iter().for_each(|sequence| in_hand.given_up(sequence));
-                        Vec::new()
-                    }
-                };
-                self.missing = (!awaited.is_empty()).then(|| summon(self.work, awaited).boxed());
-            }
-            else => std::future::pending().await,
+            Some(awaiting) = OptionFuture::from(self.awaiting.as_mut()) => match awaiting {
+                Awaiting::Settled(floor) => in_hand.settled_upto(floor),
+                Awaiting::Summoned(summoned) => {
+                    summoned.into_iter().for_each(|sequence| in_hand.given_up(sequence));
+                    self.since = None;
+                }
+            },
+            else => return std::future::pending().await,
         }
+        let awaited = in_hand.awaited();
+        if awaited.is_empty() {
+            (self.awaiting, self.since) = (None, None);
+            return;
+        }
+        let since = *self.since.get_or_insert_with(Instant::now);
+        self.awaiting = Some(if since.elapsed() < self.work.ack_wait * PATIENCE_ACK_WAITS {
+            look_at_the_floor(self.work).boxed()
+        } else {
+            summon(self.work, awaited).boxed()
+        });
     }
 }
 
-async fn patience<H>(work: &Work<'_, H>) -> Missing {
-    tokio::time::sleep(work.ack_wait * PATIENCE_ACK_WAITS).await;
-    Missing::TooLong
+/// Whoever had messages in hand may have settled them since.
+async fn look_at_the_floor<H: Sync>(work: &Work<'_, H>) -> Awaiting {
+    tokio::time::sleep(REOPEN_PAUSE).await;
+    // What could not be asked is asked again.
+    let floor = describe(work.context, work.receive).await.map_or(0, |(_, info)| info.ack_floor.stream_sequence);
+    Awaiting::Settled(floor)
 }
 
 /// Lets messages be tried alone: however often that happens, they are decided once.
-async fn summon<H: Sync>(work: &Work<'_, H>, awaited: Vec<u64>) -> Missing {
+async fn summon<H: Sync>(work: &Work<'_, H>, awaited: Vec<u64>) -> Awaiting {
     let receive = work.receive;
     warn!(consumer = receive.consumer, count = awaited.len(), "messages that others had in hand do not come");
     for sequence in &awaited {
@@ -131,7 +144,7 @@ async fn summon<H: Sync>(work: &Work<'_, H>, awaited: Vec<u64>) -> Missing {
             tokio::time::sleep(DEAD_LETTER_RETRY).await;
         }
     }
-    Missing::Summoned(awaited)
+    Awaiting::Summoned(awaited)
 }
 
 /// Finds out what others may have in hand up to `upto`, however long it takes, and asks the server for it: by itself it

@@ -90,8 +90,8 @@ impl<R> InHand<R> {
     }
 
     /// Takes in what was found out since the last doubt was raised: up to `floor` everything is settled, and after it, up to
-    /// `upto`, only `unsettled` are there. Returns what is awaited.
-    pub(crate) fn found(&mut self, floor: u64, upto: u64, unsettled: impl IntoIterator<Item = u64>) -> Vec<u64> {
+    /// `upto`, only `unsettled` are there.
+    pub(crate) fn found(&mut self, floor: u64, upto: u64, unsettled: impl IntoIterator<Item = u64>) {
         self.messages.retain(|sequence, message| message.stage != Stage::Awaited || *sequence > upto.max(floor));
         for sequence in unsettled {
             let awaited = Message { stage: Stage::Awaited, is_first: false, reply: None };
@@ -99,7 +99,13 @@ impl<R> InHand<R> {
         }
         self.doubt = None;
         self.is_changed = true;
-        self.awaited()
+    }
+
+    /// Everything up to `floor` turned out to be settled.
+    pub(crate) fn settled_upto(&mut self, floor: u64) {
+        let before = self.messages.len();
+        self.messages.retain(|sequence, message| message.stage != Stage::Awaited || *sequence > floor);
+        self.is_changed |= self.messages.len() < before;
     }
 
     /// What is awaited.

@@ -41,7 +41,8 @@ fn nothing_is_acknowledged_before_it_is_known_what_others_have() {
     assert_eq!(in_hand.given(first(8, 8), 8), Given { is_new: true, doubt: Some(7) });
     in_hand.settled(8);
     assert_eq!(in_hand.acknowledgement(), None);
-    assert_eq!(in_hand.found(5, 7, [6, 7]), [6, 7]);
+    in_hand.found(5, 7, [6, 7]);
+    assert_eq!(in_hand.awaited(), [6, 7]);
     assert_eq!(in_hand.acknowledgement(), None);
     // They come again, out of order, and one more comes for the first time.
     assert_eq!(in_hand.given(again(7, 9), 7), Given { is_new: true, doubt: None });
@@ -60,11 +61,13 @@ fn what_others_settled_is_not_awaited_any_more() {
     let mut in_hand = InHand::default();
     in_hand.given(first(8, 8), 8);
     in_hand.settled(8);
-    assert_eq!(in_hand.found(5, 7, [6, 7]), [6, 7]);
+    in_hand.found(5, 7, [6, 7]);
+    assert_eq!(in_hand.awaited(), [6, 7]);
     // Somebody else was given something, and what was awaited turns out to be settled.
     assert_eq!(in_hand.given(first(12, 14), 12), Given { is_new: true, doubt: Some(11) });
     assert_eq!(in_hand.acknowledgement(), None);
-    assert_eq!(in_hand.found(7, 11, [8, 11]), [11]);
+    in_hand.found(7, 11, [8, 11]);
+    assert_eq!(in_hand.awaited(), [11]);
     assert_eq!(in_hand.acknowledgement(), Some(8));
     in_hand.settled(12);
     assert_eq!(in_hand.acknowledgement(), None);
@@ -76,7 +79,8 @@ fn what_others_settled_is_not_awaited_any_more() {
 fn what_comes_again_alone_is_acknowledged_by_itself() {
     let mut in_hand = InHand::default();
     assert_eq!(in_hand.given(again(3, 9), 3), Given { is_new: true, doubt: Some(UPTO_THE_LAST) });
-    assert_eq!(in_hand.found(2, 4, [3, 4]), [4]);
+    in_hand.found(2, 4, [3, 4]);
+    assert_eq!(in_hand.awaited(), [4]);
     in_hand.settled(3);
     assert_eq!(in_hand.acknowledgement(), None, "somebody may have 4 by a lower number");
     in_hand.given(again(4, 10), 4);
@@ -110,7 +114,7 @@ enum Step {
     GiveBack(u8),
     /// It sends what it may.
     Acknowledge,
-    /// It finds out what others have in hand.
+    /// It finds out what others have in hand, or have settled by now.
     Look,
     /// The other replica is pinned; this one goes on with what it has.
     Pin,
@@ -185,6 +189,8 @@ impl Server {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2_000))]
+
     /// Whatever happens, in whatever order: what the server counts as settled is settled, and once everything is quiet it is
     /// everything.
     #[test]
@@ -223,9 +229,12 @@ proptest! {
                         server.acknowledge(place);
                     }
                 }
-                Step::Look => if let Some(upto) = in_hand.doubt {
-                    let (floor, upto) = (server.floor.0, upto.min(server.delivered));
-                    in_hand.found(floor, upto, floor + 1..=upto);
+                Step::Look => {
+                    let floor = server.floor.0;
+                    match in_hand.doubt {
+                        Some(upto) => in_hand.found(floor, upto, floor + 1..=upto.min(server.delivered)),
+                        None => in_hand.settled_upto(floor),
+                    }
                 }
                 Step::Pin => pinned = 1 - pinned,
                 Step::Die => {
