@@ -16,6 +16,7 @@ use lomash_ledger::{
     StoredMessage,
 };
 use lomash_tests::{PATIENCE, World};
+use tokio::sync::oneshot;
 use uuid::Uuid;
 
 /// How long silence must last to be believed. Too short only makes a test miss a fault, never fail without one.
@@ -53,6 +54,7 @@ held_by_both!(
     the_largest_batch_is_stored_and_one_more_message_is_too_large,
     a_batch_too_large_is_that_even_at_a_wrong_sequence,
     an_empty_append_is_nothing,
+    a_staged_batch_is_stored_when_it_is_told_to_go_and_never_otherwise,
     what_was_written_is_read_back,
     texts_go_through_headers,
     a_large_payload_goes_through,
@@ -117,6 +119,34 @@ async fn a_wrong_expected_sequence_is_a_conflict_and_stores_nothing(ledger: impl
         assert_eq!(ledger.last_sequence().await?, 3, "{messages} messages at {expected}");
     }
     assert_eq!(ledger.append(&batch(50), 3).await?, 53, "the right sequence is still right");
+    Ok(())
+}
+
+async fn a_staged_batch_is_stored_when_it_is_told_to_go_and_never_otherwise(ledger: impl Ledger) -> Result<()> {
+    let stage = |messages: &[NewMessage], expected: u64| {
+        let (go, gone) = oneshot::channel();
+        (go, tokio::spawn(ledger.stage(messages.to_vec(), expected, gone)))
+    };
+    ledger.append(&batch(2), 0).await?;
+    // Begun before the batch is stored that it rests on.
+    let (go, staged) = stage(&batch(4), 5);
+    assert_eq!(ledger.append(&batch(3), 2).await?, 5);
+    go.send(()).expect("it waits");
+    assert_eq!(staged.await??, 9);
+    // One that rests on what was not stored.
+    let (go, staged) = stage(&batch(4), 12);
+    assert_eq!(ledger.append(&batch(1), 9).await?, 10);
+    go.send(()).expect("it waits");
+    let refused = staged.await?;
+    assert!(matches!(refused, Err(AppendError::Conflict(_))), "{refused:?}");
+    // One that is let fall, after it was sent.
+    let fallen = batch(4);
+    let (go, staged) = stage(&fallen, 10);
+    drop(go);
+    let fell = staged.await?;
+    assert!(matches!(fell, Err(AppendError::Unknown(_))), "{fell:?}");
+    assert_eq!(ledger.last_sequence().await?, 10);
+    assert_eq!(ledger.append(&fallen, 10).await?, 14, "its ids are free");
     Ok(())
 }
 

@@ -21,7 +21,7 @@ use lomash_tests::{Dice, Fate, PATIENCE, World, count, eventually, nowhere, orde
 use product_service::inventory::Action;
 use product_service::projected::Projected;
 use product_service::projection;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -201,8 +201,13 @@ struct Gated {
 }
 
 impl Ledger for Gated {
-    async fn append(&self, messages: &[NewMessage], expected_last_sequence: u64) -> Result<u64, AppendError> {
-        self.ledger.append(messages, expected_last_sequence).await
+    fn stage(
+        &self,
+        messages: Vec<NewMessage>,
+        expected_last_sequence: u64,
+        go: oneshot::Receiver<()>,
+    ) -> impl Future<Output = Result<u64, AppendError>> + Send + 'static {
+        self.ledger.stage(messages, expected_last_sequence, go)
     }
 
     async fn last_sequence(&self) -> Result<u64, ReadError> {

@@ -35,7 +35,7 @@ use product_service::reads::{
 };
 use serde_json::Value;
 use time::OffsetDateTime;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -56,8 +56,13 @@ impl Told {
 }
 
 impl Ledger for Told {
-    async fn append(&self, _: &[NewMessage], _: u64) -> Result<u64, AppendError> {
-        Err(AppendError::Refused { code: 0, description: "it is only read".to_owned() })
+    fn stage(
+        &self,
+        _: Vec<NewMessage>,
+        _: u64,
+        _: oneshot::Receiver<()>,
+    ) -> impl Future<Output = Result<u64, AppendError>> + Send + 'static {
+        std::future::ready(Err(AppendError::Refused { code: 0, description: "it is only read".to_owned() }))
     }
 
     async fn last_sequence(&self) -> Result<u64, ReadError> {

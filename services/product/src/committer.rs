@@ -3,24 +3,25 @@
 //!
 //! Owns the [`State`]. While a commit is in flight the next commands are decided already, in order, on top of what is being
 //! stored, so that they are ready when it is; they become one atomic batch that names the sequence it was decided on. One
-//! batch is in flight at a time: what was decided ahead is sent when the one before is stored, and forgotten when it is not.
-//! Whatever goes wrong
-//! (conflict, duplicate, timeout, lost connection), the committer does one thing: it catches up with the stream and
-//! decides again what is still undecided. A stale or paused writer can therefore only fail.
+//! batch is in flight at a time: what was decided ahead counts when the one before is stored, and is forgotten when it is not. A
+//! full one is staged with the server meanwhile, all but the message that makes it count. Whatever goes wrong (conflict,
+//! duplicate, timeout, lost connection), the committer does one thing: it catches up with the stream and decides again what is
+//! still undecided. A stale or paused writer can therefore only fail.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use hashbrown::HashMap;
 use lomash_contract::{ContentType, Envelope, EventId, LedgerEvent, Timestamp, Version, codec};
 use lomash_ledger::{
-    AppendError, Carried, Ledger, MAX_BATCH_MESSAGES, NewMessage, ReadError, StoredMessage, crash_point,
+    AppendError, Carried, Ledger, MAX_BATCH_MESSAGES, NewMessage, ReadError, STAGED_KEPT, StoredMessage, crash_point,
 };
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument as _, Span, debug, error, info, warn};
 
 use crate::inventory::frozen::Frozen;
@@ -233,8 +234,17 @@ pub fn committer<L: Ledger>(
     let (queue, submissions) = mpsc::channel(MAX_QUEUED_COMMANDS);
     let (known, sequence) = watch::channel(state.sequence());
     let (copies, asked) = mpsc::channel(1);
-    let running =
-        Running { ledger, state, clock, stop, known, asked, max_batch_messages: MAX_BATCH_MESSAGES, alone: 0 };
+    let running = Running {
+        ledger,
+        state,
+        clock,
+        stop,
+        known,
+        asked,
+        max_batch_messages: MAX_BATCH_MESSAGES,
+        alone: 0,
+        fell: None,
+    };
     (Committer { queue, sequence, copies }, running.run(submissions))
 }
 
@@ -249,6 +259,8 @@ struct Running<L> {
     max_batch_messages: usize,
     /// How many of the next commands are to be stored in a batch of their own.
     alone: usize,
+    /// When a staged batch fell with the one before it: the server has to forget it before another is staged.
+    fell: Option<Instant>,
 }
 
 /// A batch that is decided and not yet stored: which submissions it settles, and how.
@@ -292,6 +304,27 @@ impl Batch {
     }
 }
 
+/// A batch on its way to the server; it is stored once it is told to go. Dropped before that, it is never stored.
+struct Sending {
+    go: oneshot::Sender<()>,
+    answer: AbortOnDropHandle<Result<u64, AppendError>>,
+}
+
+impl Sending {
+    fn begin<L: Ledger>(ledger: &L, messages: Vec<NewMessage>, expected: u64) -> Self {
+        let (go, gone) = oneshot::channel();
+        // Sending goes as far as the connection takes it; tokio's budget would give way after every 128 messages.
+        let sending = tokio::task::unconstrained(ledger.stage(messages, expected, gone));
+        Self { go, answer: AbortOnDropHandle::new(tokio::spawn(sending.in_current_span())) }
+    }
+}
+
+/// What is stored next, when it was begun while another batch was in flight.
+struct Next {
+    batch: Batch,
+    sending: Option<Sending>,
+}
+
 /// The batch after the one in flight, decided as if that were stored already.
 struct Ahead<'a> {
     in_flight: &'a Batch,
@@ -302,12 +335,13 @@ struct Ahead<'a> {
     max_messages: usize,
     /// Whether nothing more is to be decided.
     is_full: bool,
+    sending: Option<Sending>,
 }
 
 impl<'a> Ahead<'a> {
     fn of(state: &'a State, in_flight: &'a Batch, now: Timestamp, max_messages: usize) -> Self {
         let (draft, batch) = (Draft::new(state), Batch::at(now));
-        Self { in_flight, draft, applied: 0, batch, max_messages, is_full: false }
+        Self { in_flight, draft, applied: 0, batch, max_messages, is_full: false, sending: None }
     }
 
     /// How many of those that wait have a verdict, in flight or ahead.
@@ -334,6 +368,12 @@ impl<'a> Ahead<'a> {
                 return;
             }
         }
+        self.is_full |= self.batch.verdicts.len() >= MAX_GROUP_COMMANDS;
+    }
+
+    /// Whether the batch will not change any more and can be sent.
+    const fn is_ready(&self) -> bool {
+        self.is_full && self.sending.is_none() && !self.batch.messages.is_empty()
     }
 }
 
@@ -348,7 +388,7 @@ impl<L: Ledger> Running<L> {
         let mut waiting: VecDeque<Submission> = VecDeque::new();
         let mut taken = Vec::new();
         // Of the first of those that wait.
-        let mut ahead: Option<Batch> = None;
+        let mut next: Option<Next> = None;
         loop {
             while let Ok(reply) = self.asked.try_recv() {
                 let _ = reply.send(self.state.freeze());
@@ -385,7 +425,7 @@ impl<L: Ledger> Running<L> {
             if self.stop.is_cancelled() {
                 break;
             }
-            ahead = self.commit(ahead, &mut waiting, &mut submissions).await?;
+            next = self.commit(next, &mut waiting, &mut submissions).await?;
         }
         submissions.close();
         for submission in waiting {
@@ -397,17 +437,17 @@ impl<L: Ledger> Running<L> {
         Ok(self.state)
     }
 
-    /// Stores `ahead`, or else decides the first of the waiting commands, as many as fit into a batch, and stores those.
+    /// Stores `next`, or else decides the first of the waiting commands, as many as fit into a batch, and stores those.
     /// Whatever the outcome, the commands it settled are answered and the others are still waiting. Returns what was
     /// decided ahead meanwhile, of the first of those.
     async fn commit(
         &mut self,
-        ahead: Option<Batch>,
+        next: Option<Next>,
         waiting: &mut VecDeque<Submission>,
         submissions: &mut mpsc::Receiver<Submission>,
-    ) -> Result<Option<Batch>, ReadError> {
-        let batch = ahead.unwrap_or_else(|| self.decide(waiting));
-        if batch.messages.is_empty() {
+    ) -> Result<Option<Next>, ReadError> {
+        let Next { mut batch, sending } = next.unwrap_or_else(|| Next { batch: self.decide(waiting), sending: None });
+        if batch.facts.is_empty() {
             // Saying no, or that all is so already, needs a fresh look: another writer may have changed it.
             let before = self.state.sequence();
             let mut fresh = true;
@@ -422,13 +462,16 @@ impl<L: Ledger> Running<L> {
         }
         let expected = self.state.sequence();
         let decisions = waiting.iter().take(batch.verdicts.len()).map(|submission| &submission.span);
-        let observed = observed::Commit::begin(decisions, batch.messages.len(), batch.verdicts.len());
-        let (stored, ahead) = self.store(&batch, waiting, submissions).instrument(observed.span()).await;
+        let observed = observed::Commit::begin(decisions, batch.facts.len(), batch.verdicts.len());
+        let messages = std::mem::take(&mut batch.messages);
+        let sending =
+            sending.unwrap_or_else(|| observed.span().in_scope(|| Sending::begin(&self.ledger, messages, expected)));
+        let (stored, ahead) = self.store(sending, &batch, waiting, submissions).instrument(observed.span()).await;
         observed.end(&stored);
         match stored {
             Ok(last) => {
                 crash_point!("commit-after-ack");
-                debug!(messages = batch.messages.len(), commands = batch.verdicts.len(), last, "committed");
+                debug!(messages = batch.facts.len(), commands = batch.verdicts.len(), last, "committed");
                 for (offset, fact) in batch.facts.iter().enumerate() {
                     self.state.evolve(expected + 1 + offset as u64, &fact.event, fact.mark);
                 }
@@ -438,8 +481,10 @@ impl<L: Ledger> Running<L> {
             }
             Err(problem) => {
                 // What was decided ahead rests on what may not be there.
-                drop(ahead);
-                info!(%problem, expected, messages = batch.messages.len(), "not committed; catching up");
+                if ahead.is_some_and(|ahead| ahead.sending.is_some()) {
+                    self.fell = Some(Instant::now());
+                }
+                info!(%problem, expected, messages = batch.facts.len(), "not committed; catching up");
                 if matches!(problem, AppendError::Unknown(_)) {
                     for (submission, verdict) in waiting.iter_mut().zip(&batch.verdicts) {
                         if let Verdict::Store { outcome, first_event, .. } = verdict {
@@ -456,13 +501,16 @@ impl<L: Ledger> Running<L> {
     /// Stores the batch, and meanwhile takes further commands in and decides them ahead.
     async fn store(
         &mut self,
+        sending: Sending,
         batch: &Batch,
         waiting: &mut VecDeque<Submission>,
         submissions: &mut mpsc::Receiver<Submission>,
-    ) -> (Result<u64, AppendError>, Option<Batch>) {
-        // Sending goes first, as far as the connection takes it; tokio's budget would otherwise let deciding starve it.
-        let appending = tokio::task::unconstrained(self.ledger.append(&batch.messages, self.state.sequence()));
-        tokio::pin!(appending);
+    ) -> (Result<u64, AppendError>, Option<Next>) {
+        let Sending { go, mut answer } = sending;
+        // Where nobody listens any more, the answer is there and says why.
+        let _ = go.send(());
+        let may_stage = self.fell.is_none_or(|fell| fell.elapsed() > STAGED_KEPT);
+        let after = self.state.sequence() + batch.facts.len() as u64;
         let mut ahead = Ahead::of(&self.state, batch, (self.clock)(), self.max_batch_messages);
         ahead.is_full |= self.alone > 0;
         let mut taken = Vec::new();
@@ -472,8 +520,14 @@ impl<L: Ledger> Running<L> {
             let takes = open && room > 0 && !ahead.is_full;
             tokio::select! {
                 biased;
-                stored = &mut appending => break stored,
+                stored = &mut answer => {
+                    break stored.unwrap_or_else(|problem| Err(AppendError::Unknown(format!("sending failed: {problem}"))));
+                }
                 () = std::future::ready(()), if ahead.has_work(waiting.len()) => ahead.go_on(waiting),
+                () = std::future::ready(()), if may_stage && ahead.is_ready() => {
+                    let messages = std::mem::take(&mut ahead.batch.messages);
+                    ahead.sending = Some(Sending::begin(&self.ledger, messages, after));
+                }
                 Some(reply) = self.asked.recv() => {
                     let _ = reply.send(self.state.freeze());
                 }
@@ -483,8 +537,8 @@ impl<L: Ledger> Running<L> {
                 }
             }
         };
-        let Ahead { batch, .. } = ahead;
-        (stored, Some(batch).filter(|batch| !batch.verdicts.is_empty()))
+        let Ahead { batch, sending, .. } = ahead;
+        (stored, Some(Next { batch, sending }).filter(|next| !next.batch.verdicts.is_empty()))
     }
 
     async fn recover(

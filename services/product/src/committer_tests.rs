@@ -193,6 +193,35 @@ async fn what_was_decided_ahead_falls_with_the_batch_before_it() {
     assert_eq!(stock(&fold(&ledger).await, 1), 3);
 }
 
+/// A full batch is staged while another is in flight. Whatever becomes of that one, every order is decided once.
+#[tokio::test]
+async fn a_staged_batch_counts_only_when_the_one_before_it_does() {
+    const ORDERS: u128 = 3 * MAX_BATCH_MESSAGES as u128;
+    for fault in [None, Some(Fault::UnknownStored), Some(Fault::UnknownLost), Some(Fault::UnknownLater)] {
+        let ledger = MemoryLedger::default();
+        let (committer, _running) = start(&ledger);
+        committer.submit(register(1, 2 * MAX_BATCH_MESSAGES as u32), None).await.expect("a registration");
+        ledger.inject(fault);
+        ledger.answer_appends(false);
+        let submit = |n| {
+            let committer = committer.clone();
+            async move { committer.submit(order(n, 1, 1), None).await.expect("decided").outcome }
+        };
+        let staged = async {
+            while ledger.unanswered() < 2 {
+                tokio::task::yield_now().await;
+            }
+            ledger.answer_appends(true);
+        };
+        let (outcomes, ()) = tokio::join!(futures::future::join_all((0..ORDERS).map(submit)), staged);
+        let allocated = outcomes.iter().filter(|outcome| **outcome == Outcome::Allocated).count();
+        let refused = outcomes.iter().filter(|outcome| matches!(outcome, Outcome::Refused { .. })).count();
+        assert_eq!((allocated, refused), (2 * MAX_BATCH_MESSAGES, MAX_BATCH_MESSAGES), "{fault:?}");
+        assert_eq!(stock(&fold(&ledger).await, 1), 0, "{fault:?}");
+        assert_eq!(ledger.unanswered(), u64::from(fault.is_some()), "what was staged falls: {fault:?}");
+    }
+}
+
 /// What was decided ahead rests on what is being stored: one product, one unit for each order, one order after the other.
 #[tokio::test]
 async fn orders_that_come_while_others_are_being_stored_see_what_those_left() {

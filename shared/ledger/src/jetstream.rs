@@ -18,6 +18,7 @@ use bytes::Bytes;
 use futures::stream::{self, Stream, StreamExt, TryStreamExt};
 use serde::Deserialize;
 use time::OffsetDateTime;
+use tokio::sync::oneshot;
 use tracing::info;
 
 use crate::direct::{self, Answered, Held};
@@ -59,6 +60,9 @@ const READER_KEPT: Duration = Duration::from_secs(30);
 
 /// How often an append that waits for its answer looks whether the connection is still the one that it was sent on.
 const CONNECTION_LOOK: Duration = Duration::from_millis(50);
+
+/// Why a batch that was staged was not stored.
+pub(crate) const NEVER_TOLD_TO_GO: &str = "it was staged and not wanted any more";
 
 const WRONG_LAST_SEQUENCE: u64 = 10_071;
 const BATCH_IN_FLIGHT: u64 = 10_164;
@@ -260,55 +264,71 @@ pub(crate) fn header_text(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
+/// Sends an atomic batch, the last message of it when `go` is said, and waits for the answer.
+async fn send(
+    client: Client,
+    batch_id: String,
+    messages: Vec<NewMessage>,
+    expected_last_sequence: u64,
+    go: oneshot::Receiver<()>,
+) -> Result<u64, AppendError> {
+    let count = messages.len();
+    let connects = client.statistics().connects.load(Ordering::Relaxed);
+    let mut last = None;
+    crash_point!("commit-before-batch");
+    for (index, message) in messages.into_iter().enumerate() {
+        let headers = headers(&message, &batch_id, index + 1, count, expected_last_sequence);
+        let NewMessage { subject, payload, .. } = message;
+        if index + 1 == count {
+            last = Some((subject, headers, payload));
+            break;
+        }
+        let sent = client.publish_with_headers(subject, headers, payload).await;
+        sent.map_err(|error| AppendError::Unknown(error.to_string()))?;
+        crash_point!("commit-between-messages");
+    }
+    go.await.map_err(|_| AppendError::Unknown(NEVER_TOLD_TO_GO.to_owned()))?;
+    let Some((subject, headers, payload)) = last else { return Ok(expected_last_sequence) };
+    crash_point!("commit-before-last-message");
+    let request = Request::new().headers(headers).payload(payload).timeout(Some(APPEND_TIMEOUT));
+    let answered = tokio::select! {
+        biased;
+        answered = client.send_request(subject, request) => answered,
+        () = reconnected(&client, connects) => {
+            return Err(AppendError::Unknown("the connection was lost before the answer came".to_owned()));
+        }
+    };
+    let answer = answered.map_err(|error| {
+        let reason = match error.kind() {
+            RequestErrorKind::TimedOut => format!("no answer within {} s", APPEND_TIMEOUT.as_secs()),
+            RequestErrorKind::NoResponders => "no server answers for the stream".to_owned(),
+            _ => error.to_string(),
+        };
+        AppendError::Unknown(reason)
+    })?;
+    let answer: PublishAnswer = serde_json::from_slice(&answer.payload)
+        .map_err(|error| AppendError::Unknown(format!("the answer is not a publish acknowledgement: {error}")))?;
+    match answer.error {
+        Some(error) => Err(append_error(error, count)),
+        None if answer.seq == expected_last_sequence + count as u64 => Ok(answer.seq),
+        None => Err(AppendError::Unknown(format!(
+            "the acknowledgement is for sequence {} where {} was due",
+            answer.seq,
+            expected_last_sequence + count as u64
+        ))),
+    }
+}
+
 impl Ledger for JetStreamLedger {
-    async fn append(&self, messages: &[NewMessage], expected_last_sequence: u64) -> Result<u64, AppendError> {
+    fn stage(
+        &self,
+        messages: Vec<NewMessage>,
+        expected_last_sequence: u64,
+        go: oneshot::Receiver<()>,
+    ) -> impl Future<Output = Result<u64, AppendError>> + Send + 'static {
         let client = self.context.client();
         let batch_id = format!("{}-{}", self.batch_prefix, self.batches.fetch_add(1, Ordering::Relaxed));
-        let count = messages.len();
-        let Some((last, rest)) = messages.split_last() else {
-            return Ok(expected_last_sequence);
-        };
-        let connects = client.statistics().connects.load(Ordering::Relaxed);
-        crash_point!("commit-before-batch");
-        for (index, message) in rest.iter().enumerate() {
-            let headers = headers(message, &batch_id, index + 1, count, expected_last_sequence);
-            client
-                .publish_with_headers(message.subject.clone(), headers, message.payload.clone())
-                .await
-                .map_err(|error| AppendError::Unknown(error.to_string()))?;
-            crash_point!("commit-between-messages");
-        }
-        crash_point!("commit-before-last-message");
-        let request = Request::new()
-            .headers(headers(last, &batch_id, count, count, expected_last_sequence))
-            .payload(last.payload.clone())
-            .timeout(Some(APPEND_TIMEOUT));
-        let answered = tokio::select! {
-            biased;
-            answered = client.send_request(last.subject.clone(), request) => answered,
-            () = reconnected(&client, connects) => {
-                return Err(AppendError::Unknown("the connection was lost before the answer came".to_owned()));
-            }
-        };
-        let answer = answered.map_err(|error| {
-            let reason = match error.kind() {
-                RequestErrorKind::TimedOut => format!("no answer within {} s", APPEND_TIMEOUT.as_secs()),
-                RequestErrorKind::NoResponders => "no server answers for the stream".to_owned(),
-                _ => error.to_string(),
-            };
-            AppendError::Unknown(reason)
-        })?;
-        let answer: PublishAnswer = serde_json::from_slice(&answer.payload)
-            .map_err(|error| AppendError::Unknown(format!("the answer is not a publish acknowledgement: {error}")))?;
-        match answer.error {
-            Some(error) => Err(append_error(error, count)),
-            None if answer.seq == expected_last_sequence + count as u64 => Ok(answer.seq),
-            None => Err(AppendError::Unknown(format!(
-                "the acknowledgement is for sequence {} where {} was due",
-                answer.seq,
-                expected_last_sequence + count as u64
-            ))),
-        }
+        send(client, batch_id, messages, expected_last_sequence, go)
     }
 
     async fn last_sequence(&self) -> Result<u64, ReadError> {

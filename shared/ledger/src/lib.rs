@@ -26,6 +26,7 @@ use futures::stream::{BoxStream, StreamExt};
 use lomash_contract::{Envelope, EventId, Foreign, LedgerEvent};
 use lomash_platform::schemas;
 use time::OffsetDateTime;
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 pub use jetstream::{APPEND_TIMEOUT, JetStreamLedger, LAST_SEQUENCE_TIMEOUT, READ_STALL_TIMEOUT};
@@ -35,6 +36,9 @@ pub use memory::{Fault, MemoryLedger};
 ///
 /// A server left at its own default takes 1,000; the committer adapts when it is told so.
 pub const MAX_BATCH_MESSAGES: usize = 4_000;
+
+/// How long a server keeps an atomic batch that was begun and not ended (2.15.1). It has room for 50 of them for a stream.
+pub const STAGED_KEPT: Duration = Duration::from_secs(10);
 
 /// How long a leader may claim that the stream ends before what was seen already, until it is believed.
 pub const STALE_LEADER_PATIENCE: Duration = Duration::from_secs(3);
@@ -233,7 +237,26 @@ pub trait Ledger: Clone + Send + Sync + 'static {
         &self,
         messages: &[NewMessage],
         expected_last_sequence: u64,
-    ) -> impl Future<Output = Result<u64, AppendError>> + Send;
+    ) -> impl Future<Output = Result<u64, AppendError>> + Send {
+        let (go, gone) = oneshot::channel();
+        let _ = go.send(());
+        self.stage(messages.to_vec(), expected_last_sequence, gone)
+    }
+
+    /// The same in two steps: the messages are on their way when `go` is said, all but the last, which makes them count. If it is
+    /// not said, or if this is dropped before, nothing is stored.
+    ///
+    /// A server keeps what was begun and not ended for [`STAGED_KEPT`], and only so much of it: who lets a batch fall begins no other
+    /// ahead of time for so long.
+    ///
+    /// # Errors
+    /// As [`Self::append`].
+    fn stage(
+        &self,
+        messages: Vec<NewMessage>,
+        expected_last_sequence: u64,
+        go: oneshot::Receiver<()>,
+    ) -> impl Future<Output = Result<u64, AppendError>> + Send + 'static;
 
     /// The last stored sequence, as the stream's leader knows it.
     ///

@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use futures::stream::{self, StreamExt};
 use lomash_contract::EventId;
 use time::OffsetDateTime;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
-use crate::jetstream::header_text;
+use crate::jetstream::{NEVER_TOLD_TO_GO, header_text};
 use crate::{
     AppendError, BatchPosition, Carried, Ledger, MAX_BATCH_MESSAGES, Messages, NewMessage, ReadError, StoredMessage,
 };
@@ -37,6 +37,9 @@ struct Inner {
     messages: Vec<StoredMessage>,
     ids: HashSet<EventId>,
     batches: u64,
+    /// Batches that were begun, and those that were answered.
+    begun: u64,
+    answered: u64,
     faults: VecDeque<Fault>,
     later: Vec<(Vec<NewMessage>, u64)>,
     unreadable: u32,
@@ -48,12 +51,14 @@ struct Inner {
 pub struct MemoryLedger {
     inner: Arc<Mutex<Inner>>,
     last: Arc<watch::Sender<u64>>,
+    answers: Arc<watch::Sender<bool>>,
 }
 
 impl Default for MemoryLedger {
     fn default() -> Self {
         let inner = Inner { max_batch_messages: MAX_BATCH_MESSAGES, ..Inner::default() };
-        Self { inner: Arc::new(Mutex::new(inner)), last: Arc::new(watch::Sender::new(0)) }
+        let answers = Arc::new(watch::Sender::new(true));
+        Self { inner: Arc::new(Mutex::new(inner)), last: Arc::new(watch::Sender::new(0)), answers }
     }
 }
 
@@ -96,6 +101,25 @@ impl Inner {
         Ok(self.messages.len() as u64)
     }
 
+    /// Stores a batch, or does what is to go wrong.
+    fn answer(&mut self, messages: Vec<NewMessage>, expected: u64) -> Result<u64, AppendError> {
+        self.answered += 1;
+        self.store_later_ones();
+        let lost = || Err(AppendError::Unknown("the answer was lost".to_owned()));
+        match self.faults.pop_front() {
+            None => self.store(&messages, expected),
+            Some(Fault::UnknownStored) => self.store(&messages, expected).and_then(|_| lost()),
+            Some(Fault::UnknownLost) => lost(),
+            Some(Fault::UnknownLater) => {
+                self.later.push((messages, expected));
+                lost()
+            }
+            Some(Fault::Refused) => {
+                Err(AppendError::Refused { code: 10_023, description: "insufficient resources".to_owned() })
+            }
+        }
+    }
+
     fn store_later_ones(&mut self) {
         for (messages, expected) in std::mem::take(&mut self.later) {
             // Whether it still fits is exactly what the sender cannot know.
@@ -124,6 +148,18 @@ impl MemoryLedger {
         self.lock().max_batch_messages = max_batch_messages;
     }
 
+    /// How many batches were begun and not answered: they are in flight, staged, or were let fall.
+    #[must_use]
+    pub fn unanswered(&self) -> u64 {
+        let inner = self.lock();
+        inner.begun - inner.answered
+    }
+
+    /// Answers no append until it is told to again.
+    pub fn answer_appends(&self, answers: bool) {
+        self.answers.send_replace(answers);
+    }
+
     /// A copy of everything stored.
     #[must_use]
     pub fn messages(&self) -> Vec<StoredMessage> {
@@ -132,35 +168,30 @@ impl MemoryLedger {
 }
 
 impl Ledger for MemoryLedger {
-    async fn append(&self, messages: &[NewMessage], expected_last_sequence: u64) -> Result<u64, AppendError> {
-        if messages.is_empty() {
-            return Ok(expected_last_sequence);
-        }
-        // Give way like a network round trip does, so that two writers in one test interleave and a writer has time to
-        // prepare its next batch.
-        for _ in 0..ROUND_TRIP_YIELDS {
-            tokio::task::yield_now().await;
-        }
-        let outcome = {
-            let mut inner = self.lock();
-            inner.store_later_ones();
-            let lost = || Err(AppendError::Unknown("the answer was lost".to_owned()));
-            match inner.faults.pop_front() {
-                None => inner.store(messages, expected_last_sequence),
-                Some(Fault::UnknownStored) => inner.store(messages, expected_last_sequence).and_then(|_| lost()),
-                Some(Fault::UnknownLost) => lost(),
-                Some(Fault::UnknownLater) => {
-                    inner.later.push((messages.to_vec(), expected_last_sequence));
-                    lost()
-                }
-                Some(Fault::Refused) => {
-                    Err(AppendError::Refused { code: 10_023, description: "insufficient resources".to_owned() })
-                }
+    fn stage(
+        &self,
+        messages: Vec<NewMessage>,
+        expected_last_sequence: u64,
+        go: oneshot::Receiver<()>,
+    ) -> impl Future<Output = Result<u64, AppendError>> + Send + 'static {
+        let ledger = self.clone();
+        ledger.lock().begun += 1;
+        async move {
+            go.await.map_err(|_| AppendError::Unknown(NEVER_TOLD_TO_GO.to_owned()))?;
+            if messages.is_empty() {
+                return Ok(expected_last_sequence);
             }
-        };
-        let last = self.lock().messages.len() as u64;
-        self.last.send_replace(last);
-        outcome
+            // Give way like a network round trip does, so that two writers in one test interleave and a writer has time to
+            // prepare its next batch.
+            for _ in 0..ROUND_TRIP_YIELDS {
+                tokio::task::yield_now().await;
+            }
+            let _ = ledger.answers.subscribe().wait_for(|answers| *answers).await;
+            let outcome = ledger.lock().answer(messages, expected_last_sequence);
+            let last = ledger.lock().messages.len() as u64;
+            ledger.last.send_replace(last);
+            outcome
+        }
     }
 
     async fn last_sequence(&self) -> Result<u64, ReadError> {
