@@ -206,10 +206,9 @@ proptest! {
             let mine = &mut at_work[pinned];
             let in_hand = &mut replicas[pinned];
             match step {
-                Step::Deliver => if let Some(place) = server.deliver() {
-                    if in_hand.given(place, place).is_new {
-                        mine.push(place.sequence);
-                    }
+                Step::Deliver => {
+                    let given = server.deliver().filter(|place| in_hand.given(*place, *place).is_new);
+                    mine.extend(given.map(|place| place.sequence));
                 }
                 Step::Lose => { server.deliver(); }
                 Step::Expire(which) => server.expire(u64::from(which) % Server::LAST + 1),
