@@ -8,7 +8,7 @@
 use std::time::Instant;
 
 use async_nats::Subject;
-use async_nats::jetstream::{self, AckKind};
+use async_nats::jetstream::AckKind;
 use futures::future::{BoxFuture, FutureExt, OptionFuture};
 use futures::stream::TryStreamExt;
 use tracing::{debug, info, warn};
@@ -58,14 +58,11 @@ impl<'a, H: Sync> Cumulative<'a, H> {
     }
 
     /// Takes a delivery in; false when there is nothing to be done about it.
-    pub(crate) fn given(&mut self, message: &jetstream::Message) -> bool {
-        // What does not say where it stands cannot be acknowledged either.
-        let (Some(in_hand), Ok(info)) = (&mut self.in_hand, message.info()) else { return true };
-        let deliveries = u64::try_from(info.delivered).unwrap_or(1);
-        let place = Place { sequence: info.stream_sequence, number: info.consumer_sequence, deliveries };
-        let Given { is_new, doubt } = in_hand.given(place, message.reply.clone());
+    pub(crate) fn given(&mut self, place: Place, reply: Option<Subject>) -> bool {
+        let Some(in_hand) = &mut self.in_hand else { return true };
+        let Given { is_new, doubt } = in_hand.given(place, reply.clone());
         if let Some(upto) = doubt {
-            self.looking = Some(look(self.work, upto, place.number, message.reply.clone()).boxed());
+            self.looking = Some(look(self.work, upto, place.number, reply).boxed());
         }
         is_new
     }

@@ -34,6 +34,7 @@ use tracing::{Instrument, debug, error, info, warn};
 
 use crate::cumulative::Cumulative;
 use crate::dead_letter::{DeadLetter, Past, StoreError};
+use crate::in_hand::Place;
 use crate::jetstream::with_headers;
 use crate::observed::{LagWatch, Observed, process_span, tell_settled};
 use crate::suspects::{self, Case, Court};
@@ -334,11 +335,12 @@ where
                     if let Some(given) = given.filter(|given| pin.as_deref() != Some(given.as_str())) {
                         pin = Some(given.to_string());
                     }
-                    if !cumulative.given(&message) {
+                    let stamp = stamp(&message);
+                    if stamp.is_some_and(|(place, _)| !cumulative.given(place, message.reply.clone())) {
                         continue;
                     }
                     bytes_at_work += bytes;
-                    at_work.push(handle(work, message, bytes));
+                    at_work.push(handle(work, message, stamp, bytes));
                 }
                 Some(Err(problem)) => {
                     debug!(consumer = receive.consumer, %problem, "pull interrupted");
@@ -399,10 +401,18 @@ async fn hand_over(context: &Context, receive: &Receive, group: &str, pin: &str)
     }
 }
 
+/// Where a delivery stands and when its message was stored; none when its reply does not say, and then it cannot be settled either.
+fn stamp(message: &jetstream::Message) -> Option<(Place, OffsetDateTime)> {
+    let info = message.info().ok()?;
+    let deliveries = u64::try_from(info.delivered).unwrap_or(1);
+    Some((Place { sequence: info.stream_sequence, number: info.consumer_sequence, deliveries }, info.published))
+}
+
 /// What a delivery goes through. There is one for each message at work, and it is moved once: what is rare in it is boxed.
 fn handle<'a, H, F>(
     work: &'a Work<'a, H>,
     message: jetstream::Message,
+    stamp: Option<(Place, OffsetDateTime)>,
     bytes: usize,
 ) -> impl Future<Output = Done> + 'a + use<'a, H, F>
 where
@@ -410,9 +420,9 @@ where
     F: Future<Output = Settle> + Send + 'a,
 {
     let Work { context, receive, .. } = *work;
-    let (sequence, deliveries, stored_at) = match message.info() {
-        Ok(info) => (info.stream_sequence, u64::try_from(info.delivered).unwrap_or(1), info.published),
-        Err(_) => (0, 1, OffsetDateTime::UNIX_EPOCH),
+    let (sequence, deliveries, stored_at) = match stamp {
+        Some((place, stored_at)) => (place.sequence, place.deliveries, stored_at),
+        None => (0, 1, OffsetDateTime::UNIX_EPOCH),
     };
     let since = Instant::now();
     let span = process_span(receive, &message, sequence, deliveries);
