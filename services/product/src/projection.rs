@@ -4,18 +4,19 @@
 //! believed dead cannot write again. It cuts where an atomic batch ends, so readers never see half an order. Nothing on
 //! the write path waits for it: with Postgres down, orders are still decided, and it catches up later.
 //!
-//! Owns the loop; what a batch changes is `changes`, how that is written `tables`.
+//! Owns the loop; what is read until the next transaction is `gathered`, what a batch changes is `changes`, how that is written
+//! `tables`.
 
 pub(crate) mod changes;
+mod gathered;
 pub(crate) mod tables;
 
 use std::future::Future;
 use std::time::Duration;
 
 use deadpool_postgres::{Client, Pool};
-use futures::{FutureExt, StreamExt};
 use lomash_contract::ProductId;
-use lomash_ledger::{LAST_SEQUENCE_TIMEOUT, Ledger, Messages, ReadError, StoredMessage, crash_point};
+use lomash_ledger::{LAST_SEQUENCE_TIMEOUT, Ledger, ReadError, StoredMessage, crash_point};
 use lomash_platform::Secret;
 use lomash_platform::postgres::{self, Schema};
 use time::OffsetDateTime;
@@ -23,20 +24,12 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, debug, error, info, warn};
 
 use self::changes::{Changes, Parsed, Products};
+pub use self::gathered::{BATCH_BYTES, BATCH_MESSAGES};
+use self::gathered::{Gathered, REST_TIMEOUT};
 pub use self::tables::split_words;
 use self::tables::{load_stock, move_checkpoint, write_counts, write_decisions, write_movements, write_products};
 use crate::observed::{self, Projecting};
 use crate::projected::Projected;
-
-/// Messages after which a transaction is cut at the next end of a batch. The more, the more changes of one product are one
-/// row; as many take some 0.2 s.
-pub const BATCH_MESSAGES: usize = 10_000;
-
-/// Bytes of payload after which it is, too: refusals of long orders are some 100 kB each.
-pub const BATCH_BYTES: usize = 16 << 20;
-
-/// How long the rest of a batch whose beginning was read may take to arrive.
-const REST_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Pauses between tries after Postgres or the stream failed: from the first to the last, doubling.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -248,10 +241,10 @@ async fn project<L: Ledger, A: AfterCommit>(
     info!(checkpoint, last, "projecting");
     let announcer = projected.announce(checkpoint);
     told("what begins with it", after_commit.became_active(checkpoint)).await;
-    let mut messages = ledger.follow(checkpoint).await?;
+    let mut gathered = Gathered::of(ledger.follow(checkpoint).await?);
     let mut products = Products::default();
     loop {
-        let batch = next_batch(&mut messages, checkpoint).await?;
+        let batch = gathered.batch().await?;
         let Some(reached) = batch.last().map(|message| message.sequence) else {
             // An idle projector would not notice that its rows are gone or that it was replaced.
             let found = read_checkpoint(&client, Schema::Live).await?;
@@ -268,8 +261,9 @@ async fn project<L: Ledger, A: AfterCommit>(
         };
         let mut observed = Projecting::begin(&batch);
         let applying = apply(&mut client, Schema::Live, &mut products, &batch, checkpoint, reached);
-        let applied =
-            applying.instrument(observed.transaction_span()).await.inspect_err(|problem| observed.failed(problem))?;
+        let applying = applying.instrument(observed.transaction_span());
+        let applied = gathered.meanwhile(applying).await;
+        let applied = applied.inspect_err(|problem| observed.failed(problem))?;
         observed.committed(&applied.occurred);
         crash_point!("project-after-commit");
         debug!(from = checkpoint + 1, to = reached, "projected");
@@ -317,41 +311,6 @@ async fn newest_movement(client: &tokio_postgres::Client) -> Result<Option<(u64,
     let query = format!("SELECT sequence, stored_at FROM {schema}.movements ORDER BY sequence DESC LIMIT 1");
     let row = client.query_opt(&query, &[]).await?;
     Ok(row.map(|row| (row.get::<_, i64>(0).unsigned_abs(), row.get(1))))
-}
-
-/// The messages that are there, up to where an atomic batch ends; none when none came for [`IDLE_CHECK`].
-async fn next_batch(messages: &mut Messages, after: u64) -> Result<Vec<StoredMessage>, ProjectionError> {
-    let mut batch: Vec<StoredMessage> = Vec::new();
-    let mut bytes = 0;
-    loop {
-        let whole = batch.last().is_some_and(StoredMessage::ends_batch);
-        if whole && (batch.len() >= BATCH_MESSAGES || bytes >= BATCH_BYTES) {
-            return Ok(batch);
-        }
-        let next = if batch.is_empty() {
-            match tokio::time::timeout(IDLE_CHECK, messages.next()).await {
-                Ok(next) => next,
-                Err(_) => return Ok(batch),
-            }
-        } else if whole {
-            match messages.next().now_or_never() {
-                Some(next) => next,
-                None => return Ok(batch),
-            }
-        } else {
-            let seen = batch.last().map_or(after, |message| message.sequence);
-            let rest = tokio::time::timeout(REST_TIMEOUT, messages.next()).await;
-            rest.map_err(|_| ProjectionError::Stalled(seen))?
-        };
-        match next {
-            Some(Ok(message)) => {
-                bytes += message.payload.len();
-                batch.push(message);
-            }
-            Some(Err(problem)) => return Err(problem.into()),
-            None => return Err(ReadError::Unavailable("the stream's reader ended".to_owned()).into()),
-        }
-    }
 }
 
 /// What applying a batch did.
