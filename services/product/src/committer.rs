@@ -319,10 +319,16 @@ impl Sending {
     }
 }
 
-/// What is stored next, when it was begun while another batch was in flight.
+/// What is stored next; it may have been begun while another batch was in flight.
 struct Next {
     batch: Batch,
     sending: Option<Sending>,
+}
+
+impl From<Batch> for Next {
+    fn from(batch: Batch) -> Self {
+        Self { batch, sending: None }
+    }
 }
 
 /// The batch after the one in flight, decided as if that were stored already.
@@ -331,22 +337,21 @@ struct Ahead<'a> {
     draft: Draft<'a>,
     /// How many facts of the batch in flight the draft has taken in.
     applied: usize,
-    batch: Batch,
+    next: Next,
     max_messages: usize,
     /// Whether nothing more is to be decided.
     is_full: bool,
-    sending: Option<Sending>,
 }
 
 impl<'a> Ahead<'a> {
     fn of(state: &'a State, in_flight: &'a Batch, now: Timestamp, max_messages: usize) -> Self {
-        let (draft, batch) = (Draft::new(state), Batch::at(now));
-        Self { in_flight, draft, applied: 0, batch, max_messages, is_full: false, sending: None }
+        let next = Batch::at(now).into();
+        Self { in_flight, draft: Draft::new(state), applied: 0, next, max_messages, is_full: false }
     }
 
     /// How many of those that wait have a verdict, in flight or ahead.
     const fn decided(&self) -> usize {
-        self.in_flight.verdicts.len() + self.batch.verdicts.len()
+        self.in_flight.verdicts.len() + self.next.batch.verdicts.len()
     }
 
     const fn has_work(&self, waiting: usize) -> bool {
@@ -363,17 +368,17 @@ impl<'a> Ahead<'a> {
             return;
         }
         for submission in waiting.iter().skip(self.decided()).take(AHEAD_AT_ONCE) {
-            if !self.batch.add(&mut self.draft, submission, self.max_messages) {
+            if !self.next.batch.add(&mut self.draft, submission, self.max_messages) {
                 self.is_full = true;
                 return;
             }
         }
-        self.is_full |= self.batch.verdicts.len() >= MAX_GROUP_COMMANDS;
+        self.is_full |= self.next.batch.verdicts.len() >= MAX_GROUP_COMMANDS;
     }
 
     /// Whether the batch will not change any more and can be sent.
     const fn is_ready(&self) -> bool {
-        self.is_full && self.sending.is_none() && !self.batch.messages.is_empty()
+        self.is_full && self.next.sending.is_none() && !self.next.batch.messages.is_empty()
     }
 }
 
@@ -446,7 +451,7 @@ impl<L: Ledger> Running<L> {
         waiting: &mut VecDeque<Submission>,
         submissions: &mut mpsc::Receiver<Submission>,
     ) -> Result<Option<Next>, ReadError> {
-        let Next { mut batch, sending } = next.unwrap_or_else(|| Next { batch: self.decide(waiting), sending: None });
+        let Next { mut batch, sending } = next.unwrap_or_else(|| self.decide(waiting).into());
         if batch.facts.is_empty() {
             // Saying no, or that all is so already, needs a fresh look: another writer may have changed it.
             let before = self.state.sequence();
@@ -525,8 +530,8 @@ impl<L: Ledger> Running<L> {
                 }
                 () = std::future::ready(()), if ahead.has_work(waiting.len()) => ahead.go_on(waiting),
                 () = std::future::ready(()), if may_stage && ahead.is_ready() => {
-                    let messages = std::mem::take(&mut ahead.batch.messages);
-                    ahead.sending = Some(Sending::begin(&self.ledger, messages, after));
+                    let messages = std::mem::take(&mut ahead.next.batch.messages);
+                    ahead.next.sending = Some(Sending::begin(&self.ledger, messages, after));
                 }
                 Some(reply) = self.asked.recv() => {
                     let _ = reply.send(self.state.freeze());
@@ -537,8 +542,7 @@ impl<L: Ledger> Running<L> {
                 }
             }
         };
-        let Ahead { batch, sending, .. } = ahead;
-        (stored, Some(Next { batch, sending }).filter(|next| !next.batch.verdicts.is_empty()))
+        (stored, Some(ahead.next).filter(|next| !next.batch.verdicts.is_empty()))
     }
 
     async fn recover(
