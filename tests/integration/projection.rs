@@ -254,8 +254,8 @@ async fn a_projector_that_was_believed_dead_writes_nothing() -> Result<()> {
     let ledger = Gated { ledger: world.ledger(), open, begun };
     let stop = CancellationToken::new();
     let pool = lomash_platform::postgres::pool(&world.database_url())?;
-    let projected = Projected::new(pool.clone(), &lomash_platform::postgres::INVENTORY);
-    let projector = tokio::spawn(projection::run(ledger, pool, world.database_url(), projected, (), stop.clone()));
+    let projected = Projected::new(pool, &lomash_platform::postgres::INVENTORY);
+    let projector = tokio::spawn(projection::run(ledger, world.database_url(), projected, (), stop.clone()));
     sell(1).await?;
     world.quiet().await?;
     assert_eq!(*begins.borrow_and_update(), 1);

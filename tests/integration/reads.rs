@@ -459,10 +459,9 @@ impl Shop {
         let postgres = Postgres::start(&dir.path().join("postgres")).await?;
         let url = Secret::from(postgres.url());
         let pool = lomash_platform::postgres::pool(&url)?;
-        let (stop, projected) =
-            (CancellationToken::new(), Projected::new(pool.clone(), &lomash_platform::postgres::INVENTORY));
+        let (stop, projected) = (CancellationToken::new(), Projected::new(pool, &lomash_platform::postgres::INVENTORY));
         let projecting =
-            projection::run(books.told.clone(), pool, url.clone(), projected.clone(), after_commit, stop.clone());
+            projection::run(books.told.clone(), url.clone(), projected.clone(), after_commit, stop.clone());
         let projector = tokio::spawn(projecting);
         let reads = Reads::new(&url)?;
         Ok(Self { books, reads, projected, stop, projector, url, _postgres: postgres, _dir: dir })

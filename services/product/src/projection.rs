@@ -14,7 +14,7 @@ pub(crate) mod tables;
 use std::future::Future;
 use std::time::Duration;
 
-use deadpool_postgres::{Client, Pool};
+use deadpool_postgres::Pool;
 use lomash_contract::ProductId;
 use lomash_ledger::{LAST_SEQUENCE_TIMEOUT, Ledger, ReadError, StoredMessage, crash_point};
 use lomash_platform::Secret;
@@ -144,7 +144,6 @@ impl AfterCommit for () {
 /// [`ProjectionError::Read`] for what trying again cannot mend.
 pub async fn run<L: Ledger, A: AfterCommit>(
     ledger: L,
-    pool: Pool,
     url: Secret,
     projected: Projected,
     after_commit: A,
@@ -155,7 +154,7 @@ pub async fn run<L: Ledger, A: AfterCommit>(
     while !stop.is_cancelled() {
         let outcome = tokio::select! {
             () = stop.cancelled() => break,
-            outcome = project(&ledger, &pool, &url, &hears, &mut pause) => outcome,
+            outcome = project(&ledger, &url, &hears, &mut pause) => outcome,
         };
         match outcome {
             Ok(never) => match never {},
@@ -208,16 +207,15 @@ async fn end_silent_copy(client: &tokio_postgres::Client) -> Result<bool, Projec
 /// Becomes the active projector and projects until something fails.
 async fn project<L: Ledger, A: AfterCommit>(
     ledger: &L,
-    pool: &Pool,
     url: &Secret,
     Hears { projected, after_commit }: &Hears<A>,
     pause: &mut Duration,
 ) -> Result<std::convert::Infallible, ProjectionError> {
     // Every time: a schema that was dropped while we ran is made again and filled from the stream.
-    postgres::migrate(url).await.map_err(|error| ProjectionError::Postgres(format!("{error:#}")))?;
-    let client = pool.get().await.map_err(|error| ProjectionError::Postgres(error.to_string()))?;
-    // Taken out of the pool: the lock lives and dies with this connection.
-    let mut client = Client::take(client);
+    let unreachable = |error: anyhow::Error| ProjectionError::Postgres(format!("{error:#}"));
+    postgres::migrate(url).await.map_err(unreachable)?;
+    // Outside any pool: the lock lives and dies with this connection, and what serves it is served where this runs.
+    let mut client = postgres::connect(url).await.map_err(unreachable)?;
     let idle_ms = PLACE_TIMEOUT.as_millis();
     client
         .batch_execute(&format!(

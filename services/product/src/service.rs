@@ -143,15 +143,11 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
         warehouse,
         stop: stop.clone(),
     });
-    let projecting = projection::run(
-        ledger.clone(),
-        pool.clone(),
-        service.database_url.clone(),
-        projected.clone(),
-        cache.clone(),
-        stop.clone(),
-    );
-    tasks.spawn(async { projecting.await.map_err(ProjectionError::with_remedy).context("the projector cannot go on") });
+    let projecting =
+        projection::run(ledger.clone(), service.database_url.clone(), projected.clone(), cache.clone(), stop.clone());
+    tasks.spawn_apart("projector", async {
+        projecting.await.map_err(ProjectionError::with_remedy).context("the projector cannot go on")
+    })?;
     let reconcile = move |delivery| runner.clone().handle(delivery);
     tasks.run(receive::run(context.clone(), runs::receive(), stop.clone(), reconcile));
     let write_snapshot = {

@@ -4,6 +4,8 @@ use std::future::Future;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, bail};
+use tokio::runtime::Builder;
+use tokio::sync::oneshot;
 use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 
@@ -63,6 +65,38 @@ impl Tasks {
         self.0.spawn(task);
     }
 
+    /// Adds a task that gets a thread of its own, for itself and what it spawns: so it does not wait for its turn among tasks that
+    /// keep the threads of the process busy, which it would do each time that it waits for something.
+    ///
+    /// # Errors
+    /// When there is no thread to be had.
+    pub fn spawn_apart(
+        &mut self,
+        name: &'static str,
+        task: impl Future<Output = anyhow::Result<()>> + Send + 'static,
+    ) -> anyhow::Result<()> {
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        let (mut ended, end) = oneshot::channel();
+        let work = move || {
+            let outcome = runtime.block_on(async {
+                tokio::select! {
+                    outcome = task => Some(outcome),
+                    // Nobody waits for it any more.
+                    () = ended.closed() => None,
+                }
+            });
+            if let Some(outcome) = outcome {
+                let _ = ended.send(outcome);
+            }
+        };
+        std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(work)
+            .with_context(|| format!("no thread for {name}"))?;
+        self.spawn(async move { end.await.unwrap_or_else(|_| bail!("{name} panicked")) });
+        Ok(())
+    }
+
     /// Returns when `stop` is cancelled, or with an error when a task ends before.
     ///
     /// # Errors
@@ -92,4 +126,44 @@ impl Tasks {
 
 fn flat(ended: Result<anyhow::Result<()>, JoinError>) -> anyhow::Result<()> {
     ended.context("a task panicked").and_then(|ended| ended)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn name_of_its_thread() -> Option<String> {
+        tokio::spawn(async { std::thread::current().name().map(str::to_owned) }).await.ok().flatten()
+    }
+
+    #[tokio::test]
+    async fn a_task_apart_has_a_thread_of_its_own_and_its_end_is_heard() {
+        let (name, named) = oneshot::channel();
+        let mut tasks = Tasks::new();
+        let task = async {
+            let _ = name.send(name_of_its_thread().await);
+            bail!("its reason")
+        };
+        tasks.spawn_apart("apart", task).expect("a thread");
+        assert_eq!(named.await.expect("it runs").as_deref(), Some("apart"));
+        assert_eq!(tasks.join(Ok(())).await.expect_err("it failed").to_string(), "its reason");
+    }
+
+    #[tokio::test]
+    async fn a_task_apart_that_panics_is_heard_and_one_that_nobody_waits_for_ends() {
+        let mut tasks = Tasks::new();
+        tasks.spawn_apart("apart", async { panic!("on purpose") }).expect("a thread");
+        assert_eq!(tasks.join(Ok(())).await.expect_err("it failed").to_string(), "apart panicked");
+
+        let (held, dropped) = oneshot::channel::<()>();
+        let mut tasks = Tasks::new();
+        let task = async {
+            std::future::pending::<()>().await;
+            drop(held);
+            Ok(())
+        };
+        tasks.spawn_apart("apart", task).expect("a thread");
+        drop(tasks);
+        assert!(dropped.await.is_err(), "what it held is dropped");
+    }
 }
