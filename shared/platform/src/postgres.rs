@@ -133,10 +133,15 @@ fn pool_use() -> BTreeMap<&'static str, Status> {
 /// A single connection, outside any pool.
 ///
 /// # Errors
-/// When `url` is bad or the server cannot be reached.
+/// When `url` is bad or the server cannot be reached within [`CONNECT_TIMEOUT`].
 pub async fn connect(url: &Secret) -> anyhow::Result<tokio_postgres::Client> {
-    let (client, connection) =
-        config(url)?.connect(NoTls).await.context("cannot connect to Postgres at DATABASE_URL; is it running?")?;
+    let config = config(url)?;
+    // The configuration's own limit ends with the socket; one that is frozen opens that and says nothing.
+    let connected = tokio::time::timeout(CONNECT_TIMEOUT, config.connect(NoTls)).await;
+    let connected = connected.with_context(|| {
+        format!("Postgres at DATABASE_URL does not answer within {} s; is it frozen?", CONNECT_TIMEOUT.as_secs())
+    })?;
+    let (client, connection) = connected.context("cannot connect to Postgres at DATABASE_URL; is it running?")?;
     // Ends with the client; what breaks it is an error of the client's next call.
     tokio::spawn(connection);
     Ok(client)
@@ -284,4 +289,21 @@ async fn migrate_with(
     runner.set_migration_table_name(format!("{schema}.schema_history"));
     runner.run_async(&mut client).await.with_context(|| format!("a migration of sql/ failed in {schema}; {remedy}"))?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn who_is_reached_and_says_nothing_is_not_waited_for_for_ever() {
+        let frozen = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = frozen.local_addr().expect("an address");
+        let url = Secret::from(format!("postgres://somebody@{address}/something"));
+        let connected = tokio::time::timeout(3 * CONNECT_TIMEOUT, connect(&url)).await.expect("it gives up");
+        let problem = connected.expect_err("nobody answers").to_string();
+        assert!(problem.contains("does not answer within 5 s"), "{problem}");
+    }
 }
