@@ -78,16 +78,13 @@ impl Tasks {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let (mut ended, end) = oneshot::channel();
         let work = move || {
-            let outcome = runtime.block_on(async {
+            runtime.block_on(async {
                 tokio::select! {
-                    outcome = task => Some(outcome),
+                    outcome = task => drop(ended.send(outcome)),
                     // Nobody waits for it any more.
-                    () = ended.closed() => None,
+                    () = ended.closed() => {}
                 }
             });
-            if let Some(outcome) = outcome {
-                let _ = ended.send(outcome);
-            }
         };
         std::thread::Builder::new()
             .name(name.to_owned())

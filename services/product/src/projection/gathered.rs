@@ -222,7 +222,8 @@ mod tests {
         ) {
             let all = messages(&sizes, 0);
             let (feed, mut gathered) = fed();
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().expect("a runtime");
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
+            let runtime = runtime.expect("a runtime");
             let batches = runtime.block_on(async {
                 let feeding = tokio::spawn({
                     let mut left = all.clone().into_iter();

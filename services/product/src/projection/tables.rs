@@ -1,7 +1,7 @@
 //! The tables of the projection: each statement that writes them, for the projector and for a rebuild.
 //!
-//! Assumes a transaction in which nobody else writes: the checkpoint is locked, or the schema is a shadow. Rows go in the order of
-//! their keys where nothing else is asked for: an index is then gone through once, which saves Postgres a tenth of its work.
+//! Assumes a transaction in which nobody else writes: the checkpoint is locked, or the schema is a shadow. Stock and decisions go
+//! in the order of their keys: an index is then gone through once, which saves Postgres a tenth of its work.
 
 use std::pin::Pin;
 
