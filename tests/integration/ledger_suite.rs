@@ -15,6 +15,7 @@ use lomash_ledger::{
     AppendError, Carried, JetStreamLedger, Ledger, MAX_BATCH_MESSAGES, MemoryLedger, Messages, NewMessage, ReadError,
     StoredMessage,
 };
+use lomash_platform::trace::TraceContext;
 use lomash_tests::{PATIENCE, World};
 use tokio::sync::oneshot;
 use uuid::Uuid;
@@ -243,8 +244,7 @@ async fn an_empty_append_is_nothing(ledger: impl Ledger) -> Result<()> {
 
 async fn what_was_written_is_read_back(ledger: impl Ledger) -> Result<()> {
     let carried = Carried {
-        traceparent: Some("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".to_owned()),
-        tracestate: Some("shop=7".to_owned()),
+        trace: TraceContext::parse(Some("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"), Some("shop=7")),
         reason: Some("recount".to_owned()),
         command: Some("3c9d1f58-0f0e-4d0a-8f55-2b8f0c1d7e10 00000000000000ff".to_owned()),
     };

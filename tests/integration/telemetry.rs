@@ -159,7 +159,7 @@ async fn the_way_of_an_order_is_one_trace() -> Result<()> {
             .collect();
         assert!(!about.is_empty());
         for message in about {
-            assert_eq!(message.carried.traceparent.as_deref(), Some(way.decide.traceparent().as_str()));
+            assert_eq!(message.carried.traceparent(), Some(way.decide.traceparent().as_str()));
         }
     }
     let trace = collector.trace();
@@ -181,7 +181,7 @@ async fn the_way_of_an_order_is_one_trace() -> Result<()> {
     assert!(!spans.0.iter().any(|span| span.trace_id == "4bf92f3577b34da6a3ce929d0e0e4736"), "{spans:?}");
     let handed_on = world.messages().await?.into_iter().filter(|message| {
         lomash_tests::fate(message).is_some_and(|(id, _)| id == unwanted.payload.order_id)
-            && message.carried.traceparent.as_deref() == Some(traceparent)
+            && message.carried.traceparent() == Some(traceparent)
     });
     assert_eq!(handed_on.count(), 1);
 

@@ -95,9 +95,9 @@ pub(crate) fn transaction_span(batch: &[StoredMessage]) -> Span {
         db.operation.batch.size = batch.len(),
     );
     trace::Beginning::of_a_trace().adopt(&span);
-    let causes = batch.iter().filter_map(|message| {
-        Reference::parse(message.carried.traceparent.as_deref(), message.carried.tracestate.as_deref())
-    });
+    let causes = batch
+        .iter()
+        .filter_map(|message| Reference::parse(message.carried.traceparent(), message.carried.tracestate()));
     trace::link_all(&span, causes);
     span
 }

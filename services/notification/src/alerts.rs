@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use deadpool_postgres::{Object, Pool, Transaction};
 use lomash_contract::{EventId, OrderId, ProductId, Timestamp};
+use lomash_platform::trace::TraceContext;
 use lomash_platform::{Secret, postgres};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
@@ -442,8 +443,8 @@ impl Alerts {
                         &change.updated_by.to_string(),
                         &alert.occurred_at,
                         &alert.stored_at,
-                        &alert.traceparent,
-                        &alert.tracestate,
+                        &alert.trace.as_ref().map(TraceContext::traceparent),
+                        &alert.trace.as_ref().and_then(TraceContext::tracestate),
                         &alert.event_id.0,
                         &mail_id,
                         &not_mailed,

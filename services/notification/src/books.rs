@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use lomash_contract::id::EventRole;
 use lomash_contract::{Envelope, EventId, InventoryUpdated, LedgerEvent, ProductDetails, ProductId, chains};
+use lomash_platform::trace::TraceContext;
 use time::OffsetDateTime;
 
 use crate::low_stock::{MailKind, Policy, judge};
@@ -33,9 +34,7 @@ pub struct Arrival {
     /// When the server stored it.
     pub stored_at: OffsetDateTime,
     /// Its W3C trace context.
-    pub traceparent: Option<String>,
-    /// See `traceparent`.
-    pub tracestate: Option<String>,
+    pub trace: Option<TraceContext>,
     /// The event, or why it is none.
     pub event: Result<Envelope<LedgerEvent>, String>,
 }
@@ -95,9 +94,7 @@ pub struct NewAlert {
     /// When the server stored the cause.
     pub stored_at: OffsetDateTime,
     /// The cause's trace context.
-    pub traceparent: Option<String>,
-    /// See `traceparent`.
-    pub tracestate: Option<String>,
+    pub trace: Option<TraceContext>,
     /// Id of the notification.
     pub event_id: EventId,
     /// By which mail it is told.
@@ -247,8 +244,7 @@ impl Books {
             threshold,
             occurred_at: event.timestamp.get(),
             stored_at: arrival.stored_at,
-            traceparent: arrival.traceparent.clone(),
-            tracestate: arrival.tracestate.clone(),
+            trace: arrival.trace.clone(),
             event_id: EventId::derive(&event.event_id.0, EventRole::Alert, &change.product_id.0),
             mail,
         });
@@ -306,8 +302,7 @@ mod tests {
             version: lomash_contract::Version::CURRENT,
             payload,
         };
-        let (traceparent, tracestate) = (None, None);
-        Arrival { sequence, deliveries: 1, stored_at: NOW, traceparent, tracestate, event: Ok(event) }
+        Arrival { sequence, deliveries: 1, stored_at: NOW, trace: None, event: Ok(event) }
     }
 
     fn details(name: &str, low_stock_threshold: Option<u32>) -> ProductDetails {

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use lomash_contract::Topic;
 use lomash_platform::metrics::{Counter, Family, Histogram, Labels, Metrics, seconds};
-use lomash_platform::trace::{self, Reference};
+use lomash_platform::trace::{self, Reference, TraceContext};
 use tracing::{Span, info_span};
 
 use crate::alerts::{Mail, Unpublished, Waiting};
@@ -79,10 +79,10 @@ pub(crate) fn published() {
 }
 
 /// The trace context to keep with an alert: this task's span, or what the cause brought along.
-pub(crate) fn context_to_keep(traceparent: Option<&str>, tracestate: Option<&str>) -> (Option<String>, Option<String>) {
+pub(crate) fn context_to_keep(traceparent: Option<&str>, tracestate: Option<&str>) -> Option<TraceContext> {
     match Reference::current() {
-        Some(current) => (Some(current.traceparent()), current.tracestate()),
-        None => (traceparent.map(str::to_owned), tracestate.map(str::to_owned)),
+        Some(current) => current.trace_context(),
+        None => TraceContext::parse(traceparent, tracestate),
     }
 }
 

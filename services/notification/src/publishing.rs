@@ -10,7 +10,7 @@ use async_nats::jetstream::Context;
 use bytes::Bytes;
 use lomash_contract::{ContentType, Envelope, EventId, LowStock, Timestamp, Topic, codec};
 use lomash_ledger::header;
-use lomash_platform::trace::{self, Reference};
+use lomash_platform::trace::{self, Reference, TraceContext};
 use tokio_util::sync::CancellationToken;
 use tracing::{Span, info, warn};
 
@@ -109,13 +109,14 @@ fn message(alert: &Unpublished, span: &Span) -> Result<(HeaderMap, Bytes), Strin
     let mut headers = HeaderMap::new();
     headers.insert(async_nats::header::NATS_MESSAGE_ID, alert.event_id.to_string());
     // Whoever reads it continues the publication or, when that is not traced, the cause.
-    let (traceparent, tracestate) = match Reference::of(span) {
-        Some(published) => (Some(published.traceparent()), published.tracestate()),
-        None => (alert.traceparent.clone(), alert.tracestate.clone()),
+    let trace = match Reference::of(span) {
+        Some(published) => published.trace_context(),
+        None => TraceContext::parse(alert.traceparent.as_deref(), alert.tracestate.as_deref()),
     };
-    for (name, value) in [(header::TRACEPARENT, traceparent), (header::TRACESTATE, tracestate)] {
-        if let Some(value) = value {
-            headers.insert(name, value.as_str());
+    if let Some(trace) = &trace {
+        headers.insert(header::TRACEPARENT, trace.traceparent());
+        if let Some(state) = trace.tracestate() {
+            headers.insert(header::TRACESTATE, state);
         }
     }
     Ok((headers, codec::encode(ContentType::Json, &envelope).into()))

@@ -53,9 +53,6 @@ const LAST_PAUSE: Duration = Duration::from_secs(5);
 /// Pause before a message comes back that could not be recorded because the service stops.
 const STOPPING_RETRY: Duration = Duration::from_millis(100);
 
-/// Longest header that is handed on; W3C asks for 512 bytes of tracestate.
-const MAX_HEADER_BYTES: usize = 512;
-
 /// Deliveries after which a message whose handler panics is given up.
 const MAX_PANICS: u64 = 3;
 
@@ -106,22 +103,20 @@ impl Intake {
     /// Handles a delivery. It is handed in at once, in the order in which this is called, and settled when it is recorded.
     pub fn handle(&self, delivery: Delivery) -> impl Future<Output = Settle> + Send + use<> {
         let message_id = delivery.header("Nats-Msg-Id");
-        let text = |name| delivery.header(name).filter(|text| is_plain(text)).map(str::to_owned);
         let event =
             parse_stored(&delivery.subject, message_id, &delivery.payload).map_err(|foreign| foreign.to_string());
-        let (traceparent, tracestate) =
-            observed::context_to_keep(text(header::TRACEPARENT).as_deref(), text(header::TRACESTATE).as_deref());
+        let trace =
+            observed::context_to_keep(delivery.header(header::TRACEPARENT), delivery.header(header::TRACESTATE));
         let arrival = Arrival {
             sequence: delivery.sequence,
             deliveries: delivery.deliveries,
             stored_at: delivery.stored_at,
-            traceparent,
-            tracestate,
+            trace,
             event,
         };
         let (answer, verdict) = oneshot::channel();
         // The recorder is gone only when the service stops; the answer then says so.
-        let _ = self.0.send(Queued { arrival, pin: text("Nats-Pin-Id"), answer });
+        let _ = self.0.send(Queued { arrival, pin: delivery.header("Nats-Pin-Id").map(str::to_owned), answer });
         async move {
             match verdict.await {
                 Ok(Verdict::Recorded) => {
@@ -133,11 +128,6 @@ impl Intake {
             }
         }
     }
-}
-
-/// Whether a header that is only handed on is short and printable: whatever else it is, Postgres and NATS take it.
-fn is_plain(text: &str) -> bool {
-    text.len() <= MAX_HEADER_BYTES && text.bytes().all(|byte| matches!(byte, b' '..=b'~'))
 }
 
 impl Recorder {

@@ -18,6 +18,7 @@ use async_nats::{Client, HeaderMap, Message, Request as NatsRequest, SubscribeEr
 use futures::{FutureExt, StreamExt};
 use lomash_contract::{ContentType, Envelope, LedgerEvent, codec, parse_stored};
 use lomash_ledger::{Carried, header};
+use lomash_platform::trace::TraceContext;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::{Notify, Semaphore};
@@ -249,10 +250,10 @@ impl Writer {
 
     async fn ask_the_writer(&self, command: &ProductCommand, carried: Option<&Carried>) -> Asked {
         let mut headers = HeaderMap::new();
-        let trace = carried.map(|carried| [&carried.traceparent, &carried.tracestate]);
+        let trace = carried.map(|carried| [carried.traceparent(), carried.tracestate()]);
         for (name, value) in [header::TRACEPARENT, header::TRACESTATE].into_iter().zip(trace.into_iter().flatten()) {
             if let Some(value) = value {
-                headers.insert(name, value.as_str());
+                headers.insert(name, value);
             }
         }
         let reason = carried.and_then(|carried| carried.reason.clone());
@@ -400,10 +401,10 @@ async fn answer(client: &Client, decides: &Decides, message: Message) {
         Err(detail) => Reply::BadRequest { detail },
         Ok(Request::Ping) => Reply::Pong { sequence: decides.sequence() },
         Ok(Request::Command { command, reason }) => {
-            let text = |name: &str| Some(message.headers.as_ref()?.get(name)?.as_str().to_owned());
+            let text = |name: &str| Some(message.headers.as_ref()?.get(name)?.as_str());
             let (traceparent, tracestate) = (text(header::TRACEPARENT), text(header::TRACESTATE));
-            let span = observed::request_span(&message.subject, traceparent.as_deref(), tracestate.as_deref());
-            let carried = Carried { traceparent, tracestate, reason, command: None };
+            let span = observed::request_span(&message.subject, traceparent, tracestate);
+            let carried = Carried { trace: TraceContext::parse(traceparent, tracestate), reason, command: None };
             let carried = (carried != Carried::default()).then(|| Arc::new(carried));
             decides.submit(command, carried).instrument(span).await.into()
         }

@@ -293,7 +293,7 @@ pub(crate) fn caused_here(carried: Option<Arc<Carried>>) -> Option<Arc<Carried>>
 
 fn caused_by(cause: &Reference, carried: Option<&Carried>) -> Arc<Carried> {
     let beside = carried.cloned().unwrap_or_default();
-    Arc::new(Carried { traceparent: Some(cause.traceparent()), tracestate: cause.tracestate(), ..beside })
+    Arc::new(Carried { trace: cause.trace_context(), ..beside })
 }
 
 /// The span of deciding a command, when it came in one: from here until the answer. What it stores names it as its cause.
@@ -507,11 +507,11 @@ fn project_spans(batch: &[StoredMessage]) -> (Span, Vec<Span>) {
     let mut seen = HashSet::new();
     let mut causes = Vec::new();
     for message in batch {
-        let Some(traceparent) = message.carried.traceparent.as_deref() else { continue };
+        let Some(traceparent) = message.carried.traceparent() else { continue };
         if causes.len() == trace::MAX_LINKS || !seen.insert(traceparent) {
             continue;
         }
-        let cause = Reference::parse(Some(traceparent), message.carried.tracestate.as_deref());
+        let cause = Reference::parse(Some(traceparent), message.carried.tracestate());
         causes.extend(cause.filter(Reference::is_sampled).map(|cause| (cause, message)));
     }
     if causes.is_empty() || !trace::has_room() {

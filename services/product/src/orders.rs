@@ -10,6 +10,7 @@ use hashbrown::HashMap;
 use lomash_contract::{ContentType, DecodeError, OrderCreated, OrderItem, codec};
 use lomash_ledger::receive::{Delivery, Receive, Settle};
 use lomash_ledger::{Carried, header, streams};
+use lomash_platform::trace::TraceContext;
 
 use crate::commands::Writing;
 use crate::committer::{CommandError, Committer};
@@ -88,13 +89,8 @@ pub async fn handle(committer: Committer, writing: Writing, delivery: Delivery) 
         "order-handling",
         std::env::var("FAILPOINTS_ORDER").is_ok_and(|marked| marked == order.order_id.to_string())
     );
-    let carried = delivery.header(header::TRACEPARENT).map(|traceparent| {
-        Arc::new(Carried {
-            traceparent: Some(traceparent.to_owned()),
-            tracestate: delivery.header(header::TRACESTATE).map(str::to_owned),
-            ..Carried::default()
-        })
-    });
+    let trace = TraceContext::parse(delivery.header(header::TRACEPARENT), delivery.header(header::TRACESTATE));
+    let carried = trace.map(|trace| Arc::new(Carried { trace: Some(trace), ..Carried::default() }));
     match committer.submit(Command::Order(order), carried).await {
         Ok(_) => Settle::Done,
         Err(problem @ CommandError::TooLarge { .. }) => Settle::Dead(problem.to_string()),

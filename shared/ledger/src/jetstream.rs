@@ -16,6 +16,7 @@ use async_nats::jetstream::{self, Context};
 use async_nats::{Client, HeaderMap, HeaderValue, Request, client::RequestErrorKind};
 use bytes::Bytes;
 use futures::stream::{self, Stream, StreamExt, TryStreamExt};
+use lomash_platform::trace::TraceContext;
 use serde::Deserialize;
 use time::OffsetDateTime;
 use tokio::sync::oneshot;
@@ -245,10 +246,10 @@ fn headers(message: &NewMessage, batch_id: &str, position: usize, of: usize, exp
     }
     if let Some(carried) = &message.carried {
         let named = [
-            (header::TRACEPARENT, &carried.traceparent),
-            (header::TRACESTATE, &carried.tracestate),
-            (header::REASON, &carried.reason),
-            (header::COMMAND, &carried.command),
+            (header::TRACEPARENT, carried.traceparent()),
+            (header::TRACESTATE, carried.tracestate()),
+            (header::REASON, carried.reason.as_deref()),
+            (header::COMMAND, carried.command.as_deref()),
         ];
         for (name, value) in named {
             if let Some(value) = value {
@@ -458,6 +459,7 @@ pub(crate) fn with_headers(
     let (mut message_id, mut expected_last_sequence) = (None, None);
     let (mut batch_id, mut batch_sequence, mut commit) = (None, None, false);
     let mut carried = Carried::default();
+    let (mut traceparent, mut tracestate) = (None, None);
     // One pass: a look for each name by its text costs as much as parsing the payload.
     for (name, values) in headers.into_iter().flat_map(HeaderMap::iter) {
         let Some(value) = values.first().map(HeaderValue::as_str) else { continue };
@@ -467,14 +469,15 @@ pub(crate) fn with_headers(
             "Nats-Batch-Id" => batch_id = Some(value.to_owned()),
             "Nats-Batch-Sequence" => batch_sequence = value.parse().ok(),
             "Nats-Batch-Commit" => commit = true,
-            header::TRACEPARENT => carried.traceparent = Some(value.to_owned()),
-            header::TRACESTATE => carried.tracestate = Some(value.to_owned()),
+            header::TRACEPARENT => traceparent = Some(value),
+            header::TRACESTATE => tracestate = Some(value),
             // A foreign writer may have put in what a text column cannot hold.
             header::REASON => carried.reason = Some(header_text(value)),
             header::COMMAND => carried.command = Some(value.to_owned()),
             _ => {}
         }
     }
+    carried.trace = TraceContext::parse(traceparent, tracestate);
     let batch = batch_id.map(|id| BatchPosition { id, sequence: batch_sequence.unwrap_or(0), commit });
     StoredMessage { sequence, stored_at, message_id, expected_last_sequence, batch, carried, subject, payload }
 }

@@ -25,6 +25,7 @@ use bytes::Bytes;
 use futures::stream::{BoxStream, StreamExt};
 use lomash_contract::{Envelope, EventId, Foreign, LedgerEvent};
 use lomash_platform::schemas;
+use lomash_platform::trace::TraceContext;
 use time::OffsetDateTime;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -65,14 +66,26 @@ pub mod header {
 /// What travels beside an event in headers: small, and the same for every message of one command.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Carried {
-    /// W3C `traceparent` of what caused the event.
-    pub traceparent: Option<String>,
-    /// W3C `tracestate` of what caused the event.
-    pub tracestate: Option<String>,
+    /// W3C trace context of what caused the event; its type bounds it.
+    pub trace: Option<TraceContext>,
     /// Why an admin did it.
     pub reason: Option<String>,
     /// The command it comes of, when that may be sent again; see `header::COMMAND`.
     pub command: Option<String>,
+}
+
+impl Carried {
+    /// W3C `traceparent` of what caused the event.
+    #[must_use]
+    pub fn traceparent(&self) -> Option<&str> {
+        self.trace.as_ref().map(TraceContext::traceparent)
+    }
+
+    /// W3C `tracestate` of what caused the event.
+    #[must_use]
+    pub fn tracestate(&self) -> Option<&str> {
+        self.trace.as_ref().and_then(TraceContext::tracestate)
+    }
 }
 
 /// A message to append.

@@ -230,12 +230,7 @@ impl Ledger for MemoryLedger {
 /// What is left of texts that went through headers.
 fn as_headers(carried: &Carried) -> Carried {
     let text = |text: &Option<String>| text.as_deref().map(header_text);
-    Carried {
-        traceparent: text(&carried.traceparent),
-        tracestate: text(&carried.tracestate),
-        reason: text(&carried.reason),
-        command: text(&carried.command),
-    }
+    Carried { trace: carried.trace.clone(), reason: text(&carried.reason), command: text(&carried.command) }
 }
 
 /// The position in the vector of the message after sequence `after`.

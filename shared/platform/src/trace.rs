@@ -19,6 +19,8 @@
 //!
 //! With export off, or for a message that is not traced, none of this costs anything worth counting.
 
+mod context;
+
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -31,6 +33,7 @@ use opentelemetry_sdk::trace::{BatchSpanProcessor, Span as SdkSpan, SpanData, Sp
 use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
+pub use self::context::{MAX_TRACE_BYTES, TraceContext};
 use crate::metrics::{Counter, Family, Labels, Metrics};
 
 /// The target of spans that are exported.
@@ -105,7 +108,7 @@ impl Reference {
     /// From W3C headers; None when there are none or they are not of that form.
     #[must_use]
     pub fn parse(traceparent: Option<&str>, tracestate: Option<&str>) -> Option<Self> {
-        let traceparent = traceparent.filter(|text| is_traceparent(text))?;
+        let (traceparent, tracestate) = context::accepted(traceparent, tracestate)?;
         let headers = Headers { traceparent, tracestate };
         let context = TraceContextPropagator::new().extract_with_context(&Context::new(), &headers);
         Self::of_context(&context)
@@ -147,6 +150,12 @@ impl Reference {
         Some(self.0.trace_state().header()).filter(|state| !state.is_empty())
     }
 
+    /// It as it travels in headers.
+    #[must_use]
+    pub fn trace_context(&self) -> Option<TraceContext> {
+        TraceContext::parse(Some(&self.traceparent()), self.tracestate().as_deref())
+    }
+
     /// Its trace, as in logs.
     #[must_use]
     pub fn trace_id(&self) -> String {
@@ -175,12 +184,6 @@ impl Reference {
     pub fn link(&self, span: &Span) {
         span.add_link(self.0.clone());
     }
-}
-
-/// Whether the ids have their full length, which the SDK does not mind.
-fn is_traceparent(text: &str) -> bool {
-    let bytes = text.as_bytes();
-    bytes.len() >= 55 && [2, 35, 52].iter().all(|dash| bytes[*dash] == b'-')
 }
 
 /// Links `span` to the first [`MAX_LINKS`] of `references`.

@@ -62,13 +62,13 @@ fn line(name: &str, value: usize) -> usize {
 impl Shape {
     fn of(message: &StoredMessage) -> Self {
         let expected = message.expected_last_sequence.map(|expected| expected.to_string().len());
-        let text = |value: &Option<String>| value.as_ref().map(String::len);
+        let text = |value: Option<&str>| value.map(str::len);
         let carried = [
             ("Nats-Expected-Last-Sequence", expected),
-            (header::TRACEPARENT, text(&message.carried.traceparent)),
-            (header::TRACESTATE, text(&message.carried.tracestate)),
-            (header::REASON, text(&message.carried.reason)),
-            (header::COMMAND, text(&message.carried.command)),
+            (header::TRACEPARENT, text(message.carried.traceparent())),
+            (header::TRACESTATE, text(message.carried.tracestate())),
+            (header::REASON, text(message.carried.reason.as_deref())),
+            (header::COMMAND, text(message.carried.command.as_deref())),
         ];
         let carried: usize = carried.into_iter().filter_map(|(name, value)| Some(line(name, value?))).sum();
         Self {

@@ -33,7 +33,7 @@ use hashbrown::{HashMap, HashSet};
 use lomash_contract::{
     CountedBy, LedgerEvent, ProductDetails, ProductId, ProductRegistered, Sku, Timestamp, UpdatedBy,
 };
-use lomash_ledger::{Carried, Ledger, header};
+use lomash_ledger::{Carried, Ledger};
 use lomash_web::extract::{media_type, refuse_compressed};
 use lomash_web::problem::ProblemDocument;
 use lomash_web::{Admin, Caller, Problem, Query};
@@ -50,7 +50,7 @@ use super::Api;
 use super::problems::{ImportProblems, OUTCOME_UNKNOWN, PRODUCT_NOT_FOUND, refused};
 use super::products::Register;
 use super::queries::unanswered;
-use super::writes::checked_reason;
+use super::writes::{checked_reason, trace_context};
 use crate::committer::{CommandError, Committed};
 use crate::inventory::{self, Action, Command, Count, Decision, Draft, Outcome, ProductCommand, Rejection};
 use crate::reads::{At, Product, QueryError};
@@ -318,9 +318,7 @@ async fn import(
         let last = api.ledger.last_sequence().await.map_err(unreadable)?;
         api.projected.wait_for(last).await.map_err(|not_yet| unanswered(not_yet.into()))?;
     }
-    let text = |name: &str| Some(headers.get(name)?.to_str().ok()?.to_owned());
-    let (traceparent, tracestate) = (text(header::TRACEPARENT), text(header::TRACESTATE));
-    let carried = Arc::new(Carried { traceparent, tracestate, reason, command: None });
+    let carried = Arc::new(Carried { trace: trace_context(&headers), reason, command: None });
     let import = Import { api, caller, kind, form, dry_run, policy, carried, spool, deadline, _place: place };
     let mut response = Response::new(Body::from_stream(import.answer()));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));

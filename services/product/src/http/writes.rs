@@ -12,6 +12,7 @@ use axum::response::{IntoResponse, Response};
 use futures::StreamExt;
 use lomash_contract::{Envelope, LedgerEvent, ProductId, UpdatedBy};
 use lomash_ledger::{Carried, Ledger, header};
+use lomash_platform::trace::TraceContext;
 use lomash_web::extract::single_header;
 use lomash_web::sequences::LOMASH_SEQUENCE;
 use lomash_web::{Caller, Problem};
@@ -103,9 +104,7 @@ pub(super) async fn carry_out(
         action,
     };
     let mark = command.mark();
-    let text = |name: &'static str| Some(headers.get(name)?.to_str().ok()?.to_owned());
-    let carried =
-        Carried { traceparent: text(header::TRACEPARENT), tracestate: text(header::TRACESTATE), reason, command: None };
+    let carried = Carried { trace: trace_context(headers), reason, command: None };
     let deciding = async {
         let Committed { outcome, sequence, events } = match api.writer.submit(command, Some(Arc::new(carried))).await {
             Ok(committed) => committed,
@@ -129,6 +128,12 @@ pub(super) async fn carry_out(
             Err(Problem::new(&OUTCOME_UNKNOWN, detail).with_retry_after(1))
         }
     }
+}
+
+/// The trace context of a request, as far as it has one.
+pub(super) fn trace_context(headers: &HeaderMap) -> Option<TraceContext> {
+    let text = |name: &'static str| headers.get(name)?.to_str().ok();
+    TraceContext::parse(text(header::TRACEPARENT), text(header::TRACESTATE))
 }
 
 /// Reads the events of a command from the stream, from its first one on.

@@ -20,6 +20,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use lomash_contract::{Timestamp, subject};
+use lomash_platform::trace::TraceContext;
 use serde::Serialize;
 
 use super::{
@@ -161,7 +162,8 @@ impl Letter {
             attempts: number(DELIVERIES).unwrap_or(0),
             past: Past::of(Some(&headers)),
             origin,
-            traceparent: text(header::TRACEPARENT),
+            traceparent: TraceContext::parse(text(header::TRACEPARENT).as_deref(), None)
+                .map(|trace| trace.traceparent().to_owned()),
             bytes: payload.len(),
             headers: publisher_headers(&headers),
             payload,
@@ -461,6 +463,8 @@ fn is_token(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const TRACEPARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
     use crate::dead_letter::{HISTORY, MAX_HISTORY, MAX_HISTORY_CHARS, REDRIVES};
 
     fn letter(headers: &[(&str, &str)]) -> Letter {
@@ -485,7 +489,7 @@ mod tests {
             (CONSUMER, consumer),
             (DELIVERIES, "3"),
             (REASON, "No Payload"),
-            ("traceparent", "00-1-2-01"),
+            ("traceparent", TRACEPARENT),
         ])
     }
 
@@ -494,7 +498,7 @@ mod tests {
         let bare = letter(&[]);
         assert_eq!((bare.consumer.as_str(), bare.attempts, &bare.origin), ("product-orders", 0, &None));
         let whole = Whole::from(from("ORDERS", "lomash.orders.created", "product-orders"));
-        assert_eq!(whole.letter.traceparent.as_deref(), Some("00-1-2-01"));
+        assert_eq!(whole.letter.traceparent.as_deref(), Some(TRACEPARENT));
         assert_eq!((whole.payload, whole.payload_base64.as_deref()), (None, Some("/3t9")));
         assert_eq!(whole.headers.keys().collect::<Vec<_>>(), ["traceparent"], "ours are not the original's");
     }
