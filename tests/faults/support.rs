@@ -9,15 +9,13 @@ use std::time::Duration;
 use async_nats::jetstream::Context;
 use futures::{StreamExt, stream};
 use lomash::catalogue::Row;
-use lomash::import::import;
+use lomash::import::{import, product};
 use lomash::orders::{publish, wait_until_decided};
-use lomash::output::Progress;
 use lomash::up::Stack;
 use lomash::verify::{self, Show};
 use lomash_contract::{Envelope, LedgerEvent, LineQuantity, OrderCreated, OrderItem, OrderItems, ProductId, Timestamp};
 use lomash_ledger::{JetStreamLedger, Ledger, streams};
 use lomash_platform::{Secret, nats};
-use product_service::client::ProductClient;
 use tokio::sync::Semaphore;
 use uuid::Uuid;
 
@@ -117,9 +115,8 @@ impl Load {
 
     /// Registers the products.
     pub async fn import(&self, world: &World) {
-        let client = ProductClient::new(world.context.client());
-        let report = import(&client, self.rows.iter().cloned().map(Ok), Progress::hidden()).await.unwrap();
-        assert_eq!(report.registered, self.rows.len() as u64, "{:?}", report.errors);
+        let report = import(&world.stack.admin().unwrap(), self.rows.iter().map(product)).await.unwrap();
+        assert_eq!(report.registered, self.rows.len() as u64, "{report:?}");
     }
 
     /// Publishes the first order, and waits until it is decided.

@@ -25,7 +25,6 @@ use lomash_ledger::suspects::Case;
 use lomash_ledger::{dead_letter, direct, streams, upkeep};
 use lomash_platform::nats;
 use lomash_tests::{Dice, JWT_SECRET, PATIENCE, World, count, encoded, eventually, nowhere, order, start_until_ready};
-use product_service::client::ProductClient;
 use product_service::inventory::Action;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -50,10 +49,9 @@ fn sha256(records: &[Record]) -> String {
 
 /// The server of this world is lost with all that it held; an empty one takes its place.
 async fn lose_the_server(world: &mut World, name: &str) -> Result<()> {
-    world.nats = Nats::start(&world.dir().join(name)).await?;
-    world.client = nats::connect(&world.nats.url(), "test").await?;
-    world.context = jetstream::new(world.client.clone());
-    world.products = ProductClient::new(world.client.clone());
+    let nats = Nats::start(&world.dir().join(name)).await?;
+    let client = nats::connect(&nats.url(), "test").await?;
+    world.move_to(nats, client);
     streams::wait_until_ready(&world.context).await?;
     Ok(())
 }
@@ -85,8 +83,12 @@ fn segments(dir: &Path) -> Result<BTreeMap<PathBuf, std::time::SystemTime>> {
 }
 
 /// Orders and changes by admins, on and on until it is told to stop.
-fn traffic(world: &World, products: Vec<ProductId>, stop: Arc<AtomicBool>) -> tokio::task::JoinHandle<Result<usize>> {
-    let (context, commands) = (world.context.clone(), world.products.clone());
+async fn traffic(
+    world: &World,
+    products: Vec<ProductId>,
+    stop: Arc<AtomicBool>,
+) -> tokio::task::JoinHandle<Result<usize>> {
+    let (context, desk) = (world.context.clone(), world.desk().await.clone());
     let mut dice = Dice::thrown();
     tokio::spawn(async move {
         let mut published = 0;
@@ -100,7 +102,7 @@ fn traffic(world: &World, products: Vec<ProductId>, stop: Arc<AtomicBool>) -> to
             let by = lomash_contract::UpdatedBy::System;
             let id = uuid::Uuid::new_v4();
             let product = *dice.pick(&products);
-            commands.send(product_service::inventory::ProductCommand::new(id, product, by, set), None).await?;
+            desk.send(product_service::inventory::ProductCommand::new(id, product, by, set), None).await?;
         }
         Ok(published)
     })
@@ -186,7 +188,7 @@ async fn a_backup_under_traffic_is_restored_equal_and_goes_on() -> Result<()> {
 
     // While orders and changes go on: the first backup, and a second that reads only what is new.
     let stop = Arc::new(AtomicBool::new(false));
-    let busy = traffic(&world, products.clone(), stop.clone());
+    let busy = traffic(&world, products.clone(), stop.clone()).await;
     eventually("some traffic", PATIENCE, async || Ok((world.last_sequence().await? > 300).then_some(()))).await?;
     let first = backup(&world.context, &dir, None, QUIETLY).await?;
     let written = segments(&dir)?;

@@ -357,7 +357,7 @@ async fn every_problem_type_is_reached() -> Result<()> {
     let by = UpdatedBy::User(admin.subject);
     let id = Uuid::new_v5(&admin.subject, b"carried-out");
     let action = Action::SetQuantity { quantity: 9, expected_quantity: None };
-    world.products.send(ProductCommand::new(id, ProductId(product), by, action), None).await?;
+    world.desk().await.send(ProductCommand::new(id, ProductId(product), by, action), None).await?;
     let dry = json!({ "figures": "counts", "dryRun": true });
     let run = admin.post("/v1/reconciliations", &dry).send().await?;
     assert_eq!(run.status, 202, "{run:?}");

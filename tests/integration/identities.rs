@@ -14,9 +14,10 @@ use lomash_contract::Topic;
 use lomash_ledger::upkeep::{self, Action as Step};
 use lomash_ledger::{JetStreamLedger, Ledger, dead_letter, streams};
 use lomash_platform::nats::{self, Refusals};
-use lomash_tests::{JWT_SECRET, PATIENCE, details, eventually, nowhere, order};
-use product_service::client::ProductClient;
-use product_service::inventory::{Action, ProductCommand};
+use lomash_tests::http::Caller;
+use lomash_tests::{JWT_SECRET, PATIENCE, eventually, nowhere, order, ready_at};
+use lomash_web::Role;
+use product_service::commands::WRITER_SUBJECT;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -79,7 +80,7 @@ impl Secured {
         )
         .env("NATS_URL", self.nats.url())
         .env("DATABASE_URL", nowhere().expose())
-        .env("HTTP_LISTEN", format!("127.0.0.1:{}", free_port()?))
+        .listen(([127, 0, 0, 1], free_port()?).into())
         .env("JWT_HS256_SECRET", JWT_SECRET);
         Ok(self.credentials.variables(who).into_iter().fold(service, |service, (name, value)| service.env(name, value)))
     }
@@ -431,12 +432,37 @@ async fn no_answer_can_be_sent_into_the_ledger() -> Result<()> {
         (Who::Operator, "$JS.API.DIRECT.GET.ORDERS.lomash.orders.created", ""),
         (Who::Operator, "$JS.API.STREAM.MSG.DELETE.DEAD_LETTERS", r#"{"seq":1}"#),
         (Who::Operator, "lomash.orders.created", "{}"),
-        (Who::Operator, "lomash.commands.product", "{}"),
         (Who::Operator, "lomash.replay.x", "{}"),
     ] {
         inject(&secured, who, subject, body).await?;
         assert_eq!(secured.last_sequence().await?, after, "{} on {subject}", who.name());
     }
+    Ok(())
+}
+
+/// A command between replicas says itself by whom it is, and is believed. So no key but the product service's brings one, the
+/// operator's as little as a shop's: an admin's door is HTTP, where a token says who it is.
+#[tokio::test]
+async fn commands_come_from_replicas_alone() -> Result<()> {
+    let secured = Secured::start().await?;
+    // What a replica that is writing hears.
+    let writer = secured.client(Who::Product).await?;
+    let mut heard = writer.subscribe(WRITER_SUBJECT).await?;
+    writer.flush().await?;
+    let forged = json!({ "request": "command", "command": {
+        "commandId": Uuid::new_v4(), "productId": Uuid::new_v4(), "by": Uuid::new_v4(),
+        "action": { "type": "setQuantity", "quantity": 1 } } });
+    for who in Who::ALL.into_iter().filter(|who| !matches!(who, Who::Product | Who::System)) {
+        for subject in [WRITER_SUBJECT, "lomash.commands.product", "lomash.commands.product.other"] {
+            let came = request(&secured, who, subject, &forged.to_string()).await?;
+            assert!(matches!(came, Outcome::Refused(_)), "{} on {subject}: {came:?}", who.name());
+        }
+    }
+    let other = secured.client(Who::Product).await?;
+    other.publish(WRITER_SUBJECT, "from a replica".into()).await?;
+    other.flush().await?;
+    let first = tokio::time::timeout(PATIENCE, heard.next()).await?.context("a command")?;
+    assert_eq!(first.payload, "from a replica", "the first that arrives is the first that may");
     Ok(())
 }
 
@@ -455,7 +481,8 @@ async fn nobody_hears_what_is_not_for_it() -> Result<()> {
         ("$JS.EVENT.>", vec![Who::Administrator]),
         ("_INBOX.>", vec![]),
         ("_R_.>", vec![]),
-        ("lomash.commands.product", vec![Who::Product]),
+        ("lomash.commands.>", vec![]),
+        ("lomash.commands.product.writer", vec![Who::Product]),
         ("lomash.replay.>", vec![Who::Operator]),
     ];
     subjects.extend(live.into_iter().map(|topic| (topic, vec![Who::Orders, Who::Operator])));
@@ -574,13 +601,12 @@ async fn orders_are_decided_with_every_program_under_its_own_key() -> Result<()>
     let mut service = secured.service("product", Who::Product)?;
     lomash_tests::start_until_ready(&mut service).await?;
 
-    // The operator registers a product, through the product service.
+    // An admin registers a product over HTTP: the operator's key is no way to.
+    let url = format!("http://{}", service.address().context("an address")?);
+    ready_at(&url).await?;
+    let admin = Caller::new(&url, Role::Admin)?;
+    let product = lomash_contract::ProductId(admin.register(10).await?);
     let (operator, operator_refusals) = secured.connect(Who::Operator).await?;
-    let products = ProductClient::new(operator.clone());
-    let product = lomash_contract::ProductId(Uuid::new_v4());
-    let register = Action::Register { details: details("KIT-1")?, initial_quantity: 10 };
-    let by = lomash_contract::UpdatedBy::System;
-    products.send(ProductCommand::new(Uuid::new_v4(), product, by, register), None).await?;
 
     // A shop orders, and hears what became of it.
     let (shop, shop_refusals) = secured.connect(Who::Orders).await?;

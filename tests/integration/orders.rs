@@ -13,7 +13,9 @@ use lomash_contract::{
     subject,
 };
 use lomash_ledger::{StoredMessage, dead_letter, header, streams};
+use lomash_tests::http::Caller;
 use lomash_tests::{Dice, Fate, World, details, encoded, eventually, order, order_as};
+use lomash_web::Role;
 use product_service::inventory::{Action, Amendment, Outcome, ProductCommand};
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -484,7 +486,7 @@ async fn trace_and_reason_travel_with_the_events() -> Result<()> {
     let words = "water damage: 5 pcs, see ticket №7";
     let action = Action::SetQuantity { quantity: 12, expected_quantity: Some(0) };
     let command = ProductCommand::new(Uuid::new_v4(), one, UpdatedBy::User(Uuid::new_v4()), action);
-    let done = world.products.send(command, Some(words.to_owned())).await?;
+    let done = world.desk().await.send(command, Some(words.to_owned())).await?;
     let expected = Outcome::StockChanged { previous_quantity: 0, new_quantity: 12, shortfall: 0 };
     assert_eq!(done.outcome, expected);
     let with_reason: Vec<_> = world
@@ -505,26 +507,35 @@ async fn trace_and_reason_travel_with_the_events() -> Result<()> {
     Ok(())
 }
 
-/// Admin commands race with orders and with each other; what is refused changes nothing.
+/// Admin commands race with orders and with each other, in one process and from another; what is refused changes nothing.
 #[tokio::test]
 async fn admin_commands_and_orders_share_one_chain() -> Result<()> {
     let world = World::without_postgres().await?;
     let service = world.run_service().await?;
     let product = world.register("MIX-1", 300).await?;
     let orders: Vec<_> = (0..200).map(|_| order(&[(product, 1)])).collect();
-    let adjusting = futures::future::join_all((0..50).map(|_| world.act(product, Action::Adjust { delta: 2 })));
-    let taking = futures::future::join_all((0..10).map(|_| world.act(product, Action::Adjust { delta: -10_000 })));
-    let (published, adjusted, taken) = tokio::join!(world.publish_all(&orders), adjusting, taking);
+    let admin = Caller::new(&service.url, Role::Admin)?;
+    let adjustments = format!("/v1/products/{product}/inventory/adjustments");
+    let adjust = |delta: i64| admin.post(&adjustments, &json!({ "delta": delta, "reason": "delivery" })).send();
+    let adjusting = futures::future::join_all((0..50).map(|_| adjust(2)));
+    let taking = futures::future::join_all((0..10).map(|_| adjust(-10_000)));
+    let elsewhere = futures::future::join_all((0..20).map(|_| world.act(product, Action::Adjust { delta: 1 })));
+    let (published, adjusted, taken, elsewhere) =
+        tokio::join!(world.publish_all(&orders), adjusting, taking, elsewhere);
     published?;
     for done in adjusted {
-        done?;
+        let done = done?;
+        assert_eq!(done.status, 200, "{done:?}");
     }
     for refused in taken {
-        let problem = refused.expect_err("more than there is cannot be taken");
-        assert!(format!("{problem:#}").contains("less than nothing"), "{problem:#}");
+        let refused = refused?;
+        assert_eq!((refused.status, refused.problem()), (409, "below-zero"), "{refused:?}");
+    }
+    for done in elsewhere {
+        done?;
     }
     world.decided(orders.iter().map(|order| order.payload.order_id)).await?;
-    assert_eq!(world.stock(product).await?, 300 - 200 + 100);
+    assert_eq!(world.stock(product).await?, 300 - 200 + 100 + 20);
 
     // The same sku cannot be taken twice, and the same registration again is nothing new.
     let taken = world.register("MIX-1", 1).await.expect_err("the sku has an owner");

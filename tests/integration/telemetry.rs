@@ -14,7 +14,7 @@ use lomash_contract::{ContentType, Envelope, OrderCreated, ProductId, codec};
 use lomash_ledger::header;
 use lomash_tests::http::Caller;
 use lomash_tests::traces::{Collector, Span, Trace};
-use lomash_tests::{PATIENCE, World, count, eventually, order, start_until_ready};
+use lomash_tests::{PATIENCE, World, count, eventually, order, ready_at, start_until_ready};
 use lomash_web::Role;
 use product_service::inventory::Action;
 use tokio::net::TcpListener;
@@ -246,13 +246,9 @@ async fn a_request_continues_its_callers_trace_up_to_the_commit() -> Result<()> 
         .env("RUST_LOG", "warn,product_service=info,lomash_ledger=info");
     // JSON has no line that ends with the word that the others wait for.
     service.start()?;
-    eventually("the service to answer", PATIENCE, async || {
-        world.products.ping().await?;
-        Ok(Some(()))
-    })
-    .await?;
+    ready_at(&world.url("product")).await?;
     let caller = Caller::new(&world.url("product"), Role::Admin)?;
-    let product = eventually("the routes to be open", PATIENCE, async || Ok(Some(caller.register(7).await?))).await?;
+    let product = caller.register(7).await?;
 
     let (trace_id, span_id) = (Uuid::new_v4().simple().to_string(), "00f067aa0ba902b7");
     let path = format!("/v1/products/{product}/inventory");

@@ -10,7 +10,7 @@ pub mod traces;
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
@@ -25,17 +25,18 @@ use lomash_contract::{
     ContentType, Envelope, EventId, FailureReason, LedgerEvent, LineQuantity, OrderCreated, OrderId, OrderItem,
     OrderItems, ProductId, Timestamp, Topic, UpdatedBy, codec,
 };
-use lomash_ledger::{JetStreamLedger, Ledger, StoredMessage, header, streams};
+use lomash_ledger::{Carried, JetStreamLedger, Ledger, StoredMessage, header, streams};
 use lomash_platform::Secret;
 use lomash_web::Role;
 use lomash_web::auth::{Mint, mint};
 use lomash_web::config::{DEVELOPMENT_AUDIENCE, DEVELOPMENT_ISSUER};
-use product_service::client::{Done, ProductClient};
-use product_service::inventory::{Action, Details, ProductCommand};
+use product_service::committer::{CommandError, Committed, Committer, committer};
+use product_service::inventory::{Action, Command, Details, ProductCommand, State};
 use product_service::service::{Config, run};
+use tokio::sync::OnceCell;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use uuid::Uuid;
 
 /// How long anything may take that needs no fault to heal. Far more than it takes: the machine may be busy.
@@ -93,13 +94,55 @@ pub fn token(role: Role, subject: Uuid) -> anyhow::Result<String> {
     mint(&secret, &Mint { issuer, audience, subject, role, lifetime })
 }
 
+/// Carries out commands of the tests themselves by a committer in this process, beside the services and whether there are any:
+/// another writer, as a further replica is. So tests can have done what no admin may ask for over HTTP, such as the correction
+/// of a count, or under an id of their own; what an admin does is tested over HTTP.
+#[derive(Clone, Debug)]
+pub struct Desk {
+    committer: Committer,
+    _stop: Arc<DropGuard>,
+}
+
+impl Desk {
+    fn at(ledger: JetStreamLedger) -> Self {
+        let stop = CancellationToken::new();
+        // It knows nothing yet, and finds out by the first conflict.
+        let (committer, committing) = committer(ledger, State::default(), Timestamp::now, stop.clone());
+        tokio::spawn(committing);
+        Self { committer, _stop: Arc::new(stop.drop_guard()) }
+    }
+
+    /// Has a command carried out, and waits until it is stored.
+    ///
+    /// # Errors
+    /// When it is refused.
+    pub async fn send(&self, command: ProductCommand, reason: Option<String>) -> Result<Committed, CommandError> {
+        let carried = reason.map(|reason| Arc::new(Carried { reason: Some(reason), ..Carried::default() }));
+        self.committer.submit(Command::Product(command), carried).await
+    }
+}
+
+/// Waits until the service at `url` says that it is ready.
+///
+/// # Errors
+/// When it does not within [`PATIENCE`].
+pub async fn ready_at(url: &str) -> anyhow::Result<()> {
+    let caller = http::Caller::new(url, Role::Viewer)?;
+    eventually("the product service to be ready", PATIENCE, async || {
+        let answer = caller.get("/readyz").send().await?;
+        ensure!(answer.status == 200, "it says {}: {}", answer.status, answer.text);
+        Ok(Some(()))
+    })
+    .await
+}
+
 /// Servers of one test. End a test with [`World::close`]; a world that is dropped before tells what its services
 /// logged.
 // Fields are dropped from the first to the last: servers before the folder they live in.
 #[derive(Debug)]
 pub struct World {
-    /// Commands to the product service.
-    pub products: ProductClient,
+    /// Whoever carries out the test's own commands; made when there is one.
+    desk: OnceCell<Desk>,
     /// JetStream, as an administrator.
     pub context: Context,
     /// A connection of the test's own.
@@ -147,7 +190,7 @@ impl World {
         let differences = streams::apply(&context, 1).await?;
         ensure!(differences.is_empty(), "a fresh server differs: {differences:?}");
         Ok(Self {
-            products: ProductClient::new(client.clone()),
+            desk: OnceCell::new(),
             context,
             client,
             postgres,
@@ -270,35 +313,47 @@ impl World {
     ///
     /// # Errors
     /// When it does not get ready.
-    pub async fn run_service_as(&self, config: Config) -> anyhow::Result<InProcess> {
+    pub async fn run_service_as(&self, mut config: Config) -> anyhow::Result<InProcess> {
+        let address = format!("127.0.0.1:{}", free_port()?);
+        config.service.http.http_listen = address.parse()?;
+        let url = format!("http://{address}");
         let stop = CancellationToken::new();
         let mut task = tokio::spawn(run(config, stop.clone()));
-        let answers = eventually("an answer of the product service", PATIENCE, async || {
-            self.products.ping().await?;
-            Ok(Some(()))
-        });
         tokio::select! {
             ended = &mut task => bail!("the product service ended while it started: {ended:?}"),
-            answered = answers => answered?,
+            answered = ready_at(&url) => answered?,
         }
-        Ok(InProcess { stop, task })
+        Ok(InProcess { url, stop, task })
     }
 
     // ── Products ────────────────────────────────────────────────────────────────────────────────────────────────
 
+    /// Whoever carries out the test's own commands on the servers as they are now.
+    pub async fn desk(&self) -> &Desk {
+        self.desk.get_or_init(async || Desk::at(self.ledger())).await
+    }
+
+    /// Has the test's own commands carried out on another server from now on.
+    pub fn move_to(&mut self, nats: Nats, client: Client) {
+        self.nats = nats;
+        self.context = async_nats::jetstream::new(client.clone());
+        self.client = client;
+        self.desk = OnceCell::new();
+    }
+
     /// Has an action carried out on a product, as the system.
     ///
     /// # Errors
-    /// When it is refused or nobody answers.
-    pub async fn act(&self, product_id: ProductId, action: Action) -> anyhow::Result<Done> {
+    /// When it is refused.
+    pub async fn act(&self, product_id: ProductId, action: Action) -> anyhow::Result<Committed> {
         let command = ProductCommand::new(Uuid::new_v4(), product_id, UpdatedBy::System, action);
-        Ok(self.products.send(command, None).await?)
+        Ok(self.desk().await.send(command, None).await?)
     }
 
     /// Registers a product with stock, on sale.
     ///
     /// # Errors
-    /// When it is refused or nobody answers.
+    /// When it is refused.
     pub async fn register(&self, sku: &str, quantity: u32) -> anyhow::Result<ProductId> {
         let product_id = ProductId(Uuid::new_v4());
         let action = Action::Register { details: details(sku)?, initial_quantity: quantity };
@@ -309,7 +364,7 @@ impl World {
     /// Registers `count` products with the same stock each, many at a time.
     ///
     /// # Errors
-    /// When one is refused or nobody answers.
+    /// When one is refused.
     pub async fn register_many(&self, count: usize, quantity: u32) -> anyhow::Result<Vec<ProductId>> {
         let skus: Vec<String> = (1..=count).map(|number| format!("KIT-{number:04}")).collect();
         futures::future::try_join_all(skus.iter().map(|sku| self.register(sku, quantity))).await
@@ -550,6 +605,8 @@ pub async fn start_until_ready(service: &mut Service) -> anyhow::Result<()> {
 /// A product service inside the test's process.
 #[derive(Debug)]
 pub struct InProcess {
+    /// Where it answers HTTP.
+    pub url: String,
     stop: CancellationToken,
     task: JoinHandle<anyhow::Result<()>>,
 }

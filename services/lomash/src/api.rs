@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow};
 use lomash_platform::Secret;
-use reqwest::header::HeaderMap;
-use reqwest::{Client, Method, StatusCode};
+use reqwest::header::{CONTENT_TYPE, HeaderMap};
+use reqwest::{Body, Client, Method, Response, StatusCode, Url};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -78,6 +78,34 @@ impl Api {
         Ok(Answer { status, headers, body: serde_json::from_slice(&bytes).unwrap_or_default() })
     }
 
+    /// Sends a body of any length, which must be taken; the answer can be read as it comes, within `timeout` from now.
+    ///
+    /// # Errors
+    /// When there is no answer, or a problem: its sentence is the error.
+    pub async fn upload(
+        &self,
+        path: &str,
+        query: &[(&str, String)],
+        media_type: &str,
+        body: Body,
+        timeout: Duration,
+    ) -> anyhow::Result<Response> {
+        let mut url = Url::parse(&format!("{}{path}", self.url))
+            .with_context(|| format!("PRODUCT_URL={} is no URL", self.url))?;
+        url.query_pairs_mut().extend_pairs(query);
+        let request = self.client.post(url).bearer_auth(self.token.expose()).timeout(timeout);
+        let response =
+            request.header(CONTENT_TYPE, media_type).body(body).send().await.with_context(|| {
+                format!("the product service does not answer at PRODUCT_URL={}; is it up?", self.url)
+            })?;
+        let status = response.status();
+        if status.is_success() {
+            return Ok(response);
+        }
+        let bytes = response.bytes().await.context("the answer of the product service broke off")?;
+        Err(refusal(status, &serde_json::from_slice(&bytes).unwrap_or_default()))
+    }
+
     /// Sends a request that must succeed, and reads its answer.
     ///
     /// # Errors
@@ -92,10 +120,14 @@ impl Api {
         if status.is_success() {
             return serde_json::from_value(body).context("the product service answered something else than expected");
         }
-        // A problem document (RFC 9457); anything else is told by its status.
-        match body.get("detail").and_then(Value::as_str) {
-            Some(detail) => bail!("{detail} ({status})"),
-            None => bail!("the product service answered {status}"),
-        }
+        Err(refusal(status, &body))
+    }
+}
+
+/// A problem document (RFC 9457) by its sentence; anything else is told by its status.
+fn refusal(status: StatusCode, body: &Value) -> anyhow::Error {
+    match body.get("detail").and_then(Value::as_str) {
+        Some(detail) => anyhow!("{detail} ({status})"),
+        None => anyhow!("the product service answered {status}"),
     }
 }

@@ -18,14 +18,12 @@ use clap::Args;
 use comfy_table::Cell;
 use futures::StreamExt;
 use lomash_contract::{
-    Envelope, LedgerEvent, LineQuantity, OrderCreated, OrderId, OrderItem, OrderItems, ProductId, Timestamp, UpdatedBy,
+    Envelope, LedgerEvent, LineQuantity, OrderCreated, OrderId, OrderItem, OrderItems, ProductId, Timestamp,
 };
 use lomash_ledger::{JetStreamLedger, Ledger, direct, streams, upkeep};
 use lomash_platform::{Secret, nats};
 use lomash_web::Role;
 use lomash_web::config::{DEVELOPMENT_AUDIENCE, DEVELOPMENT_ISSUER};
-use product_service::client::ProductClient;
-use product_service::inventory::{Action, Details, ProductCommand};
 use serde::Serialize;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
@@ -35,13 +33,14 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::debug;
 use uuid::Uuid;
 
+use crate::api::Api;
 use crate::dice::Dice;
 use crate::import::import;
-use crate::output::{self, Progress};
+use crate::output;
 use crate::retail;
 use crate::stack::{FolderLock, NODES, NatsCluster, Postgres, Redis, Service, Who, free_port, scratch};
 use crate::token::{stack_secret, stack_token, write_private};
-use crate::up::{DOWNSTREAM_SERVICES, PRODUCT_SERVICE, TOKEN_LIFETIME, is_ready, program};
+use crate::up::{DOWNSTREAM_SERVICES, PRODUCT_SERVICE, TOKEN_LIFETIME, URL_VARIABLES, is_ready, program};
 use crate::verify::{self, Show};
 
 /// Copies of each stream.
@@ -176,9 +175,8 @@ impl ClusterStack {
         for service in &mut stack.services {
             service.start()?;
         }
-        let products = ProductClient::new(stack.client(Who::Operator).await?);
         for service in &stack.services {
-            is_ready(service, (service.name() == PRODUCT_SERVICE).then_some(&products)).await?;
+            is_ready(service).await?;
         }
         stack.write_env_file(&secret)?;
         Ok(stack)
@@ -216,6 +214,17 @@ impl ClusterStack {
         Ok(jetstream::new(self.client(who).await?))
     }
 
+    /// The product service, called by an admin.
+    ///
+    /// # Errors
+    /// When it is not started, or no token can be made.
+    pub fn admin(&self) -> Result<Api> {
+        let service = self.services.iter().find(|service| service.name() == PRODUCT_SERVICE);
+        let address = service.and_then(Service::address).context("the product service is not started")?;
+        let token = stack_token(&stack_secret(&self.data)?, Role::Admin, TOKEN_LIFETIME)?;
+        Api::new(&format!("http://{address}"), Secret::from(token))
+    }
+
     /// The services, to be killed and restarted by tests.
     pub fn services(&mut self) -> &mut [Service] {
         &mut self.services
@@ -235,6 +244,10 @@ impl ClusterStack {
             format!("ADMIN_TOKEN={}", stack_token(secret, Role::Admin, TOKEN_LIFETIME)?),
             format!("VIEWER_TOKEN={}", stack_token(secret, Role::Viewer, TOKEN_LIFETIME)?),
         ];
+        for (name, variable) in URL_VARIABLES {
+            let service = self.services.iter().find(|service| service.name() == name);
+            lines.extend(service.and_then(Service::address).map(|address| format!("{variable}=http://{address}")));
+        }
         let operator = self.nats.credentials.variables(Who::Operator);
         lines.extend(operator.into_iter().map(|(name, value)| format!("{name}={value}")));
         write_private(&self.data.join(ENV_FILE), &format!("{}\n", lines.join("\n")))
@@ -449,10 +462,10 @@ impl Load {
     /// # Errors
     /// When the products cannot be registered.
     pub async fn start(stack: &ClusterStack, orders: &Orders) -> Result<Self> {
-        let products = ProductClient::new(stack.client(Who::Operator).await?);
+        let admin = stack.admin()?;
         let (total, source) = match orders {
-            Orders::MadeUp(seed) => (None, made_up(&products, Dice(*seed)).await?),
-            Orders::Of(file) => of_file(&products, file).await?,
+            Orders::MadeUp(seed) => (None, made_up(&admin, Dice(*seed)).await?),
+            Orders::Of(file) => of_file(&admin, file).await?,
         };
         let seen = Arc::new(Mutex::new(Seen::default()));
         let stop = CancellationToken::new();
@@ -551,34 +564,31 @@ fn longest_gap(times: &[Instant], from: Instant) -> Duration {
 }
 
 /// Registers products, and makes up orders of them.
-async fn made_up(products: &ProductClient, mut dice: Dice) -> Result<Source> {
-    let mut ids = Vec::new();
-    for number in 0..PRODUCTS {
-        let product = ProductId(Uuid::new_v4());
-        let details = Details {
-            sku: format!("CLUSTER-{number}-{}", &product.0.simple().to_string()[..6]).parse()?,
-            name: format!("Unit {number}").into(),
-            category: None,
-            low_stock_threshold: None,
-            active: true,
-        };
-        let register = Action::Register { details, initial_quantity: STOCK };
-        products.send(ProductCommand::new(Uuid::new_v4(), product, UpdatedBy::System, register), None).await?;
-        ids.push(product);
-    }
+async fn made_up(admin: &Api, mut dice: Dice) -> Result<Source> {
+    let ids: Vec<ProductId> = std::iter::repeat_with(|| ProductId(Uuid::new_v4())).take(PRODUCTS).collect();
+    let products = ids.iter().enumerate().map(|(number, product)| {
+        let sku = format!("CLUSTER-{number}-{}", &product.0.simple().to_string()[..6]);
+        json!({ "productId": product, "sku": sku, "name": format!("Unit {number}"), "initialQuantity": STOCK })
+    });
+    register(admin, products).await?;
     Ok(Box::new(std::iter::repeat_with(move || order(&mut dice, &ids))))
+}
+
+async fn register(admin: &Api, products: impl Iterator<Item = Value>) -> Result<()> {
+    let report = import(admin, products).await?;
+    ensure!(report.is_good(), "products were not registered: {report:?}");
+    Ok(())
 }
 
 /// Registers the products of a retail file, each with as much stock as its orders want, and opens its orders. Envelopes name no
 /// products: those must be there.
-async fn of_file(products: &ProductClient, file: &Path) -> Result<(Option<usize>, Source)> {
+async fn of_file(admin: &Api, file: &Path) -> Result<(Option<usize>, Source)> {
     let orders = retail::open(file)?;
     let total = orders.total();
     if total.is_some() {
         let stock = |ordered: u64| u32::try_from(ordered).unwrap_or(u32::MAX);
-        let rows = retail::catalogue_of(file, stock)?.into_iter().map(|product| Ok(product.row));
-        let report = import(products, rows, Progress::hidden()).await?;
-        ensure!(report.errors.is_empty(), "products were not registered: {:?}", report.errors);
+        let products = retail::catalogue_of(file, stock)?;
+        register(admin, products.iter().map(|product| crate::import::product(&product.row))).await?;
     }
     Ok((total, Box::new(orders)))
 }

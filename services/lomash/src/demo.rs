@@ -20,21 +20,21 @@ use futures::StreamExt;
 use lomash_contract::limits::LOW_STOCK_THRESHOLD;
 use lomash_contract::{
     ContentType, Envelope, FailureReason, LedgerEvent, LineQuantity, OrderCreated, OrderId, OrderItem, OrderItems,
-    ProductId, ProductRegistered, ProductRevised, Timestamp, Topic, Trigger, UpdatedBy, codec, subject,
+    ProductId, ProductRegistered, ProductRevised, Timestamp, Topic, Trigger, codec, subject,
 };
 use lomash_ledger::{JetStreamLedger, Ledger, StoredMessage, dead_letter, header, streams};
 use lomash_platform::{Secret, nats};
-use product_service::client::ProductClient;
-use product_service::inventory::{Action, Amendment, ProductCommand};
+use reqwest::Method;
 use serde::Serialize;
+use serde_json::{Value, json};
 use tokio::time::{Duration, Instant, timeout};
-use uuid::Uuid;
 
+use crate::api::Api;
 use crate::catalogue::{self, Row};
 use crate::dice::Dice;
-use crate::import::import;
+use crate::import::{import, product};
 use crate::orders::wait_until_decided;
-use crate::output::{self, Progress};
+use crate::output;
 use crate::up::Stack;
 use crate::verify::{self, Show};
 
@@ -208,15 +208,15 @@ async fn show(stack: &Stack, args: &DemoArgs) -> anyhow::Result<Vec<Check>> {
 
     let mut dice = Dice(args.seed);
     let rows: Vec<Row> = catalogue::read(CATALOGUE.as_bytes())?.collect::<Result<_, _>>()?;
-    let product_client = ProductClient::new(client.clone());
-    let imported = import(&product_client, rows.clone().into_iter().map(Ok), Progress::hidden()).await?;
-    ensure!(imported.errors.is_empty(), "the demo's catalogue was refused: {:?}", imported.errors);
+    let admin = stack.admin()?;
+    let imported = import(&admin, rows.iter().map(product)).await?;
+    ensure!(imported.is_good(), "the demo's catalogue was refused: {imported:?}");
     tell(&format!("\nImported {} products of kitchens and bedrooms.", imported.registered));
     let mut model = Model::default();
     for row in &rows {
         model.stock.insert(catalogue::product_id(&row.sku), (row.quantity, true));
     }
-    let off_sale = take_off_sale(&product_client, &rows, &mut model).await?;
+    let off_sale = take_off_sale(&admin, &rows, &mut model).await?;
 
     tell("Publishing orders of every kind to lomash.orders.created …");
     let published = publish_all(&context, &rows, off_sale, &mut dice, &mut model).await?;
@@ -298,12 +298,11 @@ async fn show(stack: &Stack, args: &DemoArgs) -> anyhow::Result<Vec<Check>> {
 }
 
 /// Takes one product off sale, as an admin would.
-async fn take_off_sale(client: &ProductClient, rows: &[Row], model: &mut Model) -> anyhow::Result<ProductId> {
+async fn take_off_sale(admin: &Api, rows: &[Row], model: &mut Model) -> anyhow::Result<ProductId> {
     let row = rows.iter().find(|row| row.quantity > 10).context("the catalogue has a product in stock")?;
     let product_id = catalogue::product_id(&row.sku);
-    let action = Action::Amend(Amendment::activate(false));
-    let command = ProductCommand::new(Uuid::new_v4(), product_id, UpdatedBy::System, action);
-    client.send(command, Some("discontinued".to_owned())).await?;
+    let body = json!({ "active": false, "reason": "discontinued" });
+    admin.call::<Value>(Method::PATCH, &format!("/v1/products/{product_id}"), Some(body)).await?;
     model.stock.entry(product_id).and_modify(|(_, active)| *active = false);
     Ok(product_id)
 }

@@ -1,50 +1,137 @@
-//! `lomash import`: a catalogue file becomes registered products.
+//! `lomash import`: a catalogue file becomes registered products, by the HTTP import of the product service.
 //!
-//! Every row is a command to the product service, decided and stored like any other. New units are registered with
-//! their stock; known units get the file's details and keep the stock they have, for a file knows nothing of what was
-//! sold since. A bad row is told with its line and the others go through.
+//! Talks to the service like any admin, with `PRODUCT_URL` and `ADMIN_TOKEN`. What a row means, which rows are good and
+//! what is written is the service's to say: this sends the file as it is, and shows what became of each row while the
+//! answer comes in. Owns only how the answer is read, and nothing of it is kept but what is shown.
 
-use std::fs::File;
-use std::io::BufReader;
-use std::path::PathBuf;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
-use anyhow::{Context, bail};
-use clap::Args;
+use anyhow::{Context, bail, ensure};
+use clap::{Args, ValueEnum};
 use comfy_table::Cell;
-use futures::{StreamExt, stream};
-use lomash_contract::UpdatedBy;
-use lomash_platform::nats;
-use product_service::client::{ClientError, ProductClient};
-use product_service::inventory::{Action, Details, Outcome, ProductCommand, Rejection};
-use serde::Serialize;
-use uuid::Uuid;
+use lomash_platform::Secret;
+use product_service::http::{IMPORT_TIMEOUT, MAX_BODY_BYTES};
+use reqwest::Body;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use tokio::fs::File;
 
-use crate::catalogue::{self, Row, RowError};
+use crate::api::Api;
+use crate::catalogue::{self, Row};
 use crate::output::{self, Progress};
 
-/// Commands under way at once: enough to fill a batch while one is being stored.
-const IN_FLIGHT: usize = 1_000;
+/// Rows that are told one by one, of those refused and of those that change a product; the others are counted.
+const ROWS_SHOWN: usize = 20;
 
-/// Row errors that are shown in full; the others are counted.
-const ERRORS_SHOWN: usize = 20;
+/// Longest line of an answer. A row has a sku, a name before and after, and a sentence or two.
+const MAX_LINE_BYTES: usize = 64 * 1024;
+
+/// How long the whole import may take: the service itself ends it with a reason before that.
+const TIMEOUT: Duration = Duration::from_secs(IMPORT_TIMEOUT.as_secs() + 30);
+
+const PATH: &str = "/v1/products:import";
 
 /// Arguments of `lomash import`.
 #[derive(Clone, Debug, Args)]
 pub struct ImportArgs {
-    /// The catalogue: CSV with the columns sku, name, category, quantity, threshold.
+    /// The catalogue: CSV with the columns sku, name, category, quantity, threshold, or NDJSON (`.ndjson`, `.jsonl`).
     pub file: PathBuf,
-    /// The servers.
-    #[command(flatten)]
-    pub servers: nats::Servers,
-    /// Print the report as JSON.
+    /// Only say what would become of each row; write nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// What one refused row does to the others.
+    #[arg(long, value_enum, default_value_t = Policy::GoodRows)]
+    pub policy: Policy,
+    /// Why, for the record, of rows that do not say.
+    #[arg(long)]
+    pub reason: Option<String>,
+    /// Print the result of every row, and the summary, as JSON.
     #[arg(long)]
     pub json: bool,
+    /// The product service; `just up` writes its address to `.data/stack.env`.
+    #[arg(long, env = "PRODUCT_URL", value_name = "URL")]
+    pub product_url: String,
+    /// A token with the role ADMIN; `just up` writes one there, too.
+    #[arg(long, env = "ADMIN_TOKEN", hide_env_values = true)]
+    pub admin_token: Secret,
+}
+
+/// What one refused row does to the others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Policy {
+    /// Nothing: every row that can be is carried out.
+    #[default]
+    GoodRows,
+    /// None is carried out: all are checked before the first is written.
+    AllOrNothing,
+}
+
+/// How a body is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    Csv,
+    Ndjson,
+}
+
+impl Form {
+    fn of(file: &Path) -> Self {
+        let ends_as = |end: &str| file.extension().is_some_and(|extension| extension.eq_ignore_ascii_case(end));
+        if ends_as("ndjson") || ends_as("jsonl") { Self::Ndjson } else { Self::Csv }
+    }
+
+    const fn media_type(self) -> &'static str {
+        match self {
+            Self::Csv => "text/csv",
+            Self::Ndjson => "application/x-ndjson",
+        }
+    }
+}
+
+/// The result of a row, as far as this program shows it.
+#[derive(Clone, Debug, Deserialize)]
+struct RowResult {
+    line: u64,
+    status: String,
+    sku: Option<String>,
+    /// What the row changes, by field.
+    #[serde(default)]
+    changes: Value,
+    problem: Option<Problem>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Problem {
+    title: Option<String>,
+    detail: Option<String>,
+}
+
+impl Problem {
+    fn told(self) -> String {
+        self.detail.or(self.title).unwrap_or_else(|| "the service does not say why".to_owned())
+    }
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Summary {
+    #[serde(default)]
+    registered: u64,
+    #[serde(default)]
+    revised: u64,
+    #[serde(default)]
+    unchanged: u64,
+    #[serde(default)]
+    refused: u64,
+    #[serde(default)]
+    skipped: u64,
+    complete: bool,
+    problem: Option<Problem>,
 }
 
 /// What an import came to.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "camelCase")]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ImportReport {
     /// Products that are new.
     pub registered: u64,
@@ -52,12 +139,20 @@ pub struct ImportReport {
     pub revised: u64,
     /// Products that were as the file says.
     pub unchanged: u64,
-    /// Rows that did not go through, in the order in which they were refused.
+    /// Rows that were not carried out because another one was refused.
+    pub skipped: u64,
+    /// Rows that did not go through.
+    pub refused: u64,
+    /// The first of them, in the order of the file.
     pub errors: Vec<RowFailure>,
+    /// The first rows that change a known product, and in what.
+    pub changes: Vec<RowChange>,
+    /// Why not every row of the file has a result.
+    pub broken_off: Option<String>,
 }
 
 /// A row that did not go through.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RowFailure {
     /// Its line.
     pub line: u64,
@@ -65,114 +160,304 @@ pub struct RowFailure {
     pub problem: String,
 }
 
-enum RowOutcome {
-    Registered,
-    Revised,
-    Unchanged,
+/// A row that changes a product.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RowChange {
+    /// Its line.
+    pub line: u64,
+    /// The product.
+    pub sku: String,
+    /// Its fields, each with what it was and what it becomes.
+    pub fields: Vec<String>,
+}
+
+impl ImportReport {
+    /// Whether every row went through.
+    #[must_use]
+    pub const fn is_good(&self) -> bool {
+        self.refused == 0 && self.skipped == 0 && self.broken_off.is_none()
+    }
+
+    fn note(&mut self, row: RowResult) {
+        match row.status.as_str() {
+            "refused" if self.errors.len() < ROWS_SHOWN => {
+                let problem = row.problem.map_or_else(|| "the service does not say why".to_owned(), Problem::told);
+                self.errors.push(RowFailure { line: row.line, problem });
+            }
+            "revised" if self.changes.len() < ROWS_SHOWN => {
+                let sku = row.sku.unwrap_or_default();
+                self.changes.push(RowChange { line: row.line, sku, fields: changed_fields(&row.changes) });
+            }
+            _ => {}
+        }
+    }
+
+    fn close(&mut self, summary: Summary) {
+        let Summary { registered, revised, unchanged, refused, skipped, complete, problem } = summary;
+        (self.registered, self.revised, self.unchanged) = (registered, revised, unchanged);
+        (self.refused, self.skipped) = (refused, skipped);
+        if !complete {
+            let why = problem.map_or_else(|| "the service does not say why".to_owned(), Problem::told);
+            self.broken_off = Some(why);
+        }
+    }
+}
+
+/// The fields that a row changes, `name: "before" → "after"` each.
+fn changed_fields(changes: &Value) -> Vec<String> {
+    let told = |field: &str, change: &Value| {
+        let side = |name: &str| change.get(name).map_or_else(|| "nothing".to_owned(), shown);
+        format!("{field}: {} → {}", side("before"), side("after"))
+    };
+    match changes {
+        Value::Array(changes) => {
+            changes.iter().filter_map(|change| Some(told(change.get("field")?.as_str()?, change))).collect()
+        }
+        Value::Object(changes) => changes.iter().map(|(field, change)| told(field, change)).collect(),
+        _ => Vec::new(),
+    }
+}
+
+fn shown(value: &Value) -> String {
+    if value.is_null() { "nothing".to_owned() } else { value.to_string() }
 }
 
 /// Runs the command; it succeeds when every row went through.
 ///
 /// # Errors
-/// When the file cannot be read at all or the product service does not answer.
+/// When the file cannot be read, or the service does not answer or refuses the file as a whole.
 pub async fn run(args: ImportArgs) -> anyhow::Result<ExitCode> {
-    let file = File::open(&args.file).with_context(|| format!("cannot open {}", args.file.display()))?;
-    let rows = catalogue::read(BufReader::new(file)).with_context(|| args.file.display().to_string())?;
-    let (client, _) = args.servers.connect("lomash import").await?;
-    let client = ProductClient::new(client);
-    let report = import(&client, rows, Progress::counting("importing")).await?;
-    if args.json {
-        output::print_json(&report)?;
-    } else {
-        show(&report);
+    let path = &args.file;
+    let file = File::open(path).await.with_context(|| format!("cannot open {}", path.display()))?;
+    let length = file.metadata().await.with_context(|| format!("cannot read {}", path.display()))?.len();
+    ensure!(
+        length <= MAX_BODY_BYTES as u64,
+        "{} has {}, the product service takes at most {} at once: split it",
+        path.display(),
+        output::bytes(length),
+        output::bytes(MAX_BODY_BYTES as u64),
+    );
+    let api = Api::new(&args.product_url, args.admin_token)?;
+    let request = Request {
+        form: Form::of(path),
+        dry_run: args.dry_run,
+        policy: args.policy,
+        reason: args.reason.as_deref(),
+        body: file.into(),
+    };
+    let mut progress = Progress::counting(if args.dry_run { "checking" } else { "importing" });
+    let mut told = args.json.then(JsonRows::default);
+    let mut report = ImportReport::default();
+    let summary = send(&api, request, |row| {
+        progress.inc(1);
+        if let Some(told) = &mut told {
+            told.tell(&row)?;
+        }
+        report.note(serde_json::from_value(row).context(NOT_A_RESULT)?);
+        Ok(())
+    })
+    .await
+    .with_context(|| path.display().to_string())?;
+    progress.finish();
+    report.close(serde_json::from_value(summary.clone()).context(NOT_A_RESULT)?);
+    match told {
+        Some(told) => told.end(&summary)?,
+        None => show(&report, args.dry_run),
     }
-    Ok(if report.errors.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if report.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Imports the rows.
+/// Imports products that are at hand, each as a body of `POST /v1/products`.
 ///
 /// # Errors
-/// When the product service does not answer; what went through before stays.
-pub async fn import(
-    client: &ProductClient,
-    rows: impl Iterator<Item = Result<Row, RowError>>,
-    mut progress: Progress,
-) -> anyhow::Result<ImportReport> {
+/// When the service does not answer.
+pub async fn import(api: &Api, products: impl IntoIterator<Item = Value>) -> anyhow::Result<ImportReport> {
+    let body: String = products.into_iter().map(|product| format!("{product}\n")).collect();
+    let (form, policy) = (Form::Ndjson, Policy::GoodRows);
+    let request = Request { form, dry_run: false, policy, reason: None, body: body.into() };
     let mut report = ImportReport::default();
-    let work = stream::iter(rows).map(|row| async move {
-        match row {
-            Ok(row) => (row.line, put(client, row).await),
-            Err(error) => (error.line, Ok(Err(error.problem))),
-        }
-    });
-    let mut work = std::pin::pin!(work.buffer_unordered(IN_FLIGHT));
-    while let Some((line, outcome)) = work.next().await {
-        progress.inc(1);
-        match outcome {
-            Ok(Ok(RowOutcome::Registered)) => report.registered += 1,
-            Ok(Ok(RowOutcome::Revised)) => report.revised += 1,
-            Ok(Ok(RowOutcome::Unchanged)) => report.unchanged += 1,
-            Ok(Err(problem)) => report.errors.push(RowFailure { line, problem }),
-            Err(problem) => {
-                let so_far = report.registered + report.revised + report.unchanged;
-                return Err(problem).with_context(|| {
-                    format!("stopped at line {line} after {so_far} rows; import the file again to go on")
-                });
-            }
-        }
-    }
-    progress.finish();
-    report.errors.sort_by_key(|failure| failure.line);
+    let summary = send(api, request, |row| {
+        report.note(serde_json::from_value(row).context(NOT_A_RESULT)?);
+        Ok(())
+    })
+    .await?;
+    report.close(serde_json::from_value(summary).context(NOT_A_RESULT)?);
     Ok(report)
 }
 
-/// Registers the row's product, or revises it when it is known. `Ok(Err)` is a refusal of this row.
-async fn put(client: &ProductClient, row: Row) -> anyhow::Result<Result<RowOutcome, String>> {
-    let product_id = catalogue::product_id(&row.sku);
-    let details = Details {
-        sku: row.sku,
-        name: row.name,
-        category: row.category,
-        low_stock_threshold: row.threshold,
-        active: true,
-    };
-    let command = |action| ProductCommand::new(Uuid::new_v4(), product_id, UpdatedBy::System, action);
-    let register = Action::Register { details: details.clone(), initial_quantity: row.quantity };
-    let mut tried = RowOutcome::Registered;
-    let mut answer = client.send(command(register), None).await;
-    if let Err(ClientError::Rejected(Rejection::AlreadyRegistered)) = answer {
-        tried = RowOutcome::Revised;
-        answer = client.send(command(Action::Revise { details }), None).await;
+/// The body of `POST /v1/products` that registers what a row of a catalogue says.
+#[must_use]
+pub fn product(row: &Row) -> Value {
+    let mut product = Map::new();
+    product.insert("productId".to_owned(), json!(catalogue::product_id(&row.sku)));
+    product.insert("sku".to_owned(), json!(row.sku));
+    product.insert("name".to_owned(), json!(row.name));
+    if let Some(category) = &row.category {
+        product.insert("category".to_owned(), json!(category));
     }
-    match answer {
-        Ok(done) => match done.outcome {
-            Outcome::Registered => Ok(Ok(RowOutcome::Registered)),
-            Outcome::Revised { .. } => Ok(Ok(RowOutcome::Revised)),
-            Outcome::Unchanged => Ok(Ok(RowOutcome::Unchanged)),
-            other => bail!("the product service answered a registration with {other:?}"),
-        },
-        // An earlier try went through and only its answer was lost.
-        Err(ClientError::Rejected(Rejection::Repeated)) => Ok(Ok(tried)),
-        Err(problem @ (ClientError::Rejected(_) | ClientError::BadRequest(_))) => Ok(Err(problem.to_string())),
-        Err(problem @ ClientError::Unavailable(_)) => Err(problem.into()),
+    if let Some(threshold) = row.threshold {
+        product.insert("lowStockThreshold".to_owned(), json!(threshold));
+    }
+    product.insert("initialQuantity".to_owned(), json!(row.quantity));
+    Value::Object(product)
+}
+
+// ── Asking, and reading the answer ──────────────────────────────────────────────────────────────────────────────
+
+const NOT_A_RESULT: &str = "the product service answered something else than results of rows";
+
+struct Request<'r> {
+    form: Form,
+    dry_run: bool,
+    policy: Policy,
+    reason: Option<&'r str>,
+    body: Body,
+}
+
+/// Sends the rows, gives each result to `told` as it comes, and returns the summary.
+async fn send(
+    api: &Api,
+    request: Request<'_>,
+    mut told: impl FnMut(Value) -> anyhow::Result<()>,
+) -> anyhow::Result<Value> {
+    let Request { form, dry_run, policy, reason, body } = request;
+    let policy = match policy {
+        Policy::GoodRows => "goodRows",
+        Policy::AllOrNothing => "allOrNothing",
+    };
+    let mut query = vec![("dryRun", dry_run.to_string()), ("policy", policy.to_owned())];
+    query.extend(reason.map(|reason| ("reason", reason.to_owned())));
+    let mut answer = api.upload(PATH, &query, form.media_type(), body, TIMEOUT).await?;
+    let mut lines = Lines::default();
+    let mut summary = None;
+    while let Some(bytes) = answer.chunk().await.context("the answer of the product service broke off")? {
+        lines.add(&bytes);
+        while let Some(line) = lines.next()? {
+            let mut line: Value = serde_json::from_slice(&line).context(NOT_A_RESULT)?;
+            match line.get_mut("summary").map(Value::take) {
+                Some(last) => summary = Some(last),
+                None => told(line)?,
+            }
+        }
+    }
+    // Without its last line the answer was cut off, whatever the connection says.
+    match summary {
+        Some(summary) => Ok(summary),
+        None => bail!("the answer of the product service broke off; import the file again to see what was done"),
     }
 }
 
-fn show(report: &ImportReport) {
+/// The lines of an answer that comes in pieces.
+#[derive(Default)]
+struct Lines {
+    held: Vec<u8>,
+}
+
+impl Lines {
+    fn add(&mut self, bytes: &[u8]) {
+        self.held.extend_from_slice(bytes);
+    }
+
+    /// The next whole line; None until there is one.
+    fn next(&mut self) -> anyhow::Result<Option<Vec<u8>>> {
+        let Some(end) = self.held.iter().position(|byte| *byte == b'\n') else {
+            ensure!(self.held.len() <= MAX_LINE_BYTES, "{NOT_A_RESULT}: a line of more than {MAX_LINE_BYTES} bytes");
+            return Ok(None);
+        };
+        let rest = self.held.split_off(end + 1);
+        let mut line = std::mem::replace(&mut self.held, rest);
+        line.pop();
+        Ok(Some(line))
+    }
+}
+
+// ── Showing ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/// One JSON document of all results, written as they come: there may be a million.
+#[derive(Default)]
+struct JsonRows {
+    any: bool,
+}
+
+impl JsonRows {
+    fn tell(&mut self, row: &Value) -> anyhow::Result<()> {
+        let before = if std::mem::replace(&mut self.any, true) { ",\n    " } else { "{\n  \"rows\": [\n    " };
+        write!(std::io::stdout(), "{before}{row}").context("the result cannot be written")
+    }
+
+    fn end(self, summary: &Value) -> anyhow::Result<()> {
+        let before = if self.any { "\n  ]" } else { "{\n  \"rows\": []" };
+        writeln!(std::io::stdout(), "{before},\n  \"summary\": {summary}\n}}").context("the result cannot be written")
+    }
+}
+
+fn show(report: &ImportReport, dry_run: bool) {
     let mut table = output::table(&["rows", "count"]);
     for (what, count) in [
         ("registered", report.registered),
-        ("revised", report.revised),
+        ("changed", report.revised),
         ("unchanged", report.unchanged),
-        ("refused", report.errors.len() as u64),
+        ("refused", report.refused),
     ] {
         table.add_row(vec![Cell::new(what), output::number_cell(count)]);
     }
-    println!("{table}");
-    for failure in report.errors.iter().take(ERRORS_SHOWN) {
-        println!("line {}: {}", failure.line, failure.problem);
+    if report.skipped > 0 {
+        table.add_row(vec![Cell::new("not carried out"), output::number_cell(report.skipped)]);
     }
-    if let Some(more) = report.errors.len().checked_sub(ERRORS_SHOWN).filter(|more| *more > 0) {
-        println!("and {} more; --json lists them all", output::thousands(more as u64));
+    println!("{table}");
+    for RowChange { line, sku, fields } in &report.changes {
+        println!("line {line}: {sku} changes{}", fields.iter().map(|field| format!("; {field}")).collect::<String>());
+    }
+    more(report.revised, report.changes.len());
+    for RowFailure { line, problem } in &report.errors {
+        println!("line {line}: {problem}");
+    }
+    more(report.refused, report.errors.len());
+    if let Some(why) = &report.broken_off {
+        println!("not every row was read: {why}");
+    }
+    if dry_run {
+        println!("a dry run: nothing was written");
+    }
+}
+
+fn more(all: u64, shown: usize) {
+    if let Some(more) = all.checked_sub(shown as u64).filter(|more| *more > 0) {
+        println!("and {} more; --json lists them all", output::thousands(more));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_whole_however_they_come() {
+        let mut lines = Lines::default();
+        lines.add(b"{\"a\":1}\n{\"b\"");
+        assert_eq!(lines.next().expect("a line"), Some(b"{\"a\":1}".to_vec()));
+        assert_eq!(lines.next().expect("none yet"), None);
+        lines.add(b":2}\n\n");
+        assert_eq!(lines.next().expect("a line"), Some(b"{\"b\":2}".to_vec()));
+        assert_eq!(lines.next().expect("a line"), Some(Vec::new()));
+        lines.add(&vec![b'x'; MAX_LINE_BYTES + 1]);
+        assert!(lines.next().is_err(), "what has no end is no answer of ours");
+    }
+
+    #[test]
+    fn changes_are_told_by_field() {
+        let told = changed_fields(&json!([{ "field": "name", "before": "Oak", "after": null }]));
+        assert_eq!(told, ["name: \"Oak\" → nothing"]);
+        let told = changed_fields(&json!({ "active": { "before": true, "after": false } }));
+        assert_eq!(told, ["active: true → false"]);
+        assert!(changed_fields(&Value::Null).is_empty());
+    }
+
+    #[test]
+    fn a_form_shows_in_the_name() {
+        assert_eq!(Form::of(Path::new("a/b.JSONL")), Form::Ndjson);
+        assert_eq!(Form::of(Path::new("a.ndjson")), Form::Ndjson);
+        assert_eq!(Form::of(Path::new("a.csv")), Form::Csv);
+        assert_eq!(Form::of(Path::new("ndjson")), Form::Csv);
     }
 }

@@ -18,11 +18,11 @@ use futures::FutureExt;
 use lomash_platform::Secret;
 use lomash_web::Role;
 use lomash_web::config::{DEVELOPMENT_AUDIENCE, DEVELOPMENT_ISSUER};
-use product_service::client::ProductClient;
 use serde::Serialize;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
+use crate::api::Api;
 use crate::stack::{FolderLock, Kind, Mail, Nats, Postgres, Redis, Server, Service, free_port, log_tail};
 use crate::token::{stack_secret, stack_token, write_private};
 
@@ -46,7 +46,7 @@ pub(crate) const PRODUCT_SERVICE: &str = "product-service";
 /// The services that read what the product service wrote.
 pub(crate) const DOWNSTREAM_SERVICES: [&str; 2] = ["analytics-service", "notification-service"];
 /// Under which names `stack.env` tells where the services answer HTTP.
-const URL_VARIABLES: [(&str, &str); 3] = [
+pub(crate) const URL_VARIABLES: [(&str, &str); 3] = [
     (PRODUCT_SERVICE, "PRODUCT_URL"),
     ("analytics-service", "ANALYTICS_URL"),
     ("notification-service", "NOTIFICATION_URL"),
@@ -207,10 +207,8 @@ impl Stack {
         }
         // From here on the stack owns them.
         self.services = services;
-        let products = ProductClient::new(lomash_platform::nats::connect(&self.nats.url(), CLIENT_NAME).await?);
         for service in &self.services {
-            let takes_commands = (service.name() == PRODUCT_SERVICE).then_some(&products);
-            is_ready(service, takes_commands).await?;
+            is_ready(service).await?;
         }
         self.write_env_file()
     }
@@ -266,6 +264,15 @@ impl Stack {
     pub fn url(&self, name: &str) -> Option<String> {
         let service = self.services.iter().find(|service| service.name() == name)?;
         service.address().map(|address| format!("http://{address}"))
+    }
+
+    /// The product service, called by an admin.
+    ///
+    /// # Errors
+    /// When it is not started, or no token can be made.
+    pub fn admin(&self) -> Result<Api> {
+        let url = self.product_url().context("the product service is not started")?;
+        Api::new(&url, Secret::from(self.token(Role::Admin)?))
     }
 
     /// A token that the services of this stack take.
@@ -366,17 +373,9 @@ async fn apply_sql(postgres: &Postgres) -> Result<()> {
     lomash_platform::postgres::migrate(&Secret::from(postgres.url())).await.context("could not apply sql/")
 }
 
-/// Waits until `/readyz` says so and, where `products` is given, it takes commands.
-pub(crate) async fn is_ready(service: &Service, products: Option<&ProductClient>) -> Result<()> {
-    let address = service.address().context("the service was not told where to listen")?;
-    let url = format!("http://{address}/readyz");
-    // Nothing here speaks TLS, but the client is not made without a provider; a second one is refused, as it should.
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    let client = reqwest::Client::builder()
-        .no_proxy()
-        .timeout(READY_ANSWER_TIMEOUT)
-        .build()
-        .context("the HTTP client cannot be made")?;
+/// Waits until `/readyz` says so.
+pub(crate) async fn is_ready(service: &Service) -> Result<()> {
+    let readiness = Readiness::of(service)?;
     let started = Instant::now();
     loop {
         let problem = tokio::select! {
@@ -384,7 +383,7 @@ pub(crate) async fn is_ready(service: &Service, products: Option<&ProductClient>
             status = service.ended() => {
                 bail!("{} ended while it was starting ({status}); {}", service.name(), log_tail(service.log()))
             }
-            answer = readiness(products, &client, &url) => match answer {
+            answer = readiness.ask() => match answer {
                 Ok(()) => {
                     info!(service = service.name(), "ready");
                     return Ok(());
@@ -400,16 +399,35 @@ pub(crate) async fn is_ready(service: &Service, products: Option<&ProductClient>
     }
 }
 
-/// An error is what the service says it waits for, or why it cannot be asked.
-async fn readiness(products: Option<&ProductClient>, client: &reqwest::Client, url: &str) -> Result<(), String> {
-    if let Some(products) = products {
-        products.ping().await.map_err(|problem| problem.to_string())?;
+/// Where a service says whether it is ready.
+pub(crate) struct Readiness {
+    client: reqwest::Client,
+    url: String,
+}
+
+impl Readiness {
+    /// Of this service.
+    pub(crate) fn of(service: &Service) -> Result<Self> {
+        let address = service.address().context("the service was not told where to listen")?;
+        let url = format!("http://{address}/readyz");
+        // Nothing here speaks TLS, but the client is not made without a provider; a second one is refused, as it should.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let client = reqwest::Client::builder()
+            .no_proxy()
+            .timeout(READY_ANSWER_TIMEOUT)
+            .build()
+            .context("the HTTP client cannot be made")?;
+        Ok(Self { client, url })
     }
-    let answer = client.get(url).send().await.map_err(|problem| problem.to_string())?;
-    if answer.status().is_success() {
-        return Ok(());
+
+    /// An error is what the service says it waits for, or why it cannot be asked.
+    pub(crate) async fn ask(&self) -> Result<(), String> {
+        let answer = self.client.get(&self.url).send().await.map_err(|problem| problem.to_string())?;
+        if answer.status().is_success() {
+            return Ok(());
+        }
+        Err(answer.text().await.unwrap_or_else(|problem| problem.to_string()))
     }
-    Err(answer.text().await.unwrap_or_else(|problem| problem.to_string()))
 }
 
 /// The program `name` beside this one; for a test, which cargo puts one folder deeper, beside that folder.

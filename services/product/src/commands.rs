@@ -1,12 +1,12 @@
-//! Commands about products by NATS request: how the command line reaches the product service, and how its replicas
-//! reach the one among them that is writing.
-//!
-//! One JSON request, one JSON reply with the outcome. Not part of the contract with other services; permissions keep
-//! the subjects to the platform's own tools. A command carries its own id, so that asking again after a lost reply does
-//! not act twice (within the stream's de-duplication window, and beyond it when it has a fingerprint).
+//! Commands about products among the replicas: how each of them reaches the one that is writing, by NATS request.
 //!
 //! While orders arrive, one replica writes. A command that another replica commits would conflict with every batch of
 //! the writer's, so each replica hands its commands to the writer ([`Writer`]), which decides them between its orders.
+//!
+//! One JSON request, one JSON reply with the outcome. Not a way in: an admin's only door is HTTP, where a token says who
+//! it is (ADR 0039). Here the request itself says who, which is believed because the server lets nobody but the product
+//! service publish on the subject. A command carries its own id, so that asking again after a lost reply does not act
+//! twice (within the stream's de-duplication window, and beyond it when it has a fingerprint).
 
 use std::future::Future;
 use std::sync::Arc;
@@ -31,9 +31,6 @@ use crate::committer::{Answer, CommandError, Committed, Committer};
 use crate::inventory::{Command, Outcome, ProductCommand, Rejection};
 use crate::observed;
 
-/// The subject commands are sent to.
-pub const SUBJECT: &str = "lomash.commands.product";
-
 /// The subject on which the replica that is writing takes the commands of the others.
 pub const WRITER_SUBJECT: &str = "lomash.commands.product.writer";
 
@@ -44,7 +41,7 @@ pub const WRITING_FOR: Duration = Duration::from_secs(5);
 /// take less; what the writer does after all is recognised by the command's id.
 pub const WRITER_TIMEOUT: Duration = Duration::from_millis(1_500);
 
-/// The queue group of the replicas: one of them answers.
+/// The queue group of the replicas: should two think that they are writing, one of them answers.
 pub const QUEUE: &str = "product-service";
 
 /// How long the rest of a subscription's messages may take to arrive after its end.
@@ -60,11 +57,10 @@ pub const MAX_REQUEST_BYTES: usize = 16 * 1024;
 pub const MAX_REASON_CHARS: usize = 500;
 
 /// What can be asked.
+// The tag is what replicas of an earlier version write and read: they run side by side while they are replaced.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "camelCase", rename_all_fields = "camelCase")]
 pub enum Request {
-    /// Are you there, and up to which sequence do you know the ledger?
-    Ping,
     /// Carry this out.
     Command {
         /// What.
@@ -79,11 +75,6 @@ pub enum Request {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "reply", rename_all = "camelCase", rename_all_fields = "camelCase")]
 pub enum Reply {
-    /// To a ping.
-    Pong {
-        /// Up to where the replica knows the ledger.
-        sequence: u64,
-    },
     /// Done and stored.
     Committed {
         /// What it came to.
@@ -279,7 +270,7 @@ impl Writer {
             }
             Ok(Reply::Rejected { rejection, .. }) => Asked::Answered(Err(CommandError::Rejected(rejection))),
             // It has let go of the command; and what cannot be read says nothing.
-            Ok(Reply::Pong { .. } | Reply::BadRequest { .. } | Reply::Unavailable { .. }) => Asked::Nobody,
+            Ok(Reply::BadRequest { .. } | Reply::Unavailable { .. }) => Asked::Nobody,
             Err(_) => Asked::Silent,
         }
     }
@@ -297,69 +288,37 @@ enum Asked {
 
 // ── Serving ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/// Answers commands until `stop`, then finishes those at work.
+/// Answers the commands of other replicas whenever this one is writing, until `stop`, and then finishes those at work.
 ///
 /// # Errors
-/// When a subject cannot be subscribed.
+/// When the subject cannot be subscribed.
 pub async fn serve(client: Client, writer: Writer, stop: CancellationToken) -> Result<(), SubscribeError> {
-    let anybody = async {
-        let requests = client.queue_subscribe(SUBJECT, QUEUE.to_owned()).await?;
-        answer_all(&client, requests, &Decides::Writer(writer.clone()), stop.cancelled()).await;
-        Ok::<(), SubscribeError>(())
-    };
-    let replicas = async {
-        while !stop.is_cancelled() {
-            tokio::select! {
-                () = stop.cancelled() => break,
-                () = writer.writing.begins() => {}
+    let Writer { committer, writing, .. } = writer;
+    while !stop.is_cancelled() {
+        tokio::select! {
+            () = stop.cancelled() => break,
+            () = writing.begins() => {}
+        }
+        let requests = client.queue_subscribe(WRITER_SUBJECT, QUEUE.to_owned()).await?;
+        let over = async {
+            while writing.is_on() {
+                tokio::time::sleep(WRITING_FOR / 5).await;
             }
-            let requests = client.queue_subscribe(WRITER_SUBJECT, QUEUE.to_owned()).await?;
-            let over = async {
-                while writer.writing.is_on() {
-                    tokio::time::sleep(WRITING_FOR / 5).await;
-                }
-            };
-            let ends = async {
-                tokio::select! {
-                    () = stop.cancelled() => {}
-                    () = over => {}
-                }
-            };
-            answer_all(&client, requests, &Decides::Here(writer.committer.clone()), ends).await;
-        }
-        Ok::<(), SubscribeError>(())
-    };
-    tokio::try_join!(anybody, replicas)?;
+        };
+        let ends = async {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = over => {}
+            }
+        };
+        answer_all(&client, requests, &committer, ends).await;
+    }
     Ok(())
-}
-
-/// Who decides the commands of a subscription.
-#[derive(Clone)]
-enum Decides {
-    /// Whichever replica is writing.
-    Writer(Writer),
-    /// This one: it was asked because it is.
-    Here(Committer),
-}
-
-impl Decides {
-    async fn submit(&self, command: ProductCommand, carried: Option<Arc<Carried>>) -> Answer {
-        match self {
-            Self::Writer(writer) => writer.submit(command, carried).await,
-            Self::Here(committer) => committer.submit(Command::Product(command), carried).await,
-        }
-    }
-
-    fn sequence(&self) -> u64 {
-        match self {
-            Self::Writer(Writer { committer, .. }) | Self::Here(committer) => committer.sequence(),
-        }
-    }
 }
 
 /// Answers what comes in until `ends`, and then what has come in. Ends in bounded time: the committer answers everything
 /// when it is stopped.
-async fn answer_all(client: &Client, mut requests: Subscriber, decides: &Decides, ends: impl Future<Output = ()>) {
+async fn answer_all(client: &Client, mut requests: Subscriber, committer: &Committer, ends: impl Future<Output = ()>) {
     let places = Arc::new(Semaphore::new(MAX_IN_FLIGHT));
     let at_work = TaskTracker::new();
     let mut ends = std::pin::pin!(ends.fuse());
@@ -382,9 +341,9 @@ async fn answer_all(client: &Client, mut requests: Subscriber, decides: &Decides
         let Ok(place) = places.clone().acquire_owned().await else {
             break;
         };
-        let (client, decides) = (client.clone(), decides.clone());
+        let (client, committer) = (client.clone(), committer.clone());
         at_work.spawn(async move {
-            answer(&client, &decides, message).await;
+            answer(&client, &committer, message).await;
             drop(place);
         });
     }
@@ -392,21 +351,20 @@ async fn answer_all(client: &Client, mut requests: Subscriber, decides: &Decides
     at_work.wait().await;
 }
 
-async fn answer(client: &Client, decides: &Decides, message: Message) {
+async fn answer(client: &Client, committer: &Committer, message: Message) {
     let Some(inbox) = message.reply.clone() else {
         debug!(subject = %message.subject, "a command without a reply subject was ignored");
         return;
     };
     let reply = match parse(&message) {
         Err(detail) => Reply::BadRequest { detail },
-        Ok(Request::Ping) => Reply::Pong { sequence: decides.sequence() },
         Ok(Request::Command { command, reason }) => {
             let text = |name: &str| Some(message.headers.as_ref()?.get(name)?.as_str());
             let (traceparent, tracestate) = (text(header::TRACEPARENT), text(header::TRACESTATE));
             let span = observed::request_span(&message.subject, traceparent, tracestate);
             let carried = Carried { trace: TraceContext::parse(traceparent, tracestate), reason, command: None };
             let carried = (carried != Carried::default()).then(|| Arc::new(carried));
-            decides.submit(command, carried).instrument(span).await.into()
+            committer.submit(Command::Product(command), carried).instrument(span).await.into()
         }
     };
     let body = serde_json::to_vec(&reply).expect("a reply is always JSON");
@@ -421,8 +379,9 @@ fn parse(message: &Message) -> Result<Request, String> {
     }
     let request: Request =
         serde_json::from_slice(&message.payload).map_err(|problem| format!("not a command: {problem}"))?;
-    match &request {
-        Request::Command { reason: Some(reason), .. } if reason.chars().count() > MAX_REASON_CHARS => {
+    let Request::Command { reason, .. } = &request;
+    match reason {
+        Some(reason) if reason.chars().count() > MAX_REASON_CHARS => {
             Err(format!("the reason is longer than {MAX_REASON_CHARS} characters"))
         }
         _ => Ok(request),

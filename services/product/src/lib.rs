@@ -7,7 +7,6 @@
 
 pub mod cache;
 pub mod catalogue;
-pub mod client;
 pub mod commands;
 pub mod committer;
 pub mod http;

@@ -15,7 +15,6 @@ use lomash_contract::{ContentType, Envelope, OrderCreated, Timestamp, Topic, Upd
 use lomash_ledger::{JetStreamLedger, MAX_BATCH_MESSAGES, streams};
 use lomash_platform::{Secret, nats, postgres};
 use lomash_web::Role;
-use product_service::client::ProductClient;
 use product_service::committer::committer;
 use product_service::inventory::{Action, Command, Details, ProductCommand, State};
 use serde_json::{Value, json};
@@ -28,7 +27,7 @@ use super::workload::{Orders, Source, Stocked};
 use crate::api::Api;
 use crate::rebuild::{self, Options};
 use crate::stack::{Service, log_tail};
-use crate::up::Stack;
+use crate::up::{Readiness, Stack};
 use crate::verify::{self, Show};
 
 /// How long deciding all orders of a run may take.
@@ -185,13 +184,14 @@ impl Bed {
     pub async fn start_service(&mut self) -> anyhow::Result<Duration> {
         let started = Instant::now();
         self.service.start()?;
-        let products = ProductClient::new(self.client.clone());
+        // Asked more often than `up` asks: how long it took is a figure of the report.
+        let readiness = Readiness::of(&self.service)?;
         let answers = async {
             loop {
-                match products.ping().await {
-                    Ok(_) => return Ok(started.elapsed()),
+                match readiness.ask().await {
+                    Ok(()) => return Ok(started.elapsed()),
                     Err(problem) if started.elapsed() > START_TIMEOUT => {
-                        return Err(problem).context("the product service was not there in time");
+                        bail!("the product service was not there in time: {problem}");
                     }
                     Err(_) => tokio::time::sleep(POLL_EVERY).await,
                 }
