@@ -153,6 +153,12 @@ alerts:
         "$promtool" check config deploy/prometheus/prometheus.yml; \
         "$promtool" test rules deploy/prometheus/alerts_test.yml
 
+# Lint docs/openapi*.json, parse docs/asyncapi.yaml, compile generated TypeScript types (installs Node.js and its tools once)
+[group('develop')]
+api:
+    deploy/dev/setup.sh --with-node --quiet
+    tests/api/check.sh
+
 # Write what is in each program as CycloneDX, from the lockfile
 [group('develop')]
 sbom FOLDER="target/sbom":
@@ -165,7 +171,7 @@ doc *ARGS:
 
 # What CI runs
 [group('develop')]
-ci: (_step "setup") (_step "fmt-check") (_step "clippy") (_step "deny") (_step "alerts") (_step "test") (_step "demo")
+ci: (_step "setup") (_step "fmt-check") (_step "clippy") (_step "deny") (_step "alerts") (_step "api") (_step "test") (_step "demo")
 
 _setup:
     @deploy/dev/setup.sh --quiet

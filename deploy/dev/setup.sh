@@ -1,5 +1,5 @@
 #!/bin/sh
-# Brings what the recipes of the justfile need and this machine lacks: setup.sh [--with-deny] [--with-promtool] [--quiet]
+# Brings what the recipes of the justfile need and this machine lacks: setup.sh [--with-deny] [--with-promtool] [--with-node] [--quiet]
 # Or no more than it takes to fetch or to build `just` itself: setup.sh --only pip, setup.sh --only compiler
 #
 # Owns: which programs are needed and in which versions. The server library (services/lomash/src/stack)
@@ -17,11 +17,15 @@ nats_aarch64=06445f574de7639825014c6c7ad4ca8f170f8c08615d93283f915aacbb47f1eb
 postgres_oldest=15
 redis_oldest=7.0.0
 promtool_oldest=2.42.0 # what Debian 12 has
+# As tests/api/package.json asks for; Debian 12 has 18.20 and 9.2.
+node_oldest=18.18.0
+npm_oldest=9.2.0
 deny_version=0.20.2
 
 root=$(cd "$(dirname "$0")/../.." && pwd -P)
 with_deny=no
 with_promtool=no
+with_node=no
 quiet=no
 only=
 while [ $# -gt 0 ]; do
@@ -32,9 +36,10 @@ while [ $# -gt 0 ]; do
             ;;
         --with-deny | "--with-deny "*) with_deny=yes ;;
         --with-promtool | "--with-promtool "*) with_promtool=yes ;;
+        --with-node | "--with-node "*) with_node=yes ;;
         --quiet | "--quiet "*) quiet=yes ;;
         *)
-            echo "setup: unknown argument '$1'; it takes --with-deny, --with-promtool, --quiet, and --only with pip or compiler." >&2
+            echo "setup: unknown argument '$1'; it takes --with-deny, --with-promtool, --with-node, --quiet, and --only with pip or compiler." >&2
             exit 2
             ;;
     esac
@@ -129,6 +134,14 @@ find_promtool() {
     candidate=$(command -v promtool || true)
     if [ -x "$candidate" ] && promtool_at_least "$candidate"; then
         echo "$candidate"
+    fi
+}
+
+# Both together: a Node.js whose npm is missing or older is not used.
+find_node() {
+    if at_least "$node_oldest" "$(node --version 2>/dev/null | sed -n 's/^v\([0-9.]*\).*/\1/p')" &&
+        at_least "$npm_oldest" "$(npm --version 2>/dev/null)"; then
+        command -v node
     fi
 }
 
@@ -229,7 +242,8 @@ if [ -n "$only" ]; then
 fi
 
 if ! command -v cargo >/dev/null 2>&1; then
-    fail "there is no cargo on the PATH. This project builds with Rust 1.88 or newer: install it with rustup" \
+    rust=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$root/Cargo.toml")
+    fail "there is no cargo on the PATH. This project builds with Rust $rust or newer: install it with rustup" \
         "(Debian 13 or newer: apt-get install rustup && rustup default stable) and run this again."
 fi
 # Without these two nothing below can be found out.
@@ -250,6 +264,11 @@ promtool=
 if [ "$with_promtool" = yes ]; then
     promtool=$(find_promtool)
     [ -n "$promtool" ] || need "promtool $promtool_oldest or newer" "prometheus"
+fi
+node=
+if [ "$with_node" = yes ]; then
+    node=$(find_node)
+    [ -n "$node" ] || need "Node.js $node_oldest or newer with npm $npm_oldest or newer" "nodejs npm"
 fi
 [ -z "$packages" ] || apt_install
 
@@ -275,6 +294,12 @@ if [ "$with_promtool" = yes ]; then
     [ -n "$promtool" ] || fail "the prometheus package of this system has no promtool $promtool_oldest or newer: install one on the PATH, or name it in PROMTOOL."
     found promtool "$promtool"
     echo "$promtool"
+fi
+
+if [ "$with_node" = yes ]; then
+    [ -n "$node" ] || node=$(find_node)
+    [ -n "$node" ] || fail "the nodejs and npm packages of this system are older than $node_oldest and $npm_oldest: put newer ones on the PATH."
+    found node "$node"
 fi
 
 if [ "$with_deny" = yes ]; then

@@ -19,6 +19,7 @@ mod reads;
 mod rebuild;
 mod receive;
 mod reconciliation;
+mod rust_version;
 mod snapshots;
 mod streams_files;
 mod telemetry;

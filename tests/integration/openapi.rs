@@ -173,3 +173,122 @@ fn problem_types_and_headers_are_told() {
     has("/v1/products", "get", "401", &["WWW-Authenticate"]);
     assert!(!headers("/v1/products", "get", "200").contains("ETag"), "a list has no version");
 }
+
+// ── Schemas that something satisfies ────────────────────────────────────────────────────────────────────────────
+
+const JSON_TYPES: [&str; 7] = ["object", "array", "string", "number", "integer", "boolean", "null"];
+
+/// References that may follow each other: more of them go in a circle, which says nothing of types.
+const MAX_REFERENCES: usize = 20;
+
+fn type_of(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "boolean",
+        Value::Number(number) if number.is_f64() => "number",
+        Value::Number(_) => "integer",
+        Value::String(_) => "string",
+        Value::Array(_) => "array",
+        Value::Object(_) => "object",
+    }
+}
+
+/// The types that a value may have to satisfy a schema, by all that the schema says of types at once.
+fn types_of(document: &Value, schema: &Value, depth: usize) -> BTreeSet<&'static str> {
+    let mut types: BTreeSet<&str> = match &schema["type"] {
+        Value::String(only) => JSON_TYPES.into_iter().filter(|known| known == only).collect(),
+        Value::Array(some) => JSON_TYPES.into_iter().filter(|known| some.iter().any(|one| one == known)).collect(),
+        _ => JSON_TYPES.into(),
+    };
+    if types.contains("number") {
+        types.insert("integer");
+    }
+    let mut must = |others: BTreeSet<&'static str>| types.retain(|one| others.contains(one));
+    if let Some(reference) = schema["$ref"].as_str().filter(|_| depth < MAX_REFERENCES) {
+        let target = document.pointer(reference.trim_start_matches('#')).expect("a reference leads somewhere");
+        must(types_of(document, target, depth + 1));
+    }
+    for part in schema["allOf"].as_array().into_iter().flatten() {
+        must(types_of(document, part, depth));
+    }
+    for any in ["oneOf", "anyOf"] {
+        if let Some(parts) = schema[any].as_array() {
+            must(parts.iter().flat_map(|part| types_of(document, part, depth)).collect());
+        }
+    }
+    if let Some(values) = schema["enum"].as_array() {
+        must(values.iter().map(type_of).collect());
+    }
+    types
+}
+
+/// What is wrong with a schema by itself and with those inside it.
+fn contradictions(document: &Value, at: &str, value: &Value, found: &mut Vec<String>) {
+    match value {
+        Value::Object(members) => {
+            let is_schema = matches!(value["type"], Value::String(_) | Value::Array(_))
+                || value["$ref"].is_string()
+                || ["allOf", "oneOf", "anyOf", "enum"].iter().any(|name| value[name].is_array());
+            if is_schema {
+                let types = types_of(document, value, 0);
+                if types.is_empty() {
+                    found.push(format!("{at}: nothing satisfies {value}"));
+                }
+                if let Some(default) = members.get("default") {
+                    let is_listed = value["enum"].as_array().is_none_or(|values| values.contains(default));
+                    if !types.contains(type_of(default)) || !is_listed {
+                        found.push(format!("{at}: its default is none of its values: {value}"));
+                    }
+                }
+                for (least, most) in [("minimum", "maximum"), ("minLength", "maxLength"), ("minItems", "maxItems")] {
+                    if let (Some(least), Some(most)) = (value[least].as_f64(), value[most].as_f64())
+                        && least > most
+                    {
+                        found.push(format!("{at}: from {least} to {most} there is nothing"));
+                    }
+                }
+                for name in value["required"].as_array().into_iter().flatten().filter_map(Value::as_str) {
+                    if value["properties"].get(name).is_none() {
+                        found.push(format!("{at}: {name} is required and not described"));
+                    }
+                }
+            }
+            for (name, member) in members {
+                contradictions(document, &format!("{at}/{name}"), member, found);
+            }
+        }
+        Value::Array(items) => {
+            for (index, item) in items.iter().enumerate() {
+                contradictions(document, &format!("{at}/{index}"), item, found);
+            }
+        }
+        _ => {}
+    }
+}
+
+#[test]
+fn every_schema_can_be_satisfied() {
+    for (file, document) in documents() {
+        let mut found = Vec::new();
+        for part in ["paths", "components/schemas"] {
+            let value = document.pointer(&format!("/{part}")).unwrap();
+            contradictions(&document, part, value, &mut found);
+        }
+        assert!(found.is_empty(), "docs/{file}:\n{}", found.join("\n"));
+    }
+
+    // What the check is for: an enumeration that is an object at once, and smaller things.
+    let nobody = serde_json::json!({});
+    for bad in [
+        serde_json::json!({ "allOf": [{ "type": "string", "enum": ["a"] }, { "default": "a", "type": "object" }] }),
+        serde_json::json!({ "type": "integer", "enum": ["a"] }),
+        serde_json::json!({ "type": "string", "default": 1 }),
+        serde_json::json!({ "type": "string", "enum": ["a"], "default": "b" }),
+        serde_json::json!({ "type": "integer", "minimum": 2, "maximum": 1 }),
+        serde_json::json!({ "type": "object", "required": ["a"], "properties": { "b": { "type": "string" } } }),
+    ] {
+        let mut found = Vec::new();
+        contradictions(&nobody, "bad", &bad, &mut found);
+        assert!(!found.is_empty(), "nothing was found in {bad}");
+    }
+}

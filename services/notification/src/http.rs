@@ -102,6 +102,8 @@ pub fn document() -> utoipa::openapi::OpenApi {
                        Errors are RFC 9457 problems; branch on `type`.",
         license(name = "Apache-2.0", identifier = "Apache-2.0")
     ),
+    servers((url = "/", description = "Where this document was read")),
+    tags((name = "notifications", description = "Low-stock alerts, and what became of them")),
     components(schemas(ProblemDocument)),
     security(("bearer" = [])),
     modifiers(&BearerScheme)

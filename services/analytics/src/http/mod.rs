@@ -90,6 +90,8 @@ pub fn document() -> utoipa::openapi::OpenApi {
                        Errors are RFC 9457 problems; branch on `type`.",
         license(name = "Apache-2.0", identifier = "Apache-2.0")
     ),
+    servers((url = "/", description = "Where this document was read")),
+    tags((name = "analytics", description = "Stock levels, low stock, and what happened day by day")),
     components(schemas(ProblemDocument)),
     security(("bearer" = [])),
     modifiers(&BearerScheme)

@@ -116,7 +116,8 @@ pub(super) struct ImportParameters {
     /// `goodRows` carries out every row that can be; `allOrNothing` checks all of them first, and carries none out when
     /// one is refused.
     #[serde(default)]
-    #[param(inline, default = "goodRows")]
+    // Its default is with the type: beside an inlined schema it would be a schema of its own, that of an object.
+    #[param(inline)]
     policy: Policy,
     /// Why, for the record, of rows that do not say; 1 to 500 characters.
     #[param(min_length = 1, max_length = 500)]
@@ -126,6 +127,7 @@ pub(super) struct ImportParameters {
 /// What one refused row does to the others.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
+#[schema(default = "goodRows")]
 pub(super) enum Policy {
     /// Nothing.
     #[default]

@@ -121,6 +121,14 @@ pub fn document() -> utoipa::openapi::OpenApi {
                        Errors are RFC 9457 problems; branch on `type`.",
         license(name = "Apache-2.0", identifier = "Apache-2.0")
     ),
+    servers((url = "/", description = "Where this document was read")),
+    tags(
+        (name = "products", description = "The catalogue: what there is to sell, and imports of it"),
+        (name = "inventory", description = "Stock: what there is, what changed it, and changing it"),
+        (name = "orders", description = "What became of orders"),
+        (name = "reconciliation", description = "Counts, and the runs that correct the stock by them"),
+        (name = "dead letters", description = "Messages that could not be handled, and bringing them back")
+    ),
     components(schemas(lomash_web::problem::ProblemDocument)),
     security(("bearer" = [])),
     modifiers(&BearerScheme)
