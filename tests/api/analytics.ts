@@ -2,9 +2,9 @@
 import type { operations, paths } from './openapi-analytics.js';
 
 type Path = keyof paths;
-type Summary = operations['summary']['responses'][200]['content']['application/json'];
-type Levels = operations['stockLevels']['responses'][200]['content']['application/json'];
-type LevelsQuery = NonNullable<operations['stockLevels']['parameters']['query']>;
+type Summary = operations['getSummary']['responses'][200]['content']['application/json'];
+type Levels = operations['listStockLevels']['responses'][200]['content']['application/json'];
+type LevelsQuery = NonNullable<operations['listStockLevels']['parameters']['query']>;
 
 async function read<T>(path: Path, query: Record<string, string> = {}): Promise<T> {
   const answer = await fetch(`http://localhost:8081${String(path)}?${new URLSearchParams(query)}`);

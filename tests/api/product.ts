@@ -43,5 +43,5 @@ const count: components['schemas']['RecordCount'] = { quantity: 3, countedAt: '2
 await call('POST', `/v1/products/${crypto.randomUUID()}/inventory/counts`, count);
 const set: components['schemas']['SetQuantity'] = { quantity: 40, expectedQuantity: 3, reason: 'stocktaking' };
 const written = await call<Written>('PATCH', `/v1/products/${crypto.randomUUID()}/inventory`, set);
-const after: number | null = written.quantity;
+const after: number | null = written.quantity ?? null;
 console.log(after, written.sequence);

@@ -174,7 +174,7 @@ async fn of_two_services_one_projects_and_the_other_takes_over() -> Result<()> {
     some_orders(&world, &mut dice, &products, 100).await?;
     world.quiet_within(HEAL_BOUND).await?;
     world.verified().await?;
-    let place = active().await?.context("the second projects now")?;
+    let place = eventually("the second to project", HEAL_BOUND, active).await?;
 
     // In order this time: a service that stops leaves its place.
     start_until_ready(&mut first).await?;

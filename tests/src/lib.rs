@@ -326,6 +326,16 @@ impl World {
         Ok(InProcess { url, stop, task })
     }
 
+    /// The client that orders are delivered to, as the server names it; None while it is nobody.
+    ///
+    /// # Errors
+    /// When the server does not answer.
+    pub async fn pinned(&self) -> anyhow::Result<Option<String>> {
+        let subject = format!("CONSUMER.INFO.{}.{}", streams::ORDERS, streams::PRODUCT_ORDERS);
+        let info: serde_json::Value = self.context.request(subject, &serde_json::json!({})).await?;
+        Ok(info.pointer("/priority_groups/0/pinned_client_id").and_then(|id| id.as_str()).map(str::to_owned))
+    }
+
     // ── Products ────────────────────────────────────────────────────────────────────────────────────────────────
 
     /// Whoever carries out the test's own commands on the servers as they are now.
@@ -629,6 +639,12 @@ pub enum Fate {
     Allocated,
     /// It got nothing.
     Refused(FailureReason),
+}
+
+/// The mark of the process that wrote a message: the ids of its batches begin with it.
+#[must_use]
+pub fn writer(message: &StoredMessage) -> Option<&str> {
+    Some(message.batch.as_ref()?.id.split_once('-')?.0)
 }
 
 /// What a message says about an order, if it is about one.
