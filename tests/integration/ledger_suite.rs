@@ -392,7 +392,7 @@ async fn the_server_refuses_what_is_larger_than_any_event() -> Result<()> {
     // Alone or last it is answered itself; before the last one the server only says that the batch is incomplete.
     for sent in [vec![large()], vec![message(), large()], vec![message(), large(), message()]] {
         let refused = ledger.append(&sent, 0).await;
-        assert!(matches!(refused, Err(AppendError::Refused { .. } | AppendError::Unknown(_))), "{refused:?}");
+        assert!(matches!(refused, Err(AppendError::Refused { .. } | AppendError::Incomplete(_))), "{refused:?}");
         assert_eq!(ledger.last_sequence().await?, 0);
     }
     assert_eq!(ledger.append(&batch(2), 0).await?, 2, "it does not stand in the way of others");

@@ -14,6 +14,7 @@ mod notification;
 mod openapi;
 mod operations;
 mod orders;
+mod poison;
 mod projection;
 mod reads;
 mod rebuild;

@@ -306,7 +306,7 @@ impl<L: Ledger> Applier<L> {
             };
             let is_end = next.as_ref().is_none_or(|message| message.sequence >= upto);
             if let Some(message) = next.filter(|message| message.sequence <= upto) {
-                bytes += message.payload.len();
+                bytes += message.bytes();
                 batch.push(message);
             }
             let is_full = batch.len() >= BATCH_EVENTS || bytes >= BATCH_BYTES;

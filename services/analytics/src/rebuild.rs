@@ -160,7 +160,7 @@ fn read_batches<L: Ledger>(ledger: L, after: u64, upto: u64) -> mpsc::Receiver<R
             while let Some(message) = messages.next().await {
                 let message = message?;
                 let is_end = message.sequence >= upto;
-                bytes += message.payload.len();
+                bytes += message.bytes();
                 batch.push(message);
                 if is_end || batch.len() >= LOAD_EVENTS || bytes >= LOAD_BYTES {
                     bytes = 0;

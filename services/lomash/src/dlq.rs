@@ -309,6 +309,9 @@ async fn show(args: ShowArgs) -> anyhow::Result<ExitCode> {
     let letter = letters(&args.server).await?.get(args.sequence).await?;
     if args.raw {
         std::io::stdout().write_all(&letter.payload).context("the payload cannot be written")?;
+        if let Some(bytes) = letter.cut.and_then(|cut| cut.payload_bytes) {
+            eprintln!("The letter holds only the beginning of a payload of {}.", output::bytes(bytes));
+        }
     } else if args.server.json {
         output::print_json(&Whole::from(letter))?;
     } else {
@@ -343,6 +346,9 @@ fn whole(letter: &Letter) -> String {
         for value in values {
             row(&format!("header {}", shown(name.as_ref(), 100).0), value.as_str());
         }
+    }
+    if let Some(cut) = letter.cut {
+        row("cut", &format!("holds only what fits of its message's {cut}; all of it is in the stream it came from"));
     }
     row("redriving", &Letters::preview(letter).unwrap_or_else(|problem| problem.to_string()));
     let (payload, is_cut) = shown(&String::from_utf8_lossy(&letter.payload), PAYLOAD_CHARS);

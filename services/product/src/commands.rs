@@ -54,7 +54,7 @@ pub const MAX_IN_FLIGHT: usize = lomash_ledger::MAX_BATCH_MESSAGES;
 pub const MAX_REQUEST_BYTES: usize = 16 * 1024;
 
 /// Longest reason, in characters; it is stored in a header of each event.
-pub const MAX_REASON_CHARS: usize = 500;
+pub use lomash_ledger::MAX_REASON_CHARS;
 
 /// What can be asked.
 // The tag is what replicas of an earlier version write and read: they run side by side while they are replaced.
@@ -136,7 +136,11 @@ impl From<Answer> for Reply {
                 let detail = rejection.to_string();
                 Self::Rejected { rejection, detail }
             }
-            Err(problem @ CommandError::TooLarge { .. }) => Self::BadRequest { detail: problem.to_string() },
+            Err(
+                problem @ (CommandError::TooLarge { .. }
+                | CommandError::Unstorable { .. }
+                | CommandError::IdentityTaken { .. }),
+            ) => Self::BadRequest { detail: problem.to_string() },
             Err(problem @ (CommandError::Stopping | CommandError::Undecided)) => {
                 Self::Unavailable { detail: problem.to_string() }
             }

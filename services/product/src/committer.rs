@@ -7,19 +7,29 @@
 //! full one is staged with the server meanwhile, all but the message that makes it count. Whatever goes wrong (conflict,
 //! duplicate, timeout, lost connection), the committer does one thing: it catches up with the stream and decides again what is
 //! still undecided. A stale or paused writer can therefore only fail.
+//!
+//! A batch that the server refuses for what is in it would be refused for ever. So the command that it is refused for is looked for
+//! ([`isolation`]) and answered with that, and the others go on.
+
+mod isolation;
+mod progress;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use hashbrown::HashMap;
-use lomash_contract::{ContentType, Envelope, EventId, LedgerEvent, Timestamp, Version, codec};
+use lomash_contract::{
+    ContentType, Envelope, EventId, LedgerEvent, ProductId, ProductUpdated, Timestamp, Version, codec,
+};
 use lomash_ledger::{
-    AppendError, Carried, Ledger, MAX_BATCH_MESSAGES, NewMessage, ReadError, STAGED_KEPT, StoredMessage, crash_point,
+    AppendError, BATCH_INCOMPLETE, Carried, Cause, Ledger, MAX_BATCH_MESSAGES, NewMessage, ReadError, STAGED_KEPT,
+    StoredMessage, crash_point,
 };
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument as _, Span, debug, error, info, warn};
@@ -28,11 +38,20 @@ use crate::inventory::frozen::Frozen;
 use crate::inventory::{Command, CommandMark, Decision, Draft, Fact, Outcome, Rejection, State, decide};
 use crate::observed;
 
+use self::isolation::{Evidence, Isolation, Refusal, SERVER_PATIENCE, TRY_AGAIN_AFTER, is_given_up};
+use self::progress::Progress;
+pub use self::progress::STALLED_AFTER;
+
 /// Commands that may wait for the committer; more must wait with their sender, orders in their stream.
 pub const MAX_QUEUED_COMMANDS: usize = 4 * MAX_BATCH_MESSAGES;
 
 /// Commands taken into one batch at most, when their messages do not fill it earlier.
 const MAX_GROUP_COMMANDS: usize = MAX_BATCH_MESSAGES;
+
+/// Bytes of a batch, payloads and headers, after which nothing more is decided for it: the refusals of long orders are some hundred
+/// kilobytes each, and the server holds a whole batch in memory. Three times the largest batch of ordinary events. One command
+/// may go over it.
+pub const MAX_BATCH_BYTES: usize = 8 << 20;
 
 /// Commands or events at which the committer works before it looks again after the batch in flight: some 0.2 ms.
 const AHEAD_AT_ONCE: usize = 64;
@@ -44,8 +63,12 @@ pub const IDLE_CATCH_UP: Duration = Duration::from_secs(1);
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LAST_PAUSE: Duration = Duration::from_secs(1);
 
-/// Pause after the server refused a batch for a reason that time may cure, such as a full disk.
-const REFUSED_PAUSE: Duration = Duration::from_millis(200);
+/// Batches in a row of which the server says that they are incomplete, until it is believed that one of their commands is to blame:
+/// the server says so of messages that it lost, and of one that it would not take.
+const INCOMPLETE_PATIENCE: u32 = 3;
+
+/// How far beyond the end of the ledger the sequence is that a probe expects: it can only be refused.
+const PROBE_BEYOND: u64 = 1 << 40;
 
 /// The fewest messages that a server's batch limit is believed to be; below it the server is broken, not small.
 const MIN_BATCH_MESSAGES: usize = 100;
@@ -83,6 +106,23 @@ pub enum CommandError {
     /// another command within the stream's de-duplication window.
     #[error("the service is stopping; send the command again")]
     Stopping,
+    /// The server does not store what it comes to, and it is not for the server's sake.
+    #[error("the ledger's server refuses what the command would store ({code}): {description}")]
+    Unstorable {
+        /// The server's error code.
+        code: u64,
+        /// The server's words.
+        description: String,
+    },
+    /// The ledger holds an event under an id that only this command's events may have, and the command was not carried out.
+    #[error(
+        "an event with an id of this command's is in the ledger already and is not this command's, so it can never be \
+         carried out under this id: {description}"
+    )]
+    IdentityTaken {
+        /// The server's words.
+        description: String,
+    },
     /// Another replica may carry the command out yet, and this one would not: whether it will be is unknown. It may be
     /// sent again under the same id, which tells.
     #[error("the command was not decided in time and may yet be carried out; send it again under the same id")]
@@ -102,6 +142,20 @@ struct Submission {
     tried: Vec<(EventId, Outcome)>,
     /// Of deciding it, when it is traced.
     span: Span,
+    /// What it was refused for alone.
+    refused: Option<Box<Refused>>,
+}
+
+/// That a command was refused alone.
+#[derive(Debug)]
+struct Refused {
+    refusal: Refusal,
+    times: u32,
+    since: Instant,
+    /// Batches that had been stored before.
+    stored_before: u64,
+    /// Others go first until then.
+    again_at: Instant,
 }
 
 impl Submission {
@@ -153,6 +207,7 @@ pub struct Committer {
     queue: mpsc::Sender<Submission>,
     sequence: watch::Receiver<u64>,
     copies: mpsc::Sender<oneshot::Sender<Frozen>>,
+    progress: Arc<Progress>,
 }
 
 impl Committer {
@@ -163,7 +218,7 @@ impl Committer {
     pub async fn submit(&self, command: Command, carried: Option<Arc<Carried>>) -> Answer {
         let (reply, answer) = oneshot::channel();
         let (span, carried) = observed::decide_span(&command, carried);
-        let submission = Submission { command, carried, reply, tried: Vec::new(), span: span.clone() };
+        let submission = Submission { command, carried, reply, tried: Vec::new(), span: span.clone(), refused: None };
         let deciding = async {
             // Not `send`, whose future holds what is sent once more: as many wait as orders are handled at once.
             self.queue.reserve().await.map_err(|_| CommandError::Stopping)?.send(submission);
@@ -177,6 +232,13 @@ impl Committer {
         let (reply, copy) = oneshot::channel();
         self.copies.send(reply).await.ok()?;
         copy.await.ok()
+    }
+
+    /// Why nothing is decided any more although something waits, or why nothing could be, when that is so for
+    /// [`STALLED_AFTER`].
+    #[must_use]
+    pub fn stall(&self) -> Option<String> {
+        self.progress.stall()
     }
 
     /// The sequence up to which this process knows the ledger.
@@ -234,6 +296,7 @@ pub fn committer<L: Ledger>(
     let (queue, submissions) = mpsc::channel(MAX_QUEUED_COMMANDS);
     let (known, sequence) = watch::channel(state.sequence());
     let (copies, asked) = mpsc::channel(1);
+    let progress = Arc::new(Progress::default());
     let running = Running {
         ledger,
         state,
@@ -241,11 +304,15 @@ pub fn committer<L: Ledger>(
         stop,
         known,
         asked,
+        progress: progress.clone(),
         max_batch_messages: MAX_BATCH_MESSAGES,
-        alone: 0,
+        isolation: Isolation::default(),
+        stored: 0,
+        incomplete: 0,
+        refused_pause: FIRST_PAUSE,
         fell: None,
     };
-    (Committer { queue, sequence, copies }, running.run(submissions))
+    (Committer { queue, sequence, copies, progress }, running.run(submissions))
 }
 
 struct Running<L> {
@@ -256,9 +323,15 @@ struct Running<L> {
     known: watch::Sender<u64>,
     /// Whoever wants a copy of the state.
     asked: mpsc::Receiver<oneshot::Sender<Frozen>>,
+    progress: Arc<Progress>,
     max_batch_messages: usize,
-    /// How many of the next commands are to be stored in a batch of their own.
-    alone: usize,
+    isolation: Isolation,
+    /// Batches that were stored.
+    stored: u64,
+    /// Batches in a row that the server called incomplete.
+    incomplete: u32,
+    /// Pause after a refusal, while nothing is stored.
+    refused_pause: Duration,
     /// When a staged batch fell with the one before it: the server has to forget it before another is staged.
     fell: Option<Instant>,
 }
@@ -269,6 +342,8 @@ struct Batch {
     facts: Vec<Fact>,
     messages: Vec<NewMessage>,
     encoder: Encoder,
+    /// Of the messages.
+    bytes: usize,
     /// One for each submission taken, in order. `last_message` is the position after its last event in the batch.
     verdicts: Vec<Verdict>,
 }
@@ -276,11 +351,14 @@ struct Batch {
 impl Batch {
     fn at(now: Timestamp) -> Self {
         let encoder = Encoder::default();
-        Self { decided_at: now, facts: Vec::new(), messages: Vec::new(), encoder, verdicts: Vec::new() }
+        Self { decided_at: now, facts: Vec::new(), messages: Vec::new(), encoder, bytes: 0, verdicts: Vec::new() }
     }
 
     /// Decides one more command; false when it does not fit any more.
     fn add(&mut self, draft: &mut Draft<'_>, submission: &Submission, max_messages: usize) -> bool {
+        if self.bytes >= MAX_BATCH_BYTES {
+            return false;
+        }
         let verdict = match decide(draft, &submission.command, self.decided_at) {
             Decision::Settled(outcome) => Verdict::Settled(outcome),
             Decision::Reject(rejection) => Verdict::Reject(rejection.into()),
@@ -293,7 +371,9 @@ impl Batch {
                 let first_event = facts.first().map(|fact| fact.event_id).expect("a decision stores something");
                 for fact in &facts {
                     let payload = self.encoder.encode(&envelope(fact, self.decided_at));
-                    self.messages.push(message(fact, payload, submission.carried.clone()));
+                    let message = message(fact, payload, submission.carried.clone());
+                    self.bytes += message.bytes();
+                    self.messages.push(message);
                 }
                 self.facts.extend(facts);
                 Verdict::Store { outcome, first_event, last_message: self.facts.len() }
@@ -368,7 +448,8 @@ impl<'a> Ahead<'a> {
             return;
         }
         for submission in waiting.iter().skip(self.decided()).take(AHEAD_AT_ONCE) {
-            if !self.next.batch.add(&mut self.draft, submission, self.max_messages) {
+            // What was refused alone is tried alone.
+            if submission.refused.is_some() || !self.next.batch.add(&mut self.draft, submission, self.max_messages) {
                 self.is_full = true;
                 return;
             }
@@ -398,7 +479,12 @@ impl<L: Ledger> Running<L> {
             while let Ok(reply) = self.asked.try_recv() {
                 let _ = reply.send(self.state.freeze());
             }
-            if waiting.is_empty() {
+            let later = if next.is_none() { self.put_behind_until_due(&mut waiting) } else { None };
+            if waiting.is_empty() || later.is_some() {
+                if waiting.is_empty() {
+                    self.progress.rests();
+                }
+                let idle = later.map_or(IDLE_CATCH_UP, |due| due.saturating_duration_since(Instant::now()));
                 tokio::select! {
                     biased;
                     () = self.stop.cancelled() => break,
@@ -411,9 +497,12 @@ impl<L: Ledger> Running<L> {
                             break;
                         }
                     }
-                    () = tokio::time::sleep(IDLE_CATCH_UP) => {
+                    () = tokio::time::sleep(idle) => {
                         observed::catches_up("idle");
                         self.catch_up(&mut waiting).await?;
+                        if waiting.is_empty() && self.progress.is_failing() {
+                            self.probe().await;
+                        }
                         continue;
                     }
                 }
@@ -430,6 +519,10 @@ impl<L: Ledger> Running<L> {
             if self.stop.is_cancelled() {
                 break;
             }
+            if waiting.is_empty() {
+                continue;
+            }
+            self.progress.waits();
             next = self.commit(next, &mut waiting, &mut submissions).await?;
         }
         submissions.close();
@@ -461,7 +554,9 @@ impl<L: Ledger> Running<L> {
                 fresh = self.catch_up(waiting).await?;
             }
             if fresh && self.state.sequence() == before {
+                self.isolation.settled(batch.verdicts.len());
                 self.settle(batch, waiting, before);
+                self.progress.moved(!waiting.is_empty());
             }
             return Ok(None);
         }
@@ -481,7 +576,9 @@ impl<L: Ledger> Running<L> {
                     self.state.evolve(expected + 1 + offset as u64, &fact.event, fact.mark);
                 }
                 self.known.send_replace(last);
+                self.isolation.settled(batch.verdicts.len());
                 self.settle(batch, waiting, expected);
+                self.is_stored(waiting);
                 Ok(ahead)
             }
             Err(problem) => {
@@ -490,7 +587,7 @@ impl<L: Ledger> Running<L> {
                     self.fell = Some(Instant::now());
                 }
                 info!(%problem, expected, messages = batch.facts.len(), "not committed; catching up");
-                if matches!(problem, AppendError::Unknown(_)) {
+                if matches!(problem, AppendError::Unknown(_) | AppendError::Incomplete(_)) {
                     for (submission, verdict) in waiting.iter_mut().zip(&batch.verdicts) {
                         if let Verdict::Store { outcome, first_event, .. } = verdict {
                             submission.note_try(*first_event, outcome);
@@ -517,7 +614,7 @@ impl<L: Ledger> Running<L> {
         let may_stage = self.fell.is_none_or(|fell| fell.elapsed() > STAGED_KEPT);
         let after = self.state.sequence() + batch.facts.len() as u64;
         let mut ahead = Ahead::of(&self.state, batch, (self.clock)(), self.max_batch_messages);
-        ahead.is_full |= self.alone > 0;
+        ahead.is_full |= self.isolation.is_on();
         let mut taken = Vec::new();
         let mut open = true;
         let stored = loop {
@@ -552,43 +649,159 @@ impl<L: Ledger> Running<L> {
         waiting: &mut VecDeque<Submission>,
     ) -> Result<(), ReadError> {
         let unanswered = waiting.len();
+        if !matches!(problem, AppendError::Conflict(_)) {
+            self.progress.failed(problem.to_string());
+        }
+        self.incomplete = if matches!(problem, AppendError::Incomplete(_)) { self.incomplete + 1 } else { 0 };
         observed::catches_up("retry");
-        self.catch_up(waiting).await?;
+        let caught_up = self.catch_up(waiting).await?;
+        // Where some turned out to be stored, or nothing was learnt, the first ones are decided anew.
+        let says_more = caught_up && waiting.len() == unanswered;
         match problem {
             AppendError::TooLarge { messages, .. } => {
                 let smaller = (messages / 2).max(MIN_BATCH_MESSAGES);
                 warn!(from = self.max_batch_messages, to = smaller, "the server takes smaller batches than configured");
                 self.max_batch_messages = smaller;
             }
-            AppendError::Refused { .. } => tokio::time::sleep(REFUSED_PAUSE).await,
+            AppendError::Refused { code, description } if says_more => {
+                self.isolate(Refusal::Refused { code, description }, commands, waiting).await;
+            }
+            AppendError::Incomplete(description) if says_more && self.incomplete >= INCOMPLETE_PATIENCE => {
+                let refusal = Refusal::Refused { code: BATCH_INCOMPLETE, description };
+                self.isolate(refusal, commands, waiting).await;
+            }
             // An id of the batch is stored, and not by a try of ours: a repeated admin command, for a repeated order is
-            // known. The server does not say which, so they go one by one.
-            AppendError::Duplicate(_) if waiting.len() == unanswered => match waiting.front() {
+            // known, or an id that two have. The server does not say which, so it is looked for.
+            AppendError::Duplicate(description) if says_more => match waiting.front() {
                 // Another replica stored it under the same key at the same time: now it is known, and its answer.
                 Some(Submission { command: Command::Product(command), .. })
                     if command.fingerprint.is_some() && self.state.remembers(&command.command_id) => {}
                 Some(first) if commands == 1 && first.is_repeated_command() => {
                     let repeated = waiting.pop_front().expect("there is a first");
                     repeated.answer(Err(Rejection::Repeated.into()));
+                    self.isolation.settled(1);
+                    self.progress.moved(!waiting.is_empty());
                 }
-                _ => {
-                    self.alone = commands;
-                    tokio::time::sleep(FIRST_PAUSE).await;
-                }
+                _ => self.isolate(Refusal::Identity { description }, commands, waiting).await,
             },
-            AppendError::Duplicate(_) | AppendError::Conflict(_) | AppendError::Unknown(_) => {}
+            AppendError::Refused { .. }
+            | AppendError::Incomplete(_)
+            | AppendError::Duplicate(_)
+            | AppendError::Conflict(_)
+            | AppendError::Unknown(_) => {}
         }
         Ok(())
     }
 
+    /// Looks for the command that a batch of the first `commands` ones was refused for. Where it stands alone already, it is given
+    /// up, or put behind the others, which show whether it is the command or the server.
+    async fn isolate(&mut self, refusal: Refusal, commands: usize, waiting: &mut VecDeque<Submission>) {
+        let cause = refusal.cause();
+        if commands > 1 {
+            self.isolation.refused(commands);
+        } else {
+            let now = Instant::now();
+            let mut first = waiting.pop_front().expect("a batch settles somebody");
+            let others_are_refused = waiting
+                .iter()
+                .any(|other| other.refused.as_ref().is_some_and(|refused| refused.refusal.is_like(&refusal)));
+            let stored = self.stored;
+            let refused = first.refused.get_or_insert_with(|| {
+                let refusal = refusal.clone();
+                Box::new(Refused { refusal, times: 0, since: now, stored_before: stored, again_at: now })
+            });
+            refused.times += 1;
+            refused.again_at = now + TRY_AGAIN_AFTER;
+            let evidence = Evidence {
+                times: refused.times,
+                refused_for: now - refused.since,
+                others_are_stored: stored > refused.stored_before,
+                others_are_refused,
+            };
+            if is_given_up(&refusal, evidence) {
+                error!(?refusal, ?evidence, command = %id_of(&first.command), "the ledger never takes what a command comes to");
+                self.isolation.settled(1);
+                first.answer(Err(refusal.into()));
+                self.progress.moved(!waiting.is_empty());
+                return;
+            }
+            self.isolation.put_behind();
+            if cause == Cause::Server && evidence.times < SERVER_PATIENCE {
+                waiting.push_front(first);
+            } else {
+                refused.refusal = refusal;
+                waiting.push_back(first);
+            }
+        }
+        if cause != Cause::Content {
+            tokio::select! {
+                () = self.stop.cancelled() => {}
+                () = tokio::time::sleep(self.refused_pause) => {}
+            }
+            self.refused_pause = (self.refused_pause * 2).min(LAST_PAUSE);
+        }
+    }
+
+    /// A batch was stored: the server takes what it is given.
+    fn is_stored(&mut self, waiting: &mut VecDeque<Submission>) {
+        self.stored += 1;
+        self.incomplete = 0;
+        self.progress.moved(!waiting.is_empty());
+        if self.refused_pause > FIRST_PAUSE {
+            self.refused_pause = FIRST_PAUSE;
+            // Who was refused for the server's sake goes with the others again, but for those of whom that has been said often.
+            let is_over =
+                |refused: &Refused| refused.refusal.cause() == Cause::Server && refused.times <= SERVER_PATIENCE;
+            for submission in waiting {
+                submission.refused.take_if(|refused| is_over(refused));
+            }
+        }
+    }
+
+    /// Puts those of the first that were refused alone, and whose time has not come, behind the others. Returns when the first
+    /// comes when there are no others.
+    fn put_behind_until_due(&self, waiting: &mut VecDeque<Submission>) -> Option<Instant> {
+        waiting.front()?.refused.as_ref()?;
+        waiting.retain(|submission| submission.refused.is_none() || !submission.is_abandoned());
+        let now = Instant::now();
+        let not_due = |submission: &Submission| {
+            submission.refused.as_ref().map(|refused| refused.again_at).filter(|at| *at > now)
+        };
+        let count = waiting.iter().take_while(|submission| not_due(submission).is_some()).count();
+        if count == waiting.len() {
+            return waiting.iter().filter_map(not_due).min();
+        }
+        waiting.rotate_left(count);
+        None
+    }
+
+    /// Asks the server to store what it cannot store, for it is expected far beyond the end of the ledger: that it says so, and
+    /// nothing else, shows that it takes batches again.
+    async fn probe(&self) {
+        let product_id = ProductId(uuid::Uuid::nil());
+        let event = LedgerEvent::ProductUpdated(ProductUpdated {
+            product_id,
+            changed_fields: Vec::new(),
+            updated_at: (self.clock)(),
+        });
+        let fact = Fact { event_id: EventId(uuid::Uuid::new_v4()), event, mark: None };
+        let payload = Encoder::default().encode(&envelope(&fact, (self.clock)()));
+        let probe = message(&fact, payload, None);
+        match self.ledger.append(&[probe], self.state.sequence() + PROBE_BEYOND).await {
+            Err(AppendError::Conflict(_)) => self.progress.moved(false),
+            Err(problem) => self.progress.failed(problem.to_string()),
+            Ok(last) => error!(last, "the ledger stored what was expected beyond its end; run `lomash verify`"),
+        }
+    }
+
     /// Decides the first of the waiting commands, as many as fit into a batch.
     fn decide(&mut self, waiting: &VecDeque<Submission>) -> Batch {
-        let most = if self.alone > 0 { 1 } else { MAX_GROUP_COMMANDS };
-        self.alone = self.alone.saturating_sub(1);
+        let is_refused = |submission: &Submission| submission.refused.is_some();
+        let most = if waiting.front().is_some_and(is_refused) { 1 } else { self.isolation.at_once() };
         let mut draft = Draft::new(&self.state);
         let mut batch = Batch::at((self.clock)());
-        for submission in waiting.iter().take(most) {
-            if !batch.add(&mut draft, submission, self.max_batch_messages) {
+        for (place, submission) in waiting.iter().take(most).enumerate() {
+            if place > 0 && is_refused(submission) || !batch.add(&mut draft, submission, self.max_batch_messages) {
                 break;
             }
         }
@@ -641,6 +854,7 @@ impl<L: Ledger> Running<L> {
                 Ok(()) => break,
                 Err(problem) if problem.is_transient() => {
                     warn!(%problem, pause_ms = pause.as_millis(), "cannot catch up yet, trying again");
+                    self.progress.failed(problem.to_string());
                     tokio::select! {
                         () = self.stop.cancelled() => return Ok(false),
                         () = tokio::time::sleep(pause) => {}
@@ -651,6 +865,7 @@ impl<L: Ledger> Running<L> {
             }
         }
         self.known.send_replace(self.state.sequence());
+        self.progress.answered();
         if !found.is_empty() {
             let all = std::mem::take(waiting);
             for (position, submission) in all.into_iter().enumerate() {
@@ -667,6 +882,15 @@ impl<L: Ledger> Running<L> {
     }
 }
 
+impl From<Refusal> for CommandError {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Refused { code, description } => Self::Unstorable { code, description },
+            Refusal::Identity { description } => Self::IdentityTaken { description },
+        }
+    }
+}
+
 impl Verdict {
     /// An order decided before stays decided; every other answer without an event rests on the state being current.
     const fn depends_on_freshness(&self) -> bool {
@@ -675,6 +899,13 @@ impl Verdict {
             Self::Settled(Outcome::AlreadyDecided | Outcome::Replayed { .. })
                 | Self::Reject(CommandError::TooLarge { .. } | CommandError::Rejected(Rejection::KeyReused))
         )
+    }
+}
+
+fn id_of(command: &Command) -> uuid::Uuid {
+    match command {
+        Command::Order(order) => order.order_id.0,
+        Command::Product(command) => command.command_id,
     }
 }
 

@@ -267,6 +267,190 @@ async fn stopping_answers_those_who_wait() {
     assert_eq!(waiting.await.expect("no panic"), Err(CommandError::Stopping));
 }
 
+// ── What the server refuses ─────────────────────────────────────────────────────────────────────────────────────
+
+/// Makes the ledger refuse whatever these orders come to, with this error code.
+fn refuse(ledger: &MemoryLedger, code: u64, orders: impl IntoIterator<Item = Command>) {
+    let orders: Vec<String> = orders.into_iter().map(|order| id_of(&order).to_string()).collect();
+    ledger.refuse(move |message| {
+        let payload = String::from_utf8_lossy(&message.payload);
+        orders.iter().any(|order| payload.contains(order)).then_some(code)
+    });
+}
+
+async fn submit_all(committer: &Committer, commands: impl IntoIterator<Item = Command>) -> Vec<Answer> {
+    futures::future::join_all(commands.into_iter().map(|command| committer.submit(command, None))).await
+}
+
+fn is_allocated(answer: &Answer) -> bool {
+    matches!(answer, Ok(Committed { outcome: Outcome::Allocated, .. }))
+}
+
+/// Orders that can never be stored, whatever the server says of them, are told so in time; all others are decided.
+#[tokio::test(start_paused = true)]
+async fn an_order_that_the_server_refuses_stops_no_other() {
+    let bad = [0, 1, 17, 499];
+    // Headers too large, a code that nobody knows, and a batch that it does not take in.
+    for code in [10_097, 99_999, BATCH_INCOMPLETE] {
+        let ledger = MemoryLedger::default();
+        let (committer, _running) = start(&ledger);
+        committer.submit(register(1, 1_000), None).await.expect("a registration");
+        refuse(&ledger, code, bad.map(|n| order(n, 1, 1)));
+        let since = Instant::now();
+        let answers = submit_all(&committer, (0..500).map(|n| order(n, 1, 1))).await;
+        assert!(since.elapsed() < Duration::from_secs(10), "{code}: {:?}", since.elapsed());
+        for (n, answer) in (0_u128..).zip(&answers) {
+            if bad.contains(&n) {
+                let refused = matches!(answer, Err(CommandError::Unstorable { code: said, .. }) if *said == code);
+                assert!(refused, "{code}: order {n} came to {answer:?}");
+            } else {
+                assert!(is_allocated(answer), "{code}: order {n} came to {answer:?}");
+            }
+        }
+        assert_eq!(stock(&fold(&ledger).await, 1), 1_000 - 496);
+        assert_eq!(committer.stall(), None);
+    }
+}
+
+/// Where there is no other order to compare it with, an order that is refused for an unknown reason is given up all the same.
+#[tokio::test(start_paused = true)]
+async fn an_order_that_is_refused_and_the_only_one_is_given_up_in_time() {
+    let ledger = MemoryLedger::default();
+    let (committer, _running) = start(&ledger);
+    committer.submit(register(1, 9), None).await.expect("a registration");
+    refuse(&ledger, 99_999, [order(1, 1, 1)]);
+    let since = Instant::now();
+    let answer = committer.submit(order(1, 1, 1), None).await;
+    assert!(matches!(answer, Err(CommandError::Unstorable { code: 99_999, .. })), "{answer:?}");
+    assert!(since.elapsed() < Duration::from_secs(10), "{:?}", since.elapsed());
+}
+
+/// A full disk makes no order a dead letter, however long it lasts and however few there are. It shows as a stall, with the reason,
+/// and ends when there is room.
+#[tokio::test(start_paused = true)]
+async fn a_full_disk_is_waited_for_and_told() {
+    for orders in [1, 40] {
+        let ledger = MemoryLedger::default();
+        let (committer, _running) = start(&ledger);
+        committer.submit(register(1, 1_000), None).await.expect("a registration");
+        ledger.fill(true);
+        let waiting = tokio::spawn({
+            let committer = committer.clone();
+            async move { submit_all(&committer, (0..orders).map(|n| order(n, 1, 1))).await }
+        });
+        tokio::time::sleep(STALLED_AFTER / 2).await;
+        assert_eq!(committer.stall(), None, "not yet");
+        tokio::time::sleep(STALLED_AFTER).await;
+        let why = committer.stall().expect("a stall");
+        assert!(why.contains("no space left on device"), "{why}");
+        tokio::time::sleep(Duration::from_secs(600)).await;
+        assert!(!waiting.is_finished(), "nobody gave up");
+        ledger.fill(false);
+        let answers = waiting.await.expect("no panic");
+        assert!(answers.iter().all(is_allocated), "{answers:?}");
+        assert_eq!(committer.stall(), None);
+        assert_eq!(stock(&fold(&ledger).await, 1), 1_000 - u32::try_from(orders).expect("few"));
+    }
+}
+
+/// Whoever waited for a write goes away after some seconds. What kept it from being stored is told until the ledger takes something.
+#[tokio::test(start_paused = true)]
+async fn a_full_disk_is_told_when_nobody_waits_any_more() {
+    let ledger = MemoryLedger::default();
+    let (committer, _running) = start(&ledger);
+    committer.submit(register(1, 9), None).await.expect("a registration");
+    ledger.fill(true);
+    let adjust = committer.submit(command(1, Action::Adjust { delta: 1 }), None);
+    assert!(tokio::time::timeout(Duration::from_secs(4), adjust).await.is_err());
+    tokio::time::sleep(STALLED_AFTER).await;
+    assert!(committer.stall().is_some_and(|why| why.contains("no space left on device")), "{:?}", committer.stall());
+    let before = ledger.messages().len();
+    ledger.fill(false);
+    tokio::time::sleep(4 * IDLE_CATCH_UP).await;
+    assert_eq!(committer.stall(), None, "it looked by itself");
+    assert_eq!(ledger.messages().len(), before, "and stored nothing to find out");
+}
+
+/// The ledger holds an event under the id that an order's event would have: that order can never be decided, and says so. The
+/// others are.
+#[tokio::test(start_paused = true)]
+async fn an_order_whose_event_id_is_another_s_is_told_so_and_stops_no_other() {
+    let ledger = MemoryLedger::default();
+    let (committer, _running) = start(&ledger);
+    committer.submit(register(1, 1_000), None).await.expect("a registration");
+    let clashes = order(7, 1, 1);
+    let state = fold(&ledger).await;
+    let Decision::Store(mut facts, _) = decide(&Draft::new(&state), &clashes, clock()) else {
+        panic!("it would be allocated");
+    };
+    // Its form is not that of an order's event: what was stored is somebody's change of the stock.
+    let LedgerEvent::InventoryUpdated(updated) = &mut facts[0].event else { panic!("a change of the stock") };
+    (updated.order_id, updated.trigger) = (None, lomash_contract::Trigger::AdminUpdate);
+    ledger.append(&[stored_as(&facts[0])], state.sequence()).await.expect("another's event");
+    let since = Instant::now();
+    let answers = submit_all(&committer, (0..300).map(|n| order(n, 1, 1))).await;
+    assert!(since.elapsed() < Duration::from_secs(10), "{:?}", since.elapsed());
+    for (n, answer) in answers.iter().enumerate() {
+        let is_taken = matches!(answer, Err(CommandError::IdentityTaken { .. }));
+        assert!(if n == 7 { is_taken } else { is_allocated(answer) }, "order {n} came to {answer:?}");
+    }
+    assert_eq!(stock(&fold(&ledger).await, 1), 1_000 - 300);
+}
+
+/// What nobody waits for any more when the committer gets to it is not begun.
+#[tokio::test]
+async fn what_was_abandoned_before_it_was_taken_up_is_not_carried_out() {
+    let ledger = MemoryLedger::default();
+    let (committer, _running) = start(&ledger);
+    committer.submit(register(1, 9), None).await.expect("a registration");
+    ledger.answer_appends(false);
+    let in_flight = tokio::spawn({
+        let committer = committer.clone();
+        async move { committer.submit(order(1, 1, 1), None).await }
+    });
+    while ledger.unanswered() == 0 {
+        tokio::task::yield_now().await;
+    }
+    // Queued behind it, and left.
+    let mut abandoned = Box::pin(committer.submit(command(1, Action::Adjust { delta: 5 }), None));
+    assert!(futures::poll!(&mut abandoned).is_pending());
+    drop(abandoned);
+    ledger.answer_appends(true);
+    assert!(is_allocated(&in_flight.await.expect("no panic")));
+    committer.submit(order(2, 1, 1), None).await.expect("decided");
+    assert_eq!(stock(&fold(&ledger).await, 1), 7, "without the five");
+}
+
+/// Full batches are staged ahead, and each falls with the one before it. The server keeps what fell for a while, and has room for few.
+#[tokio::test(start_paused = true)]
+async fn what_fell_is_not_staged_again_before_the_server_forgot_it() {
+    let ledger = MemoryLedger::default();
+    let (committer, _running) = start(&ledger);
+    committer.submit(register(1, 5), None).await.expect("a registration");
+    ledger.inject(vec![Fault::UnknownLost; 2 * lomash_ledger::MAX_STAGED_BATCHES]);
+    // One that cannot be stored takes a whole batch of others along, time after time.
+    let answers = submit_all(&committer, (0..2 * MAX_BATCH_MESSAGES as u128).map(|n| order(n, 1, 1))).await;
+    assert_eq!(answers.iter().filter(|answer| is_allocated(answer)).count(), 5);
+    assert_eq!(ledger.unplaced(), 0, "the server had room for each batch");
+}
+
+/// Refusals of long orders are large: a batch of them ends by its bytes long before it ends by its messages.
+#[tokio::test]
+async fn a_batch_ends_by_its_bytes() {
+    let ledger = MemoryLedger::default();
+    let (committer, _running) = start(&ledger);
+    let long = |n: u128| {
+        let lines = (0..1_000).map(|line| OrderLine { product_id: product_id(1_000 + line), quantity: 1 }).collect();
+        Command::Order(Order { order_id: Uuid::from_u128(n).into(), lines })
+    };
+    let answers = submit_all(&committer, (0..200).map(long)).await;
+    assert!(answers.iter().all(|answer| matches!(answer, Ok(Committed { outcome: Outcome::Refused { .. }, .. }))));
+    let (messages, bytes) = ledger.largest_batch();
+    let one = ledger.messages()[0].bytes();
+    assert!(bytes < MAX_BATCH_BYTES + one + 1_024, "{bytes} bytes in {messages} messages of {one}");
+    assert!(bytes > MAX_BATCH_BYTES / 2, "they were put together: {bytes}");
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     First(Command),

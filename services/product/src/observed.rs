@@ -12,7 +12,10 @@ use async_nats::jetstream::Context;
 use deadpool_postgres::Pool;
 use hashbrown::HashSet;
 use lomash_contract::{FailureReason, LedgerEvent};
-use lomash_ledger::{AppendError, Carried, StoredMessage, dead_letter};
+use lomash_ledger::streams::{ORDERS, PRODUCT_ORDERS};
+use lomash_ledger::{
+    AppendError, Carried, StoredMessage, StreamUse, dead_letter, oldest_unsettled, stream_use, suspects,
+};
 use lomash_platform::metrics::{Counter, Family, Gauge, Histogram, Labels, Metrics, seconds};
 use lomash_platform::postgres::Schema;
 use lomash_platform::trace::{self, Reference};
@@ -133,7 +136,20 @@ struct Asked {
     ledger: u64,
     out_of_stock: Option<i64>,
     dead_letters: Option<u64>,
+    oldest_order: Option<Duration>,
+    /// Of [`STREAMS`], in their order.
+    streams: [Option<StreamUse>; STREAMS.len()],
 }
+
+/// Streams of which it is shown how full they are: those that somebody else writes to, or that have a limit.
+const STREAMS: [&str; 6] = [
+    lomash_ledger::streams::INVENTORY,
+    lomash_ledger::streams::ORDERS,
+    lomash_ledger::streams::JOBS,
+    dead_letter::STREAM,
+    suspects::STREAM,
+    "OBJ_SNAPSHOTS",
+];
 
 static ASKED: LazyLock<Mutex<Asked>> = LazyLock::new(|| {
     fn one(value: impl Fn(Asked) -> Option<f64> + Send + Sync + 'static) -> impl Fn() -> Option<(Labels<0>, f64)> {
@@ -151,6 +167,23 @@ static ASKED: LazyLock<Mutex<Asked>> = LazyLock::new(|| {
     );
     let help = "Dead letters that wait to be redriven or discarded, of all services";
     metrics.gauges("dlq_message_count", help, one(|asked| asked.dead_letters.map(|letters| letters as f64)));
+    let help = "How long the oldest order that is not decided has been in ORDERS, whoever has it or nobody; 0 when there is none";
+    metrics.gauges(
+        "lomash_oldest_undecided_order_seconds",
+        help,
+        one(|asked| asked.oldest_order.map(|age| age.as_secs_f64())),
+    );
+    fn each(value: impl Fn(StreamUse) -> Option<u64> + Send + Sync + 'static) -> impl Fn() -> Vec<(Labels<1>, f64)> {
+        move || {
+            let asked = *ASKED.lock().unwrap_or_else(PoisonError::into_inner);
+            let streams = STREAMS.into_iter().zip(asked.streams);
+            streams.filter_map(|(stream, used)| Some(([("stream", stream)], value(used?)? as f64))).collect()
+        }
+    }
+    metrics.gauges("lomash_stream_messages", "Messages in the stream", each(|used| Some(used.messages)));
+    metrics.gauges("lomash_stream_bytes", "Bytes in the stream", each(|used| Some(used.bytes)));
+    let help = "Bytes that the stream takes before it refuses more; not there for a stream that never does";
+    metrics.gauges("lomash_stream_max_bytes", help, each(|used| used.max_bytes));
     let help = "The sequence of the ledger up to which it is projected";
     metrics.gauges("lomash_projection_checkpoint_sequence", help, one(|asked| asked.checkpoint.map(|at| at as f64)));
     let help = "Messages of the ledger that are not projected yet";
@@ -222,15 +255,24 @@ pub fn begin(cache: Option<&Cache>) {
 /// Never; it is a task of the process like the others.
 pub async fn watch(context: Context, pool: Pool, committer: Committer, stop: CancellationToken) -> anyhow::Result<()> {
     loop {
-        let (rows, dead_letters) = tokio::join!(
+        let (rows, dead_letters, oldest_order, streams) = tokio::join!(
             tokio::time::timeout(TIMEOUT, look(&pool)),
             tokio::time::timeout(TIMEOUT, dead_letter::count(&context)),
+            tokio::time::timeout(TIMEOUT, oldest_unsettled(&context, ORDERS, PRODUCT_ORDERS)),
+            futures::future::join_all(STREAMS.map(|name| tokio::time::timeout(TIMEOUT, stream_use(&context, name)))),
         );
+        let oldest_order = oldest_order.ok().and_then(|oldest| {
+            oldest.inspect_err(|problem| debug!(problem, "the age of the oldest order is not known")).ok()
+        });
+        let mut uses = [None; STREAMS.len()];
+        uses.iter_mut().zip(streams).for_each(|(used, found)| *used = found.ok().flatten());
         let rows = rows.ok().flatten();
         let asked = Asked {
             checkpoint: rows.map(|(checkpoint, _)| checkpoint),
             out_of_stock: rows.map(|(_, out_of_stock)| out_of_stock),
             dead_letters: dead_letters.ok().flatten(),
+            oldest_order,
+            streams: uses,
             ledger: committer.sequence(),
         };
         *ASKED.lock().unwrap_or_else(PoisonError::into_inner) = asked;
@@ -365,7 +407,7 @@ impl Commit {
             Err(AppendError::Duplicate(_)) => "duplicate",
             Err(AppendError::TooLarge { .. }) => "too_large",
             Err(AppendError::Refused { .. }) => "refused",
-            Err(AppendError::Unknown(_)) => "unknown",
+            Err(AppendError::Unknown(_) | AppendError::Incomplete(_)) => "unknown",
         };
         COMMITS.get_or_create(&[("outcome", outcome)]).inc();
         if let Err(problem) = answer {

@@ -93,7 +93,11 @@ pub async fn handle(committer: Committer, writing: Writing, delivery: Delivery) 
     let carried = trace.map(|trace| Arc::new(Carried { trace: Some(trace), ..Carried::default() }));
     match committer.submit(Command::Order(order), carried).await {
         Ok(_) => Settle::Done,
-        Err(problem @ CommandError::TooLarge { .. }) => Settle::Dead(problem.to_string()),
+        Err(
+            problem @ (CommandError::TooLarge { .. }
+            | CommandError::Unstorable { .. }
+            | CommandError::IdentityTaken { .. }),
+        ) => Settle::Dead(problem.to_string()),
         Err(CommandError::Rejected(rejection)) => Settle::Dead(rejection.to_string()),
         Err(CommandError::Stopping | CommandError::Undecided) => Settle::Retry(RETRY_PAUSE),
     }

@@ -1,6 +1,7 @@
 //! What `/readyz` says of the product service: one task that looks at its parts again and again.
 //!
-//! Only the ledger is required: without Postgres and Redis orders are decided and stock is changed, and reads say so.
+//! The ledger is ready while commands that wait come to a decision, and while it answers when none do; a connection alone says
+//! nothing of that. Only the ledger is required: without Postgres and Redis orders are decided and stock is changed, and reads say so.
 
 use std::time::Duration;
 
@@ -67,9 +68,10 @@ impl Checks {
     }
 
     async fn look(&self, Watched { client, pool, committer, cache }: &Watched) {
-        match client.connection_state() {
-            State::Connected => self.ledger.ready(format!("at {}", committer.sequence())),
-            state => self.ledger.not_ready(format!("no connection to NATS ({state})")),
+        match (client.connection_state(), committer.stall()) {
+            (State::Connected, None) => self.ledger.ready(format!("at {}", committer.sequence())),
+            (State::Connected, Some(why)) => self.ledger.not_ready(why),
+            (state, _) => self.ledger.not_ready(format!("no connection to NATS ({state})")),
         }
         match tokio::time::timeout(TIMEOUT, projection::look(pool)).await {
             Ok(Ok(checkpoint)) => self.projection.ready(format!("at {checkpoint}")),

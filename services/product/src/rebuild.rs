@@ -328,7 +328,7 @@ fn read_batches<L: Ledger>(ledger: L, after: u64, upto: u64) -> mpsc::Receiver<R
 
 impl Batch {
     fn push(&mut self, message: StoredMessage) {
-        self.bytes += message.payload.len();
+        self.bytes += message.bytes();
         self.parsed.push(message.parse());
         self.messages.push(message);
     }

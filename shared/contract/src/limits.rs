@@ -20,3 +20,19 @@ pub const MAX_SKU_CHARS: usize = 64;
 
 /// Longest product name or category, in characters.
 pub const MAX_NAME_CHARS: usize = 200;
+
+/// Most bytes of one character in the JSON that we write. None that JSON writes as `\\u0000` is in a text of an event: control
+/// characters are refused.
+const MAX_CHAR_BYTES: usize = 4;
+
+/// Most bytes of one failing item of a refusal in JSON: an id, a sku, two numbers and their names.
+const MAX_FAILED_ITEM_BYTES: usize =
+    r#"{"productId":"","sku":"","requested":,"available":},"#.len() + 36 + MAX_CHAR_BYTES * MAX_SKU_CHARS + 2 * 10;
+
+/// Most bytes of an envelope without its payload's lists and texts.
+const MAX_ENVELOPE_BYTES: usize = 1_024;
+
+/// Most bytes of an event in JSON: the refusal of the longest order, every line of which fails.
+pub const MAX_EVENT_BYTES: usize = MAX_ENVELOPE_BYTES + MAX_ORDER_ITEMS * MAX_FAILED_ITEM_BYTES;
+
+const _: () = assert!(MAX_ENVELOPE_BYTES + MAX_CHAR_BYTES * (MAX_SKU_CHARS + 2 * MAX_NAME_CHARS) <= MAX_EVENT_BYTES);

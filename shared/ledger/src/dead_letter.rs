@@ -4,6 +4,9 @@
 //! it came from and why it is here. Its `Nats-Msg-Id` is made of consumer, stream, sequence and the number of redrives, so a
 //! message that dies twice is one letter, and one that dies again after a redrive is another.
 //!
+//! A letter always fits: of a message whose headers or payload are larger than a letter's may be, the letter holds what fits, and says
+//! how large they were ([`HEADER_BYTES`], [`PAYLOAD_BYTES`]). The original stays in its stream, from which it is redriven.
+//!
 //! What operators do with letters (list, redrive, discard) is in `letters.rs`, for the command line and HTTP alike.
 
 mod letters;
@@ -15,7 +18,7 @@ use async_nats::jetstream::Context;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-pub use self::letters::{Filter, Letter, Letters, LettersError, MAX_SCANNED, Origin, Page, Redriven, Way, Whole};
+pub use self::letters::{Cut, Filter, Letter, Letters, LettersError, MAX_SCANNED, Origin, Page, Redriven, Way, Whole};
 use crate::jetstream::header_text;
 
 /// The stream that holds the letters.
@@ -39,8 +42,13 @@ pub const REDRIVES: &str = "Lomash-Dead-Redrives";
 /// Its former deaths, a header each, the oldest first. Travels with the redriven message.
 pub const HISTORY: &str = "Lomash-Dead-History";
 
+/// How many bytes the headers of the original have, where the letter does not hold all of them; not there otherwise.
+pub const HEADER_BYTES: &str = "Lomash-Dead-Header-Bytes";
+/// How many bytes the payload of the original has, where the letter holds only its beginning; not there otherwise.
+pub const PAYLOAD_BYTES: &str = "Lomash-Dead-Payload-Bytes";
+
 /// All headers that a letter has beside those of its original.
-pub const HEADERS: [&str; 9] = [
+pub const HEADERS: [&str; 11] = [
     ORIGIN_STREAM,
     ORIGIN_SUBJECT,
     ORIGIN_SEQUENCE,
@@ -50,6 +58,8 @@ pub const HEADERS: [&str; 9] = [
     REASON,
     REDRIVES,
     HISTORY,
+    HEADER_BYTES,
+    PAYLOAD_BYTES,
 ];
 
 /// What all of them begin with.
@@ -63,6 +73,38 @@ pub const MAX_HISTORY: usize = 5;
 
 /// Longest record of a former death, in characters.
 pub const MAX_HISTORY_CHARS: usize = 300;
+
+/// Longest `Nats-Msg-Id` of an original that is kept, in characters: a UUID has 36.
+pub const MAX_MESSAGE_ID_CHARS: usize = 256;
+
+/// Longest subject of an original that is kept, in characters. The server takes up to 4 KiB in a line of its protocol.
+pub const MAX_SUBJECT_CHARS: usize = 4_096;
+
+/// Bytes of the original's headers that a letter holds.
+pub const MAX_HEADER_BYTES: usize = 16 << 10;
+
+/// Bytes of the original's payload that a letter holds: all of the largest message that one of our streams takes.
+pub const MAX_PAYLOAD_BYTES: usize = 512 << 10;
+
+/// Bytes of one header line beside name and value.
+const LINE_BYTES: usize = ": \r\n".len();
+
+/// Most bytes of the headers that a letter has of its own: the long texts with up to four bytes a character, and room for the
+/// names, the numbers, and what we know to be short.
+const OWN_HEADER_BYTES: usize =
+    4 * (MAX_REASON_CHARS + MAX_HISTORY * MAX_HISTORY_CHARS + MAX_MESSAGE_ID_CHARS + MAX_SUBJECT_CHARS) + 2_048;
+
+/// What the server takes as headers of a stored message (error 10097).
+const SERVER_HEADER_BYTES: usize = u16::MAX as usize;
+
+/// `max_msg_size` of the stream, and `max_payload` of a server.
+const STREAM_MESSAGE_BYTES: usize = 1 << 20;
+
+const _: () = assert!(MAX_HEADER_BYTES + OWN_HEADER_BYTES <= SERVER_HEADER_BYTES, "a letter's headers always fit");
+const _: () = assert!(
+    MAX_HEADER_BYTES + OWN_HEADER_BYTES + MAX_PAYLOAD_BYTES <= STREAM_MESSAGE_BYTES,
+    "a letter always fits into its stream"
+);
 
 /// How long the stream may take to confirm a letter; the original is kept until it has.
 pub const STORE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -130,6 +172,36 @@ fn publisher_headers(original: &HeaderMap) -> HeaderMap {
     headers
 }
 
+/// Bytes of the lines that these headers take.
+fn header_bytes(headers: &HeaderMap) -> usize {
+    let lines =
+        headers.iter().flat_map(|(name, values)| values.iter().map(|value| line_bytes(name.as_ref(), value.as_str())));
+    lines.sum()
+}
+
+const fn line_bytes(name: &str, value: &str) -> usize {
+    name.len() + value.len() + LINE_BYTES
+}
+
+/// As many of these headers as a letter may hold, and the bytes of all of them when that is not all.
+fn fitting(headers: HeaderMap) -> (HeaderMap, Option<usize>) {
+    let all = header_bytes(&headers);
+    if all <= MAX_HEADER_BYTES {
+        return (headers, None);
+    }
+    let (mut kept, mut room) = (HeaderMap::new(), MAX_HEADER_BYTES);
+    for (name, values) in headers.iter() {
+        for value in values {
+            // The smaller ones say more than the one that is too large.
+            if let Some(left) = room.checked_sub(line_bytes(name.as_ref(), value.as_str())) {
+                room = left;
+                kept.append(name.clone(), value.clone());
+            }
+        }
+    }
+    (kept, Some(all))
+}
+
 /// How many letters wait to be redriven or discarded; nothing when the server does not say.
 pub async fn count(context: &Context) -> Option<u64> {
     let answer: Result<serde_json::Value, _> = context.request(format!("STREAM.INFO.{STREAM}"), &()).await;
@@ -170,29 +242,10 @@ impl DeadLetter<'_> {
     /// # Errors
     /// [`StoreError`] when the stream did not confirm it; storing it again is harmless.
     pub async fn store(self, context: &Context) -> Result<(), StoreError> {
-        let mut headers = self.headers.map(publisher_headers).unwrap_or_default();
-        if let Some(original) = self.headers {
-            // Of a message that was brought back, the id under which it came first.
-            let id = original.get(ORIGIN_MESSAGE_ID).or_else(|| original.get(async_nats::header::NATS_MESSAGE_ID));
-            if let Some(id) = id {
-                headers.insert(ORIGIN_MESSAGE_ID, id.clone());
-            }
-        }
-        let mut id = format!("dead.{}.{}.{}", self.consumer, self.stream, self.sequence);
-        if self.past.redrives > 0 {
-            id.push_str(&format!(".{}", self.past.redrives));
-        }
-        headers.insert(async_nats::header::NATS_MESSAGE_ID, id);
-        headers.insert(ORIGIN_STREAM, self.stream);
-        headers.insert(ORIGIN_SUBJECT, self.subject);
-        headers.insert(ORIGIN_SEQUENCE, self.sequence.to_string());
-        headers.insert(CONSUMER, self.consumer);
-        headers.insert(DELIVERIES, self.deliveries.to_string());
-        headers.insert(REASON, bounded(self.reason, MAX_REASON_CHARS));
-        self.past.write(&mut headers);
         let subject = lomash_contract::subject::dead_letter(self.consumer);
+        let (headers, payload) = self.written();
         let stored = async {
-            let ack = context.publish_with_headers(subject, headers, self.payload).await.map_err(|e| e.to_string())?;
+            let ack = context.publish_with_headers(subject, headers, payload).await.map_err(|e| e.to_string())?;
             ack.await.map_err(|e| e.to_string())
         };
         match tokio::time::timeout(STORE_TIMEOUT, stored).await {
@@ -201,11 +254,102 @@ impl DeadLetter<'_> {
             Err(_) => Err(StoreError(format!("no answer within {} s", STORE_TIMEOUT.as_secs()))),
         }
     }
+
+    /// The letter as it is stored. It fits whatever the message was.
+    fn written(self) -> (HeaderMap, Bytes) {
+        let (mut headers, cut) = fitting(self.headers.map(publisher_headers).unwrap_or_default());
+        if let Some(bytes) = cut {
+            headers.insert(HEADER_BYTES, bytes.to_string());
+        }
+        let mut payload = self.payload;
+        if payload.len() > MAX_PAYLOAD_BYTES {
+            headers.insert(PAYLOAD_BYTES, payload.len().to_string());
+            payload.truncate(MAX_PAYLOAD_BYTES);
+        }
+        if let Some(original) = self.headers {
+            // Of a message that was brought back, the id under which it came first.
+            let id = original.get(ORIGIN_MESSAGE_ID).or_else(|| original.get(async_nats::header::NATS_MESSAGE_ID));
+            if let Some(id) = id {
+                headers.insert(ORIGIN_MESSAGE_ID, bounded(id.as_str(), MAX_MESSAGE_ID_CHARS));
+            }
+        }
+        let mut id = format!("dead.{}.{}.{}", self.consumer, self.stream, self.sequence);
+        if self.past.redrives > 0 {
+            id.push_str(&format!(".{}", self.past.redrives));
+        }
+        headers.insert(async_nats::header::NATS_MESSAGE_ID, id);
+        headers.insert(ORIGIN_STREAM, self.stream);
+        headers.insert(ORIGIN_SUBJECT, bounded(self.subject, MAX_SUBJECT_CHARS));
+        headers.insert(ORIGIN_SEQUENCE, self.sequence.to_string());
+        headers.insert(CONSUMER, self.consumer);
+        headers.insert(DELIVERIES, self.deliveries.to_string());
+        headers.insert(REASON, bounded(self.reason, MAX_REASON_CHARS));
+        self.past.write(&mut headers);
+        (headers, payload)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn bytes(headers: &HeaderMap) -> usize {
+        "NATS/1.0\r\n\r\n".len() + header_bytes(headers)
+    }
+
+    fn letter<'l>(headers: &'l HeaderMap, text: &'l str, payload: Bytes) -> DeadLetter<'l> {
+        DeadLetter {
+            stream: "ORDERS",
+            consumer: "product-orders",
+            subject: text,
+            sequence: u64::MAX,
+            deliveries: u64::MAX,
+            reason: text,
+            past: Past::of(Some(headers)),
+            headers: Some(headers),
+            payload,
+        }
+    }
+
+    proptest::proptest! {
+        /// Whatever headers and payload a message has, its letter is one that the server takes, and says what it leaves out.
+        #[test]
+        fn a_letter_always_fits(
+            lengths in proptest::collection::vec(0_usize..70_000, 0..12),
+            reason in 0_usize..3_000,
+            payload in 0_usize..(1 << 20),
+        ) {
+            // The longest character, in each place where we count characters.
+            let text = "\u{10348}".repeat(reason);
+            let mut headers = HeaderMap::new();
+            for (n, length) in lengths.iter().enumerate() {
+                headers.insert(format!("X-{n}").as_str(), "v".repeat(*length));
+                headers.append(HISTORY, text.as_str());
+            }
+            headers.insert("Nats-Msg-Id", text.as_str());
+            let whole = bytes(&publisher_headers(&headers));
+            let (written, kept) = letter(&headers, &text, vec![b'x'; payload].into()).written();
+            let size = bytes(&written);
+            proptest::prop_assert!(size <= SERVER_HEADER_BYTES, "{} bytes of headers", size);
+            proptest::prop_assert!(size + kept.len() <= STREAM_MESSAGE_BYTES);
+            proptest::prop_assert_eq!(written.get(PAYLOAD_BYTES).is_some(), payload > MAX_PAYLOAD_BYTES);
+            let frame = "NATS/1.0\r\n\r\n".len();
+            proptest::prop_assert_eq!(written.get(HEADER_BYTES).is_some(), whole - frame > MAX_HEADER_BYTES);
+        }
+    }
+
+    #[test]
+    fn of_headers_that_do_not_fit_the_small_ones_are_kept() {
+        let mut headers = HeaderMap::new();
+        headers.insert("a", "v".repeat(65_000));
+        headers.insert("Content-Type", "application/json");
+        let (written, payload) = letter(&headers, "no order", Bytes::from_static(b"{}")).written();
+        assert_eq!(written.get("Content-Type").map(async_nats::HeaderValue::as_str), Some("application/json"));
+        assert!(written.get("a").is_none());
+        let all = 1 + 65_000 + LINE_BYTES + "Content-Type".len() + "application/json".len() + LINE_BYTES;
+        assert_eq!(written.get(HEADER_BYTES).map(async_nats::HeaderValue::as_str), Some(all.to_string().as_str()));
+        assert_eq!(&payload[..], b"{}");
+    }
 
     /// Other teams read their letters by that file.
     #[test]
@@ -219,7 +363,7 @@ mod tests {
         named.sort_unstable();
         ours.sort_unstable();
         assert_eq!(named, ours);
-        let not_always = [ORIGIN_MESSAGE_ID, REDRIVES, HISTORY];
+        let not_always = [ORIGIN_MESSAGE_ID, REDRIVES, HISTORY, HEADER_BYTES, PAYLOAD_BYTES];
         let mut required: Vec<_> =
             schema["required"].as_array().expect("a list").iter().filter_map(|name| name.as_str()).collect();
         ours.retain(|name| !not_always.contains(name));

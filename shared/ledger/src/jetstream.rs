@@ -7,13 +7,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use async_nats::client::{PublishErrorKind, RequestErrorKind};
 use async_nats::header::{
     NATS_BATCH_COMMIT, NATS_BATCH_COMMIT_FINAL, NATS_BATCH_ID, NATS_BATCH_SEQUENCE, NATS_EXPECTED_LAST_SEQUENCE,
     NATS_MESSAGE_ID,
 };
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull};
 use async_nats::jetstream::{self, Context};
-use async_nats::{Client, HeaderMap, HeaderValue, Request, client::RequestErrorKind};
+use async_nats::{Client, HeaderMap, HeaderValue, Request};
 use bytes::Bytes;
 use futures::stream::{self, Stream, StreamExt, TryStreamExt};
 use lomash_platform::trace::TraceContext;
@@ -23,6 +24,7 @@ use tokio::sync::oneshot;
 use tracing::info;
 
 use crate::direct::{self, Answered, Held};
+use crate::refusal::{BATCH_INCOMPLETE, MESSAGE_TOO_LARGE};
 use crate::{
     AppendError, BatchPosition, Carried, Ledger, MAX_BATCH_MESSAGES, Messages, NewMessage, ReadError, StoredMessage,
     crash_point, header,
@@ -69,7 +71,7 @@ const WRONG_LAST_SEQUENCE: u64 = 10_071;
 const BATCH_IN_FLIGHT: u64 = 10_164;
 const DUPLICATE_IN_BATCH: u64 = 10_201;
 const BATCH_TOO_LARGE: u64 = 10_199;
-const BATCH_INCOMPLETE: u64 = 10_176;
+const DUPLICATE_IN_PROCESS: u64 = 10_158;
 const TOO_MANY_BATCHES: u64 = 10_210;
 
 /// A [`Ledger`] on one JetStream stream.
@@ -102,11 +104,11 @@ struct PublishAnswer {
 }
 
 #[derive(Deserialize)]
-struct ServerError {
+pub(crate) struct ServerError {
     #[serde(default)]
-    err_code: u64,
+    pub(crate) err_code: u64,
     #[serde(default)]
-    description: String,
+    pub(crate) description: String,
 }
 
 #[derive(Deserialize)]
@@ -222,15 +224,21 @@ async fn reconnected(client: &Client, connects: u64) {
     }
 }
 
-fn append_error(error: ServerError, messages: usize) -> AppendError {
+pub(crate) fn append_error(error: ServerError, messages: usize) -> AppendError {
     let ServerError { err_code, description } = error;
     match err_code {
-        WRONG_LAST_SEQUENCE | BATCH_IN_FLIGHT => AppendError::Conflict(description),
+        WRONG_LAST_SEQUENCE | BATCH_IN_FLIGHT | DUPLICATE_IN_PROCESS => AppendError::Conflict(description),
         DUPLICATE_IN_BATCH => AppendError::Duplicate(description),
         BATCH_TOO_LARGE => AppendError::TooLarge { messages, description },
-        BATCH_INCOMPLETE | TOO_MANY_BATCHES => AppendError::Unknown(description),
+        BATCH_INCOMPLETE => AppendError::Incomplete(description),
+        TOO_MANY_BATCHES => AppendError::Unknown(description),
         code => AppendError::Refused { code, description },
     }
+}
+
+/// What the client did not even send, for the server would have cut the connection.
+fn too_large_to_send(error: &impl std::fmt::Display) -> AppendError {
+    AppendError::Refused { code: MESSAGE_TOO_LARGE, description: error.to_string() }
 }
 
 fn headers(message: &NewMessage, batch_id: &str, position: usize, of: usize, expected: u64) -> HeaderMap {
@@ -285,7 +293,10 @@ async fn send(
             break;
         }
         let sent = client.publish_with_headers(subject, headers, payload).await;
-        sent.map_err(|error| AppendError::Unknown(error.to_string()))?;
+        sent.map_err(|error| match error.kind() {
+            PublishErrorKind::MaxPayloadExceeded => too_large_to_send(&error),
+            _ => AppendError::Unknown(error.to_string()),
+        })?;
         crash_point!("commit-between-messages");
     }
     go.await.map_err(|_| AppendError::Unknown(NEVER_TOLD_TO_GO.to_owned()))?;
@@ -301,6 +312,7 @@ async fn send(
     };
     let answer = answered.map_err(|error| {
         let reason = match error.kind() {
+            RequestErrorKind::MaxPayloadExceeded => return too_large_to_send(&error),
             RequestErrorKind::TimedOut => format!("no answer within {} s", APPEND_TIMEOUT.as_secs()),
             RequestErrorKind::NoResponders => "no server answers for the stream".to_owned(),
             _ => error.to_string(),

@@ -13,6 +13,7 @@ mod jetstream;
 mod memory;
 mod observed;
 pub mod receive;
+mod refusal;
 pub mod streams;
 pub mod suspects;
 pub mod upkeep;
@@ -25,24 +26,61 @@ use bytes::Bytes;
 use futures::stream::{BoxStream, StreamExt};
 use lomash_contract::{Envelope, EventId, Foreign, LedgerEvent};
 use lomash_platform::schemas;
-use lomash_platform::trace::TraceContext;
+use lomash_platform::trace::{MAX_TRACE_BYTES, TraceContext};
 use time::OffsetDateTime;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 pub use jetstream::{APPEND_TIMEOUT, JetStreamLedger, LAST_SEQUENCE_TIMEOUT, READ_STALL_TIMEOUT};
 pub use memory::{Fault, MemoryLedger};
+pub use observed::{StreamUse, oldest_unsettled, stream_use};
+pub use refusal::{BATCH_INCOMPLETE, Cause};
 
 /// Most messages of one atomic batch, as every configuration we ship allows (`limits { batch { max_msgs } }`).
 ///
 /// A server left at its own default takes 1,000; the committer adapts when it is told so.
 pub const MAX_BATCH_MESSAGES: usize = 4_000;
 
-/// How long a server keeps an atomic batch that was begun and not ended (2.15.1). It has room for 50 of them for a stream.
+/// Atomic batches that a server keeps of a stream which were begun and not ended (2.15.1). It refuses further ones.
+pub const MAX_STAGED_BATCHES: usize = 50;
+
+/// How long a server keeps an atomic batch that was begun and not ended (2.15.1). It has room for [`MAX_STAGED_BATCHES`].
 pub const STAGED_KEPT: Duration = Duration::from_secs(10);
 
 /// How long a leader may claim that the stream ends before what was seen already, until it is believed.
 pub const STALE_LEADER_PATIENCE: Duration = Duration::from_secs(3);
+
+/// Bytes of the headers that every event has: its id, its batch, what is expected.
+const FRAME_BYTES: usize = 256;
+
+/// Longest reason of a change, in characters. It is a header of each event of a command.
+pub const MAX_REASON_CHARS: usize = 500;
+
+/// Longest mark of a command: an id and a fingerprint.
+pub const MAX_COMMAND_BYTES: usize = 128;
+
+/// Names of the headers that are carried, and what stands around them and their values.
+const HEADER_NAMES_BYTES: usize = 128;
+
+/// Most bytes of all headers of one event.
+pub const MAX_EVENT_HEADER_BYTES: usize =
+    FRAME_BYTES + MAX_TRACE_BYTES + 4 * MAX_REASON_CHARS + MAX_COMMAND_BYTES + HEADER_NAMES_BYTES;
+
+/// What the server takes as headers of a stored message (error 10097).
+pub const SERVER_HEADER_BYTES: usize = u16::MAX as usize;
+
+/// `max_msg_size` of `INVENTORY` and `ORDERS`: headers and payload of one message (error 10054).
+pub const MAX_MESSAGE_BYTES: usize = 512 << 10;
+
+/// `max_payload` of a server as it comes: headers and payload of what one client sends at once.
+pub const SERVER_PAYLOAD_BYTES: usize = 1 << 20;
+
+const _: () = assert!(MAX_EVENT_HEADER_BYTES <= SERVER_HEADER_BYTES, "the headers of an event always fit");
+const _: () = assert!(
+    MAX_EVENT_HEADER_BYTES + lomash_contract::limits::MAX_EVENT_BYTES <= MAX_MESSAGE_BYTES,
+    "an event always fits into the ledger"
+);
+const _: () = assert!(MAX_MESSAGE_BYTES <= SERVER_PAYLOAD_BYTES, "what a stream takes can be sent");
 
 const STALE_LEADER_PAUSE: Duration = Duration::from_millis(200);
 
@@ -81,6 +119,14 @@ impl Carried {
         self.trace.as_ref().map(TraceContext::traceparent)
     }
 
+    /// Bytes of it, as it is kept and sent.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let trace = self.traceparent().map_or(0, str::len) + self.tracestate().map_or(0, str::len);
+        let text = |text: &Option<String>| text.as_ref().map_or(0, String::len);
+        trace + text(&self.reason) + text(&self.command)
+    }
+
     /// W3C `tracestate` of what caused the event.
     #[must_use]
     pub fn tracestate(&self) -> Option<&str> {
@@ -99,6 +145,15 @@ pub struct NewMessage {
     pub payload: Bytes,
     /// Headers, if any.
     pub carried: Option<Arc<Carried>>,
+}
+
+impl NewMessage {
+    /// Bytes of subject, headers and payload, about.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let carried = self.carried.as_ref().map_or(0, |carried| carried.bytes());
+        self.subject.len() + self.payload.len() + carried + FRAME_BYTES
+    }
 }
 
 /// Where a stored message stood in its atomic batch, from the headers that the server keeps.
@@ -142,6 +197,12 @@ impl StoredMessage {
         lomash_contract::parse_stored(&self.subject, self.message_id.as_deref(), &self.payload)
     }
 
+    /// Bytes of what is kept of it, about: headers count as the payload does.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.subject.len() + self.payload.len() + self.carried.bytes() + FRAME_BYTES
+    }
+
     /// Whether an atomic batch (or a message outside any) ends here: readers that cut here never show half an order.
     #[must_use]
     pub fn ends_batch(&self) -> bool {
@@ -174,6 +235,10 @@ pub enum AppendError {
         /// The server's words.
         description: String,
     },
+    /// The server does not have all of the batch (10176): it lost some of it, or would not take it. It was not stored as it was sent;
+    /// whoever is not sure that it was sent once treats that as unknown.
+    #[error("the server does not have all of the batch: {0}")]
+    Incomplete(String),
     /// No answer: the batch may have been stored, may yet be, or may never be.
     #[error("it is unknown whether the batch was stored: {0}")]
     Unknown(String),

@@ -3,17 +3,19 @@
 //! Faults happen on demand, the unknown outcomes above all: an append whose answer is lost may have been stored,
 //! may not, or may be stored later.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use futures::stream::{self, StreamExt};
 use lomash_contract::EventId;
 use time::OffsetDateTime;
 use tokio::sync::{oneshot, watch};
+use tokio::time::Instant;
 
-use crate::jetstream::{NEVER_TOLD_TO_GO, header_text};
+use crate::jetstream::{NEVER_TOLD_TO_GO, ServerError, append_error, header_text};
 use crate::{
-    AppendError, BatchPosition, Carried, Ledger, MAX_BATCH_MESSAGES, Messages, NewMessage, ReadError, StoredMessage,
+    AppendError, BatchPosition, Carried, Ledger, MAX_BATCH_MESSAGES, MAX_STAGED_BATCHES, Messages, NewMessage,
+    ReadError, STAGED_KEPT, StoredMessage,
 };
 
 /// How often an append gives way before it is looked at.
@@ -28,9 +30,12 @@ pub enum Fault {
     UnknownLost,
     /// No answer; it is stored right before the next append is looked at, if it still fits.
     UnknownLater,
-    /// The server refuses.
+    /// The server refuses, for its disk is full.
     Refused,
 }
+
+/// Says with which code the server refuses a message, if it does.
+type Refuses = Arc<dyn Fn(&NewMessage) -> Option<u64> + Send + Sync>;
 
 #[derive(Default)]
 struct Inner {
@@ -44,6 +49,14 @@ struct Inner {
     later: Vec<(Vec<NewMessage>, u64)>,
     unreadable: u32,
     max_batch_messages: usize,
+    /// Batches that were begun ahead of time, by their number, and until when the server keeps each.
+    staged: HashMap<u64, Instant>,
+    /// Batches for which there was no place among those.
+    unplaced: u64,
+    refuses: Option<Refuses>,
+    /// Whether nothing can be stored, and messages and bytes of the largest batch that was sent.
+    full: bool,
+    largest: (usize, usize),
 }
 
 /// A [`Ledger`] in memory.
@@ -105,6 +118,17 @@ impl Inner {
     fn answer(&mut self, messages: Vec<NewMessage>, expected: u64) -> Result<u64, AppendError> {
         self.answered += 1;
         self.store_later_ones();
+        let bytes = messages.iter().map(NewMessage::bytes).sum();
+        self.largest = (self.largest.0.max(messages.len()), self.largest.1.max(bytes));
+        if self.full {
+            return Err(refused(10_077, "no space left on device"));
+        }
+        // Before the ids and the sequence, as the server does.
+        let refuses = self.refuses.clone();
+        if let Some(code) = refuses.and_then(|refuses| messages.iter().find_map(|message| refuses(message))) {
+            return Err(refused(code, "it is refused"));
+        }
+
         let lost = || Err(AppendError::Unknown("the answer was lost".to_owned()));
         match self.faults.pop_front() {
             None => self.store(&messages, expected),
@@ -114,10 +138,21 @@ impl Inner {
                 self.later.push((messages, expected));
                 lost()
             }
-            Some(Fault::Refused) => {
-                Err(AppendError::Refused { code: 10_023, description: "insufficient resources".to_owned() })
-            }
+            Some(Fault::Refused) => Err(refused(10_023, "insufficient resources")),
         }
+    }
+
+    /// A place for a batch that is begun ahead of time; false when the server has none.
+    fn place(&mut self, batch: u64) -> bool {
+        let now = Instant::now();
+        self.staged.retain(|_, until| *until > now);
+        let has_room = self.staged.len() < MAX_STAGED_BATCHES;
+        if has_room {
+            self.staged.insert(batch, now + STAGED_KEPT);
+        } else {
+            self.unplaced += 1;
+        }
+        has_room
     }
 
     fn store_later_ones(&mut self) {
@@ -148,6 +183,28 @@ impl MemoryLedger {
         self.lock().max_batch_messages = max_batch_messages;
     }
 
+    /// Refuses each batch with a message of which `refuses` says a code, until it is told otherwise.
+    pub fn refuse(&self, refuses: impl Fn(&NewMessage) -> Option<u64> + Send + Sync + 'static) {
+        self.lock().refuses = Some(Arc::new(refuses));
+    }
+
+    /// Whether the disk is full: then nothing is stored, and what is there can be read.
+    pub fn fill(&self, is_full: bool) {
+        self.lock().full = is_full;
+    }
+
+    /// Messages of the batch that had most of them, and bytes of the one that had most of those.
+    #[must_use]
+    pub fn largest_batch(&self) -> (usize, usize) {
+        self.lock().largest
+    }
+
+    /// How many batches the server had no place for, for it keeps [`MAX_STAGED_BATCHES`] of those that were begun and not ended.
+    #[must_use]
+    pub fn unplaced(&self) -> u64 {
+        self.lock().unplaced
+    }
+
     /// How many batches were begun and not answered: they are in flight, staged, or were let fall.
     #[must_use]
     pub fn unanswered(&self) -> u64 {
@@ -175,7 +232,13 @@ impl Ledger for MemoryLedger {
         go: oneshot::Receiver<()>,
     ) -> impl Future<Output = Result<u64, AppendError>> + Send + 'static {
         let ledger = self.clone();
-        ledger.lock().begun += 1;
+        let (batch, has_place) = {
+            let mut inner = ledger.lock();
+            inner.begun += 1;
+            let batch = inner.begun;
+            // What has only one message is begun with the message that ends it.
+            (batch, messages.len() < 2 || inner.place(batch))
+        };
         async move {
             go.await.map_err(|_| AppendError::Unknown(NEVER_TOLD_TO_GO.to_owned()))?;
             if messages.is_empty() {
@@ -187,7 +250,16 @@ impl Ledger for MemoryLedger {
                 tokio::task::yield_now().await;
             }
             let _ = ledger.answers.subscribe().wait_for(|answers| *answers).await;
-            let outcome = ledger.lock().answer(messages, expected_last_sequence);
+            let outcome = {
+                let mut inner = ledger.lock();
+                inner.staged.remove(&batch);
+                if has_place {
+                    inner.answer(messages, expected_last_sequence)
+                } else {
+                    inner.answered += 1;
+                    Err(AppendError::Incomplete("atomic publish batch is incomplete".to_owned()))
+                }
+            };
             let last = ledger.lock().messages.len() as u64;
             ledger.last.send_replace(last);
             outcome
@@ -225,6 +297,10 @@ impl Ledger for MemoryLedger {
         });
         Ok(messages.boxed())
     }
+}
+
+fn refused(code: u64, description: &str) -> AppendError {
+    append_error(ServerError { err_code: code, description: description.to_owned() }, 1)
 }
 
 /// What is left of texts that went through headers.

@@ -4,10 +4,12 @@ use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use async_nats::HeaderMap;
+use async_nats::jetstream::stream::DirectGetErrorKind;
 use async_nats::jetstream::{self, Context};
 use lomash_contract::subject::{KeyedSubject, Topic};
 use lomash_platform::metrics::{Counter, Family, Gauge, Histogram, Histograms, Labels, Metrics, seconds};
 use lomash_platform::trace;
+use time::OffsetDateTime;
 use tokio::task::AbortHandle;
 use tracing::{Span, debug};
 
@@ -107,8 +109,66 @@ impl Drop for LagWatch {
     }
 }
 
+/// How long the oldest message of a consumer's has been in its stream without being settled, whoever has it or nobody; zero when
+/// there is none.
+///
+/// # Errors
+/// Why the server does not tell.
+pub async fn oldest_unsettled(context: &Context, stream: &str, consumer: &str) -> Result<Duration, String> {
+    let info = consumer_info(context, stream, consumer).await?;
+    if info.num_pending + info.num_ack_pending == 0 {
+        return Ok(Duration::ZERO);
+    }
+    let filter = Some(info.config.filter_subject).filter(|filter| !filter.is_empty());
+    let handle = context.get_stream_no_info(stream).await.map_err(|problem| problem.to_string())?;
+    let from = info.ack_floor.stream_seq + 1;
+    match handle.direct_get_next_for_subject(filter.unwrap_or_else(|| ">".to_owned()), Some(from)).await {
+        // The clocks of two machines may disagree a little.
+        Ok(message) => Ok((OffsetDateTime::now_utc() - message.time).try_into().unwrap_or_default()),
+        Err(problem) if problem.kind() == DirectGetErrorKind::NotFound => Ok(Duration::ZERO),
+        Err(problem) => Err(problem.to_string()),
+    }
+}
+
+/// How much of a stream is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StreamUse {
+    /// Messages in it.
+    pub messages: u64,
+    /// Bytes in it.
+    pub bytes: u64,
+    /// Bytes that it takes before it refuses more; none when it never does.
+    pub max_bytes: Option<u64>,
+}
+
+/// How much of a stream is used; nothing when the server does not say.
+pub async fn stream_use(context: &Context, stream: &str) -> Option<StreamUse> {
+    let answer: Result<serde_json::Value, _> = context.request(format!("STREAM.INFO.{stream}"), &()).await;
+    let answer = answer.ok()?;
+    let number = |pointer| answer.pointer(pointer).and_then(serde_json::Value::as_u64);
+    let refuses = answer.pointer("/config/discard").and_then(serde_json::Value::as_str) == Some("new");
+    let max_bytes = number("/config/max_bytes").filter(|_| refuses);
+    Some(StreamUse { messages: number("/state/messages")?, bytes: number("/state/bytes")?, max_bytes })
+}
+
+#[derive(Default, serde::Deserialize)]
+#[serde(default)]
+struct Floor {
+    stream_seq: u64,
+}
+
+#[derive(Default, serde::Deserialize)]
+#[serde(default)]
+struct Filtered {
+    filter_subject: String,
+}
+
 #[derive(serde::Deserialize)]
 struct ConsumerInfo {
+    #[serde(default)]
+    ack_floor: Floor,
+    #[serde(default)]
+    config: Filtered,
     #[serde(default)]
     num_pending: u64,
     #[serde(default)]

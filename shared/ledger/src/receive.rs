@@ -132,7 +132,7 @@ pub struct Receive {
     pub group: Option<&'static str>,
     /// Most messages handled at once. Messages wait in the stream, not in memory.
     pub max_in_flight: usize,
-    /// Most bytes of payload handled at once; one message may go over it.
+    /// Most bytes handled at once, headers and payload; one message may go over it.
     pub max_in_flight_bytes: usize,
     /// Panics of its handler after which a message is given up.
     pub max_panics: u64,
@@ -329,7 +329,7 @@ where
             next = messages.next(), if has_room => match next {
                 Some(Ok(message)) => {
                     reopening = None;
-                    let bytes = message.payload.len();
+                    let bytes = message.length;
                     let headers = message.headers.as_ref().filter(|_| receive.group.is_some());
                     let given = headers.and_then(|headers| headers.get_last(async_nats::header::NATS_PIN_ID));
                     if let Some(given) = given.filter(|given| pin.as_deref() != Some(given.as_str())) {

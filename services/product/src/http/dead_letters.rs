@@ -90,8 +90,20 @@ pub(super) struct DeadLetter {
     origin: Option<DeadLetterOrigin>,
     /// W3C trace context of the original.
     traceparent: Option<String>,
-    /// Bytes of the payload.
+    /// Bytes of the payload, as far as the letter holds it.
     bytes: usize,
+    /// What the letter does not hold of its message, which was too large for it; null when it is whole.
+    cut: Option<DeadLetterCut>,
+}
+
+/// That a letter holds only a part of its message. Redriving takes the whole one from its stream.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct DeadLetterCut {
+    /// Bytes of the message's headers, where not all of them are in the letter.
+    header_bytes: Option<u64>,
+    /// Bytes of the message's payload, where only its beginning is in the letter.
+    payload_bytes: Option<u64>,
 }
 
 /// Where a message was before it died.
@@ -141,7 +153,9 @@ pub(super) struct RedrivenLetter {
 
 impl From<Letter> for DeadLetter {
     fn from(letter: Letter) -> Self {
-        let Letter { sequence, died_at, consumer, reason, attempts, past, origin, traceparent, bytes, .. } = letter;
+        let Letter { sequence, died_at, consumer, reason, attempts, past, origin, traceparent, bytes, cut, .. } =
+            letter;
+        let cut = cut.map(|cut| DeadLetterCut { header_bytes: cut.header_bytes, payload_bytes: cut.payload_bytes });
         let origin = origin.map(|origin| DeadLetterOrigin {
             stream: origin.stream,
             subject: origin.subject,
@@ -149,7 +163,7 @@ impl From<Letter> for DeadLetter {
             message_id: origin.message_id,
         });
         let (redrives, history) = (past.redrives, past.history);
-        Self { sequence, died_at, consumer, reason, attempts, redrives, history, origin, traceparent, bytes }
+        Self { sequence, died_at, consumer, reason, attempts, redrives, history, origin, traceparent, bytes, cut }
     }
 }
 

@@ -75,7 +75,8 @@ pub(super) fn refused(error: &CommandError) -> Problem {
     let detail = sentence(&error.to_string());
     let rejection = match error {
         CommandError::Rejected(rejection) => rejection,
-        CommandError::TooLarge { .. } => return Problem::unprocessable(detail),
+        CommandError::TooLarge { .. } | CommandError::Unstorable { .. } => return Problem::unprocessable(detail),
+        CommandError::IdentityTaken { .. } => return Problem::new(&ALREADY_CARRIED_OUT, detail),
         CommandError::Stopping => return Problem::unavailable(detail, 1),
         CommandError::Undecided => return Problem::new(&OUTCOME_UNKNOWN, detail).with_retry_after(1),
     };

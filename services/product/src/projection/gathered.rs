@@ -16,7 +16,7 @@ use super::{IDLE_CHECK, ProjectionError};
 /// row; as many take some 0.3 s. While they are applied, as many more are read.
 pub const BATCH_MESSAGES: usize = 20_000;
 
-/// Bytes of payload after which it is, too: refusals of long orders are some 100 kB each.
+/// Bytes of headers and payload after which it is, too: refusals of long orders are some 100 kB each.
 pub const BATCH_BYTES: usize = 16 << 20;
 
 /// How long the rest of a batch whose beginning was read may take to arrive.
@@ -49,7 +49,7 @@ impl Gathered {
     fn take(&mut self, next: Option<Result<StoredMessage, ReadError>>) {
         match next {
             Some(Ok(message)) => {
-                self.bytes += message.payload.len();
+                self.bytes += message.bytes();
                 self.messages.push(message);
             }
             Some(Err(problem)) => self.problem = Some(problem),

@@ -409,9 +409,11 @@ impl Runner {
                 };
                 refused(row, Refusal::new(reason, rejection.to_string()))
             }
-            Err(problem @ CommandError::TooLarge { .. }) => {
-                refused(row, Refusal::new(RefusalReason::NotAccepted, problem.to_string()))
-            }
+            Err(
+                problem @ (CommandError::TooLarge { .. }
+                | CommandError::Unstorable { .. }
+                | CommandError::IdentityTaken { .. }),
+            ) => refused(row, Refusal::new(RefusalReason::NotAccepted, problem.to_string())),
         })
     }
 }

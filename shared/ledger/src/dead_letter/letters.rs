@@ -14,7 +14,7 @@ use async_nats::HeaderMap;
 use async_nats::header::{NATS_EXPECTED_STREAM, NATS_MESSAGE_ID};
 use async_nats::jetstream::context::GetStreamErrorKind;
 use async_nats::jetstream::message::StreamMessage;
-use async_nats::jetstream::stream::{RawMessageErrorKind, Stream};
+use async_nats::jetstream::stream::{DirectGetErrorKind, RawMessageErrorKind, Stream};
 use async_nats::jetstream::{Context, ErrorCode};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -24,7 +24,8 @@ use lomash_platform::trace::TraceContext;
 use serde::Serialize;
 
 use super::{
-    CONSUMER, DELIVERIES, ORIGIN_MESSAGE_ID, ORIGIN_SEQUENCE, ORIGIN_STREAM, ORIGIN_SUBJECT, Past, REASON, STREAM,
+    CONSUMER, DELIVERIES, HEADER_BYTES, MAX_MESSAGE_ID_CHARS, ORIGIN_MESSAGE_ID, ORIGIN_SEQUENCE, ORIGIN_STREAM,
+    ORIGIN_SUBJECT, OWN_HEADER_BYTES, PAYLOAD_BYTES, Past, REASON, SERVER_HEADER_BYTES, STREAM, bounded, header_bytes,
     publisher_headers,
 };
 use crate::header;
@@ -82,6 +83,24 @@ pub struct Origin {
     pub message_id: Option<String>,
 }
 
+/// That a letter does not hold all of its message, which was too large for it. The message itself is in its stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Cut {
+    /// Bytes of the message's headers, where not all of them are in the letter.
+    pub header_bytes: Option<u64>,
+    /// Bytes of the message's payload, where only its beginning is in the letter.
+    pub payload_bytes: Option<u64>,
+}
+
+impl std::fmt::Display for Cut {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let parts = [("headers", self.header_bytes), ("payload", self.payload_bytes)];
+        let parts = parts.into_iter().filter_map(|(what, bytes)| Some(format!("{what} of {} bytes", bytes?)));
+        f.write_str(&parts.collect::<Vec<_>>().join(", "))
+    }
+}
+
 /// A dead letter, without its content.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -103,8 +122,11 @@ pub struct Letter {
     pub origin: Option<Origin>,
     /// W3C trace context of the original.
     pub traceparent: Option<String>,
-    /// Bytes of the payload.
+    /// Bytes of the payload that the letter holds.
     pub bytes: usize,
+    /// What the letter does not hold of its message; none when it is whole.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cut: Option<Cut>,
     /// The headers of the original.
     #[serde(skip)]
     pub headers: HeaderMap,
@@ -154,7 +176,10 @@ impl Letter {
             }
             _ => None,
         };
+        let (header_bytes, payload_bytes) = (number(HEADER_BYTES), number(PAYLOAD_BYTES));
+        let is_cut = header_bytes.is_some() || payload_bytes.is_some();
         Self {
+            cut: is_cut.then_some(Cut { header_bytes, payload_bytes }),
             sequence,
             died_at: Timestamp::new(time),
             consumer,
@@ -377,8 +402,44 @@ impl Letters {
         }
     }
 
+    /// The headers and the payload of a letter's message: the letter's own, or of one that is cut those in its stream.
+    async fn content(&self, letter: &Letter, origin: &Origin) -> Result<(HeaderMap, Bytes), LettersError> {
+        let Some(cut) = letter.cut else { return Ok((letter.headers.clone(), letter.payload.clone())) };
+        let none = |why: String| LettersError::NoWayBack { letter: letter.sequence, why };
+        let Origin { stream: name, sequence, .. } = origin;
+        let stream = self.context.get_stream_no_info(name).await;
+        let stream = stream.map_err(|problem| LettersError::Unavailable(problem.to_string()))?;
+        let message = match stream.direct_get(*sequence).await {
+            Ok(message) => message,
+            Err(problem) if problem.kind() == DirectGetErrorKind::NotFound => {
+                return Err(none(format!(
+                    "it holds only a part of its message ({cut}), and {name} does not have the message {sequence} any more; \
+                     ask its publisher for it, then discard the letter"
+                )));
+            }
+            Err(problem) => return Err(LettersError::Unavailable(problem.to_string())),
+        };
+        // A stream that was made anew has another message there.
+        let id = message.headers.get(ORIGIN_MESSAGE_ID).or_else(|| message.headers.get(NATS_MESSAGE_ID));
+        let id = id.map(|id| bounded(id.as_str(), MAX_MESSAGE_ID_CHARS));
+        let is_it = message.subject.as_str() == origin.subject
+            && id == origin.message_id
+            && message.payload.starts_with(&letter.payload)
+            && cut.payload_bytes.is_none_or(|bytes| bytes == message.payload.len() as u64);
+        if !is_it {
+            return Err(none(format!(
+                "it holds only a part of its message ({cut}), and message {sequence} of {name} is another one; ask its \
+                 publisher for it, then discard the letter"
+            )));
+        }
+        // With ours beside them the largest would be refused: of those the letter has what fits.
+        let headers = publisher_headers(&message.headers);
+        let fits = header_bytes(&headers) + OWN_HEADER_BYTES <= SERVER_HEADER_BYTES;
+        Ok((if fits { headers } else { letter.headers.clone() }, message.payload))
+    }
+
     async fn republish(&self, letter: &Letter, origin: &Origin, past: &Past) -> Result<Way, LettersError> {
-        let mut headers = letter.headers.clone();
+        let (mut headers, payload) = self.content(letter, origin).await?;
         headers.insert(NATS_MESSAGE_ID, letter.redrive_id());
         // Whatever a letter claims of its subject: it goes back into that stream, or nowhere.
         headers.insert(NATS_EXPECTED_STREAM, origin.stream.as_str());
@@ -387,7 +448,7 @@ impl Letters {
         }
         past.write(&mut headers);
         let publishing = async {
-            let sent = self.context.publish_with_headers(origin.subject.clone(), headers, letter.payload.clone());
+            let sent = self.context.publish_with_headers(origin.subject.clone(), headers, payload);
             sent.await.map_err(|e| e.to_string())?.await.map_err(|e| e.to_string())
         };
         let why = match tokio::time::timeout(REPUBLISH_TIMEOUT, publishing).await {
@@ -408,7 +469,13 @@ impl Letters {
     /// [`LettersError::NoWayBack`].
     pub fn preview(letter: &Letter) -> Result<String, LettersError> {
         Ok(match way_back(letter)? {
-            WayBack::Republish(origin) => format!("would be published again on {}", origin.subject),
+            WayBack::Republish(origin) => match letter.cut {
+                None => format!("would be published again on {}", origin.subject),
+                Some(_) => format!(
+                    "would be published again on {}, whole, from {} {}",
+                    origin.subject, origin.stream, origin.sequence
+                ),
+            },
             WayBack::ToConsumer(origin) => {
                 format!("would be put before {} again, from {} {}", letter.consumer, origin.stream, origin.sequence)
             }
