@@ -17,6 +17,7 @@ use async_nats::client::RequestErrorKind;
 use async_nats::{Client, HeaderMap, Message, Request as NatsRequest, SubscribeError, Subscriber};
 use futures::{FutureExt, StreamExt};
 use lomash_contract::{ContentType, Envelope, LedgerEvent, codec, parse_stored};
+use lomash_contract::{objects, text};
 use lomash_ledger::{Carried, header};
 use lomash_platform::trace::TraceContext;
 use serde::{Deserialize, Serialize};
@@ -382,7 +383,7 @@ fn parse(message: &Message) -> Result<Request, String> {
         return Err(format!("the request has {} bytes, at most {MAX_REQUEST_BYTES} are read", message.payload.len()));
     }
     let request: Request =
-        serde_json::from_slice(&message.payload).map_err(|problem| format!("not a command: {problem}"))?;
+        objects::from_json(&message.payload).map_err(|problem| format!("not a command: {problem}"))?;
     let Request::Command { reason, .. } = &request;
     match reason {
         Some(reason) if reason.chars().count() > MAX_REASON_CHARS => {

@@ -1,5 +1,7 @@
 //! Bytes to types and back, JSON or MessagePack by `Content-Type`, with errors that name the field.
 //!
+//! An object is an object in both: a list of a type's fields in their order, which MessagePack calls compact, is refused.
+//!
 //! Decoding is done twice only when it fails: the second pass tracks the path, which the good case need not pay for.
 
 use std::fmt;
@@ -8,6 +10,7 @@ use serde::Deserialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
 
 use crate::envelope::{Envelope, EventType, Payload, Version};
+use crate::objects::{self, Objects};
 
 /// How a message is encoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -104,6 +107,9 @@ fn excerpt(text: &str) -> String {
     short
 }
 
+/// Levels of nesting that are read in MessagePack: as many as in JSON, where `serde_json` has the limit. A level costs stack.
+const MAX_DEPTH: usize = 128;
+
 /// What decides whether the rest can be read at all. Read on its own only to explain a failure.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -116,11 +122,14 @@ struct Head {
 
 fn read<T: DeserializeOwned>(content_type: ContentType, bytes: &[u8]) -> Option<T> {
     match content_type {
-        ContentType::Json => serde_json::from_slice(bytes).ok(),
+        ContentType::Json => objects::from_json(bytes).ok(),
         ContentType::MessagePack => {
             // Read through a shrinking slice: a deserializer made with `from_read_ref` cannot say what is left.
             let mut rest = bytes;
-            let value = T::deserialize(&mut rmp_serde::Deserializer::new(&mut rest)).ok()?;
+            let mut deserializer = rmp_serde::Deserializer::new(&mut rest);
+            deserializer.set_max_depth(MAX_DEPTH);
+            let value = T::deserialize(Objects(&mut deserializer)).ok()?;
+            drop(deserializer);
             rest.is_empty().then_some(value)
         }
     }
@@ -156,7 +165,7 @@ fn explain<P: Payload>(content_type: ContentType, bytes: &[u8]) -> DecodeError {
     let (path, problem) = match content_type {
         ContentType::Json => {
             let mut deserializer = serde_json::Deserializer::from_slice(bytes);
-            let outcome = serde_path_to_error::deserialize::<_, Envelope<P>>(&mut deserializer);
+            let outcome = serde_path_to_error::deserialize::<_, Envelope<P>>(Objects(&mut deserializer));
             match outcome {
                 Ok(_) => match deserializer.end() {
                     Err(trailing) => (String::new(), trailing.to_string()),
@@ -167,7 +176,8 @@ fn explain<P: Payload>(content_type: ContentType, bytes: &[u8]) -> DecodeError {
         }
         ContentType::MessagePack => {
             let mut deserializer = rmp_serde::Deserializer::from_read_ref(bytes);
-            match serde_path_to_error::deserialize::<_, Envelope<P>>(&mut deserializer) {
+            deserializer.set_max_depth(MAX_DEPTH);
+            match serde_path_to_error::deserialize::<_, Envelope<P>>(Objects(&mut deserializer)) {
                 Ok(_) => (String::new(), "there are bytes after the end of the message".to_owned()),
                 Err(error) => {
                     use rmp_serde::decode::Error::{InvalidDataRead, InvalidMarkerRead};

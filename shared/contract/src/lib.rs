@@ -10,7 +10,9 @@ pub mod envelope;
 pub mod event;
 pub mod id;
 pub mod limits;
+pub mod objects;
 pub mod subject;
+pub mod text;
 pub mod timestamp;
 
 pub use admission::{Foreign, chains, parse_stored};

@@ -283,7 +283,7 @@ fn a_damaged_json_message_says_how() {
         (b"".into(), "message: EOF while parsing a value at line 1 column 0".into()),
         (b" \n".into(), "message: EOF while parsing a value at line 2 column 0".into()),
         (b"null".into(), format!("message: invalid type: null, {envelope} at line 1 column 4")),
-        (b"[]".into(), format!("message: invalid length 0, {envelope} at line 1 column 2")),
+        (b"[]".into(), format!("message: invalid type: sequence, {envelope} at line 1 column 2")),
         (b"hello".into(), "message: expected value at line 1 column 1".into()),
         (
             whole.as_bytes()[..whole.find("3b7d-").unwrap()].into(),
@@ -312,14 +312,17 @@ fn a_damaged_messagepack_message_says_how() {
         (b"".into(), "message: the message ends in the middle".into()),
         (b"\xc0".into(), format!("message: invalid type: unit value, {envelope}")),
         (b"\xc1".into(), "message: wrong msgpack marker Reserved".into()),
-        (b"\x90".into(), format!("message: invalid length 0, {envelope}")),
+        (b"\x90".into(), format!("message: invalid type: sequence, {envelope}")),
         (whole[..sku + 1].into(), "payload.items[0].sku: the message ends in the middle".into()),
         ([&whole[..], b"\x00"].concat(), "message: there are bytes after the end of the message".into()),
         ([&whole[..], b"\x91"].concat(), "message: there are bytes after the end of the message".into()),
         ([&whole[..], &whole[..]].concat(), "message: there are bytes after the end of the message".into()),
         (golden(Topic::OrdersCreated).into(), format!("message: invalid type: integer `123`, {envelope}")),
         // Lengths that promise four thousand million elements.
-        (b"\x81\xa7payload\xdd\xff\xff\xff\xff".into(), "payload[0]: the message ends in the middle".into()),
+        (
+            b"\x81\xa7payload\xdd\xff\xff\xff\xff".into(),
+            "payload: invalid type: sequence, expected struct OrderCreated".into(),
+        ),
         (
             b"\x81\xa7payload\x81\xa5items\xdd\xff\xff\xff\xff".into(),
             "payload.items[0]: the message ends in the middle".into(),
@@ -333,6 +336,26 @@ fn a_damaged_messagepack_message_says_how() {
     for (bytes, expected) in cases {
         let sentence = refused(Topic::OrdersCreated, ContentType::MessagePack, &bytes);
         assert_eq!(sentence, format!("not a valid order-created as application/msgpack: {expected}"));
+    }
+}
+
+/// A list of the fields in their order is no object, neither of the envelope nor within it, in either encoding.
+#[test]
+fn an_order_as_a_list_is_no_order() {
+    let whole = golden_value(Topic::OrdersCreated);
+    let listed =
+        |object: &Value, order: &[&str]| Value::Array(order.iter().map(|field| object[*field].clone()).collect());
+    let envelope = listed(&whole, &["eventId", "eventType", "timestamp", "version", "payload"]);
+    let mut payload = whole.clone();
+    payload["payload"] = listed(&whole["payload"], &["orderId", "customerId", "items"]);
+    let mut item = whole.clone();
+    item["payload"]["items"][0] = listed(&whole["payload"]["items"][0], &["productId", "sku", "quantity"]);
+    for (place, order) in [("message", envelope), ("payload", payload), ("payload.items[0]", item)] {
+        let json = refused(Topic::OrdersCreated, ContentType::Json, &serde_json::to_vec(&order).unwrap());
+        let packed = refused(Topic::OrdersCreated, ContentType::MessagePack, &rmp_serde::to_vec_named(&order).unwrap());
+        for sentence in [json, packed] {
+            assert!(sentence.contains(&format!(": {place}: invalid type: sequence, expected ")), "{place}: {sentence}");
+        }
     }
 }
 

@@ -21,6 +21,7 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use jsonwebtoken::errors::ErrorKind;
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
+use lomash_contract::objects::AsObject;
 use lomash_platform::Secret;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
@@ -197,8 +198,8 @@ impl Verifier {
     }
 
     fn check(&self, token: &str, key: &DecodingKey, validation: &Validation) -> Result<Caller, Problem> {
-        let claims =
-            jsonwebtoken::decode::<Claims>(token, key, validation).map_err(|error| refusal(error.kind()))?.claims;
+        let decoded = jsonwebtoken::decode::<AsObject<Claims>>(token, key, validation);
+        let AsObject(claims) = decoded.map_err(|error| refusal(error.kind()))?.claims;
         let expires = Duration::try_from_secs_f64(claims.exp).ok().and_then(|exp| UNIX_EPOCH.checked_add(exp));
         let expires = expires.ok_or_else(|| Problem::invalid_token("The token expires at no time that there is."))?;
         let subject = Uuid::try_parse(&claims.sub).ok().filter(|_| claims.sub.len() == UUID_CHARS);

@@ -12,6 +12,7 @@ use axum::http::header::{CONTENT_ENCODING, CONTENT_TYPE};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode};
 use bytes::Bytes;
+use lomash_contract::objects::Objects;
 use serde::de::DeserializeOwned;
 use serde_path_to_error::Segment;
 
@@ -69,13 +70,13 @@ pub fn unreadable_body(rejection: BytesRejection) -> Problem {
     }
 }
 
-/// Parses JSON as a `T`.
+/// Parses JSON as a `T`, in which objects are objects and no lists.
 ///
 /// # Errors
 /// 400: `bad-request` when it is no JSON at all, `validation-failed` with a JSON Pointer when it is another JSON.
 pub fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
     let mut reader = serde_json::Deserializer::from_slice(bytes);
-    let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
+    let value = serde_path_to_error::deserialize(Objects(&mut reader)).map_err(|error| {
         let cause = error.inner();
         if !cause.is_data() {
             return not_json(cause);
@@ -267,6 +268,11 @@ mod tests {
             (r#"{"orderId":"'; DROP","lines":[]}"#.to_owned(), "/orderId"),
             (r#"{"lines":[]}"#.to_owned(), "/orderId"),
             ("[]".to_owned(), ""),
+            (format!(r#"["{ID}",[]]"#), ""),
+            (format!(r#"{{"orderId":"{ID}","lines":[[1]]}}"#), "/lines/0"),
+            (format!(r#"{{"orderId":"{ID}","lines":[{{"quantity":1.0}}]}}"#), "/lines/0/quantity"),
+            (format!(r#"{{"orderId":"{ID}","lines":[{{"quantity":1e2}}]}}"#), "/lines/0/quantity"),
+            (format!(r#"{{"orderId":"{ID}","lines":[{{"quantity":1,"quantity":2}}]}}"#), "/lines/0/quantity"),
             ("null".to_owned(), ""),
         ] {
             let problem = parse_json::<Order>(body.as_bytes()).expect_err(&body);

@@ -16,6 +16,7 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use jsonwebtoken::{Algorithm, DecodingKey, Header};
+use lomash_contract::objects::{self, Objects};
 use reqwest::Url;
 use serde::Deserialize;
 use tokio::sync::{Notify, watch};
@@ -167,10 +168,10 @@ struct Member {
 impl KeySet {
     fn parse(bytes: &[u8], place: &KeySource) -> Result<Self, KeysError> {
         let document: Document =
-            serde_json::from_slice(bytes).map_err(|cause| KeysError::Form { place: place.to_string(), cause })?;
+            objects::from_json(bytes).map_err(|cause| KeysError::Form { place: place.to_string(), cause })?;
         let mut keys = Vec::new();
         for value in document.keys.into_iter().take(MAX_KEYS) {
-            let member: Member = match serde_json::from_value(value) {
+            let member = match Member::deserialize(Objects(value)) {
                 Ok(member) => member,
                 Err(error) => {
                     warn!("a key of {place} is not used: {error}");

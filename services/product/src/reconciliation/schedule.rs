@@ -68,7 +68,8 @@ impl Job {
     /// # Errors
     /// A sentence when it is none.
     pub fn parse(payload: &[u8]) -> Result<Self, String> {
-        serde_json::from_slice(payload).map_err(|problem| format!("the message is no job of ours: {problem}"))
+        lomash_contract::objects::from_json(payload)
+            .map_err(|problem| format!("the message is no job of ours: {problem}"))
     }
 
     /// Puts it into `JOBS`, and waits until it is stored. Twice under the same message id within the stream's window is
