@@ -194,6 +194,8 @@ async fn a_catalogue_is_imported_row_by_row_and_again_without_a_change() -> Resu
     let revised = "sku,name,quantity\nLAST-1,Another name,99\n";
     let revised = importing.import(PRODUCTS_PATH, "text/csv", revised).await?;
     assert_eq!(revised.lines("revised"), [2]);
+    let renamed = json!([{ "field": "name", "before": "The last one", "after": "Another name" }]);
+    assert_eq!(revised.rows[0]["changes"], renamed);
     let product =
         importing.get(&format!("/v1/products/{}", catalogue::product_id(&sku)), &revised.summary["sequence"]).await?;
     assert_eq!((&product["name"], &product["quantity"]), (&json!("Another name"), &json!(7)), "{product}");
@@ -253,6 +255,153 @@ async fn a_dry_run_says_what_would_happen_and_writes_nothing() -> Result<()> {
     let imported = importing.import(PRODUCTS_PATH, "text/csv", csv).await?;
     let statuses: Vec<&str> = imported.rows.iter().map(|row| row["status"].as_str().unwrap()).collect();
     assert_eq!(statuses, ["unchanged", "revised", "registered", "refused"]);
+    importing.world.close();
+    Ok(())
+}
+
+/// What a file does not name stays; what it names changes, and is told before and after, in a dry run as well.
+#[tokio::test]
+async fn an_import_changes_what_the_file_names_and_nothing_else() -> Result<()> {
+    let importing = Importing::start().await?;
+    let id = catalogue::product_id(&"A-1".parse()?);
+    let path = format!("/v1/products/{id}");
+    let csv = "sku,name,category,quantity,threshold\nA-1,one,worktops,5,7\n";
+    importing.import(PRODUCTS_PATH, "text/csv", csv).await?;
+    let patch = importing.client.patch(format!("{}{path}", importing.url)).bearer_auth(&importing.token);
+    ensure!(patch.json(&json!({ "active": false })).send().await?.status() == 200);
+
+    let ndjson = "application/x-ndjson";
+    let steps: [(&str, &str, Value, Value); 9] = [
+        ("text/csv", csv, json!(null), json!(["one", "worktops", 7, false])),
+        ("text/csv", "sku,name,quantity\nA-1,one,99\n", json!(null), json!(["one", "worktops", 7, false])),
+        (
+            ndjson,
+            r#"{"sku":"A-1","name":"one","initialQuantity":99}"#,
+            json!(null),
+            json!(["one", "worktops", 7, false]),
+        ),
+        (
+            "text/csv",
+            "sku,category\nA-1,\n",
+            json!([{ "field": "category", "before": "worktops", "after": null }]),
+            json!(["one", null, 7, false]),
+        ),
+        (
+            ndjson,
+            r#"{"sku":"A-1","lowStockThreshold":null}"#,
+            json!([{ "field": "lowStockThreshold", "before": 7, "after": null }]),
+            json!(["one", null, null, false]),
+        ),
+        (
+            "text/csv",
+            "sku,threshold,name\nA-1,0,two\n",
+            json!([
+                { "field": "name", "before": "one", "after": "two" },
+                { "field": "lowStockThreshold", "before": null, "after": 0 },
+            ]),
+            json!(["two", null, 0, false]),
+        ),
+        (
+            "text/csv",
+            "sku,active\nA-1,TRUE\n",
+            json!([{ "field": "active", "before": false, "after": true }]),
+            json!(["two", null, 0, true]),
+        ),
+        (
+            ndjson,
+            r#"{"sku":"A-1","category":"sinks"}"#,
+            json!([{ "field": "category", "before": null, "after": "sinks" }]),
+            json!(["two", "sinks", 0, true]),
+        ),
+        ("text/csv", "sku,active\nA-1,yes\n", json!(null), json!(["two", "sinks", 0, true])),
+    ];
+    for (form, body, changes, after) in steps {
+        let before = importing.world.last_sequence().await?;
+        let foretold = importing.import(&format!("{PRODUCTS_PATH}?dryRun=true"), form, body).await?;
+        assert_eq!(importing.world.last_sequence().await?, before, "a dry run writes nothing");
+        let done = importing.import(PRODUCTS_PATH, form, body).await?;
+        for imported in [&foretold, &done] {
+            let status = if changes.is_null() { "unchanged" } else { "revised" };
+            assert_eq!(imported.rows[0]["status"], status, "{body}: {imported:?}");
+            assert_eq!(imported.rows[0]["changes"], changes, "{body}: {imported:?}");
+        }
+        let last = json!(importing.world.last_sequence().await?);
+        let product = importing.get(&path, &last).await?;
+        let found = json!([product["name"], product["category"], product["lowStockThreshold"], product["active"]]);
+        assert_eq!(found, after, "{body}");
+        assert_eq!(product["quantity"], 5, "{body}");
+    }
+
+    // A new product needs a name, and what cannot be taken away is not.
+    let refused = [
+        ("text/csv", "sku,active\nNEW-1,true\n", "needs a name"),
+        (ndjson, r#"{"sku":"NEW-1","active":true}"#, "needs a name"),
+        ("text/csv", "sku,name\nA-1,\n", "Name is empty"),
+        ("text/csv", "sku,active\nA-1,\n", "Active is empty"),
+        (ndjson, r#"{"sku":"A-1","name":null}"#, "/name"),
+        (ndjson, r#"{"sku":"A-1","active":null}"#, "/active"),
+        (ndjson, r#"["A-1","one"]"#, "expected struct"),
+    ];
+    for (form, body, expected) in refused {
+        for query in ["?dryRun=true", ""] {
+            let imported = importing.import(&format!("{PRODUCTS_PATH}{query}"), form, body).await?;
+            assert_eq!(imported.rows[0]["status"], "refused", "{body}: {imported:?}");
+            assert!(imported.rows[0]["problem"].to_string().contains(expected), "{body}: {imported:?}");
+        }
+    }
+    importing.world.verified().await?;
+    importing.world.close();
+    Ok(())
+}
+
+/// What a spreadsheet or a missing quote made of a row is refused with its reason; it becomes no stock, no sku, no count.
+#[tokio::test]
+async fn damaged_rows_are_refused_with_their_reason() -> Result<()> {
+    let importing = Importing::start().await?;
+    let rows = [
+        ("C4-z,thing,1,800", "The row has 4 cells, the header has 3"),
+        ("C4-y,\"19\" rack, black\",5", "The row has 4 cells, the header has 3"),
+        ("C4-x,thing,\"1,800\"", "without a separator between its digits"),
+        ("C4-w,thing,1 800", "without a separator between its digits"),
+        ("#N/A,thing,1", "is an error of a spreadsheet"),
+        ("\"=\"\"00123\"\"\",thing,1", "is a formula of a spreadsheet"),
+        ("1.2E+12,thing,1", "whose digits are lost"),
+        ("C4-v,#REF!,1", "is an error of a spreadsheet"),
+        ("C4-u,th\u{200b}ing,1", "contains U+200B, an invisible character, at position 3"),
+        ("C4-t\u{202e},thing,1", "contains U+202E"),
+        ("C4-s,\u{a0}\u{2003},1", "Name is empty"),
+        ("C4-r,a\u{0}b,1", "contains U+0000, a control character, at position 2"),
+        ("C4-q,thing", "there is no `quantity`"),
+    ];
+    let mut csv = "\u{feff}sku,name,quantity\n".to_owned();
+    rows.iter().for_each(|(row, _)| writeln!(csv, "{row}").unwrap());
+    csv.push_str("GOOD-1,ku\u{308}che,3,,\n");
+    let imported = importing.import(PRODUCTS_PATH, "text/csv", csv).await?;
+    for (row, (text, reason)) in imported.rows.iter().zip(rows) {
+        assert_eq!(row["status"], "refused", "{text}");
+        assert!(row["problem"]["detail"].as_str().unwrap().contains(reason), "{text}: {row}");
+    }
+    assert_eq!(imported.lines("registered"), [rows.len() as u64 + 2]);
+    let id = catalogue::product_id(&"GOOD-1".parse()?);
+    let product = importing.get(&format!("/v1/products/{id}"), &imported.summary["sequence"]).await?;
+    assert_eq!((&product["name"], &product["quantity"]), (&json!("küche"), &json!(3)));
+
+    let counts = "sku,quantity,countedAt\nGOOD-1,1,795,2026-01-31T09:30:00Z\nGOOD-1,\"1,795\",2026-01-31T09:30:00Z\n";
+    let imported = importing.import(COUNTS_PATH, "text/csv", counts).await?;
+    assert_eq!(imported.lines("refused"), [2, 3]);
+    assert!(imported.rows[0]["problem"]["detail"].as_str().unwrap().contains("4 cells, the header has 3"));
+
+    // CR alone ends lines, and only the bad row is called bad.
+    let mac = "sku,name,quantity,price\rK,one,5,\rL,two,bad,\rM,three,5,\r";
+    let imported = importing.import(&format!("{PRODUCTS_PATH}?policy=allOrNothing"), "text/csv", mac).await?;
+    assert_eq!((imported.lines("refused"), imported.lines("skipped")), (vec![3], vec![2, 4]));
+    assert_eq!(imported.summary["ignoredColumns"], json!(["price"]));
+    let lines = "{\"sku\":\"K\",\"name\":\"k\"}\r{\"sku\":\"L\"}\r\r{\"sku\":\"M\",\"name\":\"m\"}\r\n";
+    let imported =
+        importing.import(&format!("{PRODUCTS_PATH}?policy=allOrNothing"), "application/x-ndjson", lines).await?;
+    assert_eq!((imported.lines("refused"), imported.lines("skipped")), (vec![2], vec![1, 4]));
+    let (status, problem) = importing.refused(PRODUCTS_PATH, "text/csv", "sku;name;quantity\nA;b;1\n").await?;
+    assert!(status == 400 && problem.contains("semicolons"), "{problem}");
     importing.world.close();
     Ok(())
 }

@@ -248,7 +248,7 @@ async fn show(stack: &Stack, args: &DemoArgs) -> anyhow::Result<Vec<Check>> {
         sequence: ledger.sequence,
         alerts: ledger.alerts,
         units_sold: model.units_sold,
-        out_of_stock: model.stock.values().filter(|(stock, _)| *stock == 0).count() as u64,
+        out_of_stock: model.stock.values().filter(|(stock, active)| *stock == 0 && *active).count() as u64,
         short: refused(FailureReason::InsufficientStock),
         letters: malformed as u64,
     };

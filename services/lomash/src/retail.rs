@@ -17,6 +17,7 @@ use csv::ByteRecord;
 use flate2::read::MultiGzDecoder;
 use lomash_contract::codec::decode;
 use lomash_contract::limits::{MAX_LINE_QUANTITY, MAX_NAME_CHARS, MAX_ORDER_ITEMS, MAX_STOCK};
+use lomash_contract::text;
 use lomash_contract::{
     ContentType, CustomerId, Envelope, EventId, LineQuantity, OrderCreated, OrderId, OrderItem, OrderItems, Sku,
     Timestamp,
@@ -27,7 +28,7 @@ use time::format_description::FormatItem;
 use time::macros::format_description;
 use uuid::Uuid;
 
-use crate::catalogue::{Row, csv_reader, derived_id, excerpt, next_record, product_id};
+use crate::catalogue::{Row, csv_reader, derived_id, excerpt, next_record, product_id, surplus};
 
 /// Longest NDJSON line, in bytes. An order of 1,000 lines with the longest units takes less than half of it.
 const MAX_LINE_BYTES: u64 = 1 << 20;
@@ -298,6 +299,8 @@ struct Columns {
     quantity: usize,
     date: usize,
     customer: Option<usize>,
+    /// Cells of the header.
+    width: usize,
 }
 
 impl Columns {
@@ -326,6 +329,7 @@ impl Columns {
             quantity: needed("Quantity")?,
             date: needed("InvoiceDate")?,
             customer: position("CustomerID"),
+            width: header.len(),
         })
     }
 }
@@ -426,6 +430,11 @@ impl Grouping {
         if record.iter().all(|cell| cell.trim_ascii().is_empty()) {
             return Ok(());
         }
+        // After a comma in a value that is not in quotes, each cell is something else.
+        if surplus(record, columns.width).is_some() {
+            self.unreadable(line);
+            return Ok(());
+        }
         match Self::text(record, columns.invoice) {
             Some(invoice) if invoice.starts_with(CANCELLED) => self.skipped.cancelled += 1,
             Some(invoice) => match Self::quantity(record, columns) {
@@ -474,7 +483,7 @@ impl Grouping {
     ) -> Option<()> {
         let code = Self::text(record, columns.code)?;
         let product = self.product_by_code.get(code).copied();
-        let new_sku: Option<Sku> = if product.is_none() { Some(code.parse().ok()?) } else { None };
+        let new_sku: Option<Sku> = if product.is_none() { Some(text::sku(code).ok()?) } else { None };
 
         let customer = columns.customer.and_then(|column| Self::text(record, column));
         let customer_id = || customer.map(|customer| CustomerId(derived_id("customer", customer)));
@@ -524,8 +533,8 @@ impl Grouping {
 
 /// A description as a name within the contract's limits, if anything is left of it.
 fn clean_name(description: &[u8]) -> Option<Box<str>> {
-    let text = String::from_utf8_lossy(description);
-    let visible: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_NAME_CHARS).collect();
-    let name = visible.trim();
-    (!name.is_empty()).then(|| name.into())
+    let description = String::from_utf8_lossy(description);
+    let visible: String =
+        description.chars().map(|c| if text::unfit(c).is_some() { ' ' } else { c }).take(MAX_NAME_CHARS).collect();
+    text::name(visible.trim()).ok()
 }

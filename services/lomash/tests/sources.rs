@@ -13,7 +13,7 @@ use std::time::Instant;
 use flate2::Compression;
 use flate2::read::MultiGzDecoder;
 use flate2::write::GzEncoder;
-use lomash::catalogue::{self, CatalogueError, NAMESPACE, Row, RowError, product_id};
+use lomash::catalogue::{self, NAMESPACE, Row, RowError, Said, product_id};
 use lomash::retail::{self, Skipped};
 use lomash_contract::codec::{decode, encode};
 use lomash_contract::{ContentType, Envelope, OrderCreated, OrderId, Sku};
@@ -76,17 +76,20 @@ fn a_byte_order_mark_and_foreign_line_ends_are_no_matter() {
 #[test]
 fn a_file_without_the_columns_is_no_catalogue() {
     let cases = [
-        ("", "the file is empty; its first line must name the columns: sku,name,category,quantity,threshold"),
-        ("\n\n", "the file is empty; its first line must name the columns: sku,name,category,quantity,threshold"),
+        ("", "the file is empty; its first line must name the columns: sku,name,category,quantity,threshold,active"),
+        (
+            "\n\n",
+            "the file is empty; its first line must name the columns: sku,name,category,quantity,threshold,active",
+        ),
         (
             "sku,quantity\nKIT-1,3\n",
             "the header has no column `name`; its first line is `sku,quantity`, but must name the columns, \
-             separated by commas: sku,name,category,quantity,threshold",
+             separated by commas: sku,name,category,quantity,threshold,active",
         ),
         (
             "sku;name;quantity\nKIT-1;Tap;3\n",
-            "the header has no column `sku`, `name`, `quantity`; its first line is `sku;name;quantity`, but must name \
-             the columns, separated by commas: sku,name,category,quantity,threshold",
+            "the cells of the file are separated by semicolons; save it with commas between them: \
+             sku,name,category,quantity,threshold,active",
         ),
         (
             "sku,name,quantity,Quantity\nKIT-1,Tap,3,4\n",
@@ -94,46 +97,79 @@ fn a_file_without_the_columns_is_no_catalogue() {
         ),
     ];
     for (csv, expected) in cases {
-        let error: CatalogueError = catalogue::read(csv.as_bytes()).unwrap_err();
+        let error = catalogue::read(csv.as_bytes()).err().expect(csv);
         assert_eq!(error.to_string(), expected);
     }
 }
 
 #[test]
 fn a_bad_row_says_all_that_is_wrong_and_the_next_goes_through() {
-    let sku_rule = "a sku has 1 to 64 characters, none of them a control character, and no white space at its ends";
     let stock_rule = "is not a whole number from 0 to 1000000000";
+    let separated = "write it without a separator between its digits";
     let long = "x".repeat(201);
     let shown = "x".repeat(60);
     let cases = [
-        (",Tap,,1,".to_owned(), format!("sku ``: {sku_rule}")),
-        (format!("{},Tap,,1,", "x".repeat(65)), format!("sku `{shown}…`: {sku_rule}")),
+        (",Tap,,1,".to_owned(), "sku is empty".to_owned()),
+        (format!("{},Tap,,1,", "x".repeat(65)), format!("sku `{shown}…` has 65 characters; at most 64 are allowed")),
         ("KIT-1,,,1,".into(), "name is empty".into()),
         (format!("KIT-1,{long},,1,"), format!("name `{shown}…` has 201 characters; at most 200 are allowed")),
         (format!("KIT-1,Tap,{long},1,"), format!("category `{shown}…` has 201 characters; at most 200 are allowed")),
-        ("KIT-1,A\ttap,,1,".into(), "name `A\u{fffd}tap` contains a control character, such as a tab".into()),
+        (
+            "KIT-1,A\ttap,,1,".into(),
+            "name `A\u{fffd}tap` contains U+0009, a control character, at position 2".into(),
+        ),
+        (
+            "KIT\u{200b}-1,Tap,\u{202e}x,1,".into(),
+            "sku `KIT\u{fffd}-1` contains U+200B, an invisible character, at position 4; category `\u{fffd}x` contains \
+             U+202E, which changes the direction of the text around it, at position 1"
+                .into(),
+        ),
         ("KIT-1,Tap,,-3,".into(), format!("quantity `-3` {stock_rule}")),
         ("KIT-1,Tap,,+3,".into(), format!("quantity `+3` {stock_rule}")),
-        ("KIT-1,Tap,,3.0,".into(), format!("quantity `3.0` {stock_rule}")),
-        ("KIT-1,Tap,,,".into(), format!("quantity `` {stock_rule}")),
+        ("KIT-1,Tap,,3.0,".into(), format!("quantity `3.0` {stock_rule}: {separated}")),
+        ("KIT-1,Tap,,\"1,800\",".into(), format!("quantity `1,800` {stock_rule}: {separated}")),
+        ("KIT-1,Tap,,,".into(), "quantity is empty".into()),
         ("KIT-1,Tap,,1000000001,".into(), format!("quantity `1000000001` {stock_rule}")),
         ("KIT-1,Tap,,99999999999999999999,".into(), format!("quantity `99999999999999999999` {stock_rule}")),
         ("KIT-1,Tap,,1,few".into(), format!("threshold `few` {stock_rule}")),
         (
             "KIT-1,Tap".into(),
-            "there is no category: the row has only 2 columns; there is no quantity: the row has only \
-                              2 columns; there is no threshold: the row has only 2 columns"
-                .into(),
+            "the row has 2 cells, the header has 5: there is no `category`, `quantity`, `threshold`".into(),
+        ),
+        (
+            "KIT-1,Tap,,1,8,00".into(),
+            "the row has 6 cells, the header has 5; is there a comma in a value that is not in quotes?".into(),
         ),
         (
             " ,,,x,y".into(),
-            format!("sku ``: {sku_rule}; name is empty; quantity `x` {stock_rule}; threshold `y` {stock_rule}"),
+            format!("sku is empty; name is empty; quantity `x` {stock_rule}; threshold `y` {stock_rule}"),
         ),
     ];
     for (bad, problem) in cases {
         let csv = format!("sku,name,category,quantity,threshold\n{bad}\nKIT-9,Sink,,2,\n");
         let expected = vec![Err(RowError { line: 2, problem }), Ok(row(3, "KIT-9", "Sink", None, 2, None))];
         assert_eq!(rows(csv), expected, "{bad}");
+    }
+}
+
+#[test]
+fn a_row_says_what_its_file_names_and_no_more() {
+    let said = |csv: &str| -> Vec<Result<Said, RowError>> { catalogue::said(csv.as_bytes()).unwrap().collect() };
+    let one = |csv: &str| said(csv).remove(0).unwrap();
+    let bare = one("sku,active\nKIT-1,no\n");
+    assert_eq!((bare.details.active, bare.quantity), (Some(false), None));
+    assert_eq!((bare.details.name, bare.details.category, bare.details.low_stock_threshold), (None, None, None));
+    let cleared = one("sku,name,category,threshold,active\nKIT-1,Tap,,,TRUE\n");
+    assert_eq!(cleared.details.category, Some(None));
+    assert_eq!(cleared.details.low_stock_threshold, Some(None));
+    assert_eq!((cleared.details.name.as_deref(), cleared.details.active), (Some("Tap"), Some(true)));
+    let problems: Vec<String> =
+        said("sku,name,active\nA,,true\nB,b,\nC,c,maybe\n").into_iter().map(|row| row.unwrap_err().problem).collect();
+    assert_eq!(problems, ["name is empty", "active is empty", "active `maybe` is neither `true` nor `false`"]);
+    let composed = one("sku,name\nKu\u{308}-1,Ku\u{308}che\n");
+    assert_eq!((composed.sku, composed.details.name.as_deref()), (sku("Kü-1"), Some("Küche")));
+    for csv in ["sku\nKIT-1\n", "name,active\nTap,true\n", "sku,price\nKIT-1,3\n"] {
+        assert!(catalogue::said(csv.as_bytes()).is_err(), "{csv}");
     }
 }
 
@@ -172,7 +208,7 @@ fn a_repeated_sku_names_its_first_line() {
 /// Blank lines, lines within quotes and any line end: what is told is what an editor shows.
 #[test]
 fn lines_are_those_of_an_editor() {
-    for end in ["\n", "\r\n"] {
+    for end in ["\n", "\r\n", "\r"] {
         let lines = [
             "sku,name,quantity,note", // 1
             "",

@@ -19,6 +19,7 @@ use hashbrown::{HashMap, HashSet};
 use lomash_contract::event::is_name;
 use lomash_contract::id::EventRole;
 use lomash_contract::limits::{MAX_NAME_CHARS, MAX_STOCK, OUT_OF_STOCK_THRESHOLD};
+use lomash_contract::text;
 use lomash_contract::{
     ChangedField, CountedBy, EventId, FailedItem, FailureReason, Foreign, InventoryCounted, InventoryUpdateFailed,
     InventoryUpdated, LedgerEvent, OrderId, ProductDetails, ProductId, ProductRegistered, ProductRevised,
@@ -189,6 +190,9 @@ pub struct Count {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Amendment {
+    /// Its unit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sku: Option<Sku>,
     /// Its name.
     pub name: Option<Box<str>>,
     /// Its category; `Some(None)` takes it away.
@@ -209,14 +213,14 @@ impl Amendment {
     }
 
     fn of(&self, details: &ProductDetails) -> Details {
-        let Self { name, category, low_stock_threshold, active } = self.clone();
+        let Self { sku, name, category, low_stock_threshold, active } = self.clone();
         let present = Details::from(details);
         Details {
             name: name.unwrap_or(present.name),
             category: category.unwrap_or(present.category),
             low_stock_threshold: low_stock_threshold.unwrap_or(present.low_stock_threshold),
             active: active.unwrap_or(present.active),
-            sku: present.sku,
+            sku: sku.unwrap_or(present.sku),
         }
     }
 }
@@ -290,8 +294,8 @@ pub enum Outcome {
     Registered,
     /// The product's details changed.
     Revised {
-        /// Which of them.
-        changed_fields: Vec<ChangedField>,
+        /// Which of them, and how.
+        changes: Vec<Change>,
     },
     /// The stock changed.
     StockChanged {
@@ -311,6 +315,83 @@ pub enum Outcome {
         /// Sequence of its first event.
         first_sequence: u64,
     },
+}
+
+/// A detail that changed: what it was, and what it is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "field", rename_all = "camelCase")]
+pub enum Change {
+    /// Its unit.
+    Sku {
+        /// What it was.
+        before: Sku,
+        /// What it is.
+        after: Sku,
+    },
+    /// Its name.
+    Name {
+        /// What it was.
+        before: Box<str>,
+        /// What it is.
+        after: Box<str>,
+    },
+    /// Its category.
+    Category {
+        /// What it was.
+        before: Option<Box<str>>,
+        /// What it is.
+        after: Option<Box<str>>,
+    },
+    /// Its own low-stock threshold.
+    LowStockThreshold {
+        /// What it was.
+        before: Option<u32>,
+        /// What it is.
+        after: Option<u32>,
+    },
+    /// Whether it is for sale.
+    Active {
+        /// Whether it was.
+        before: bool,
+        /// Whether it is.
+        after: bool,
+    },
+}
+
+impl Change {
+    /// The name of the detail.
+    #[must_use]
+    pub const fn field(&self) -> ChangedField {
+        match self {
+            Self::Sku { .. } => ChangedField::Sku,
+            Self::Name { .. } => ChangedField::Name,
+            Self::Category { .. } => ChangedField::Category,
+            Self::LowStockThreshold { .. } => ChangedField::LowStockThreshold,
+            Self::Active { .. } => ChangedField::Active,
+        }
+    }
+
+    /// What differs between the details of a product.
+    fn between(was: &ProductDetails, is: &ProductDetails) -> Vec<Self> {
+        let mut changes = Vec::new();
+        if was.sku != is.sku {
+            changes.push(Self::Sku { before: was.sku.clone(), after: is.sku.clone() });
+        }
+        if was.name != is.name {
+            changes.push(Self::Name { before: was.name.clone(), after: is.name.clone() });
+        }
+        if was.category != is.category {
+            changes.push(Self::Category { before: was.category.clone(), after: is.category.clone() });
+        }
+        if was.low_stock_threshold != is.low_stock_threshold {
+            let (before, after) = (was.low_stock_threshold, is.low_stock_threshold);
+            changes.push(Self::LowStockThreshold { before, after });
+        }
+        if was.active != is.active {
+            changes.push(Self::Active { before: was.active, after: is.active });
+        }
+        changes
+    }
 }
 
 /// Why a command is not acceptable, as a sentence for the admin.
@@ -970,7 +1051,7 @@ fn register(
         let same = *product.details == wanted;
         return if same { Ok(Decision::Settled(Outcome::Unchanged)) } else { Err(Rejection::AlreadyRegistered) };
     }
-    if let Some(owner) = view.sku_owner(&details.sku) {
+    if let Some(owner) = owner_of(view, &details.sku) {
         return Err(Rejection::SkuTaken { owner });
     }
     let mut facts = vec![Fact {
@@ -1005,27 +1086,28 @@ fn revise(
     if *current == wanted {
         return Ok(Decision::Settled(Outcome::Unchanged));
     }
-    if let Some(owner) = view.sku_owner(&wanted.sku).filter(|owner| *owner != command.product_id) {
+    // Another spelling of the product's own unit is its own.
+    let owner = if current.sku == wanted.sku { None } else { owner_of(view, &wanted.sku) };
+    if let Some(owner) = owner.filter(|owner| *owner != command.product_id) {
         return Err(Rejection::SkuTaken { owner });
     }
-    let changed_fields: Vec<_> = [
-        (current.sku != wanted.sku, ChangedField::Sku),
-        (current.name != wanted.name, ChangedField::Name),
-        (current.category != wanted.category, ChangedField::Category),
-        (current.low_stock_threshold != wanted.low_stock_threshold, ChangedField::LowStockThreshold),
-        (current.active != wanted.active, ChangedField::Active),
-    ]
-    .into_iter()
-    .filter_map(|(changed, field)| changed.then_some(field))
-    .collect();
+    let changes = Change::between(current, &wanted);
+    let changed_fields = changes.iter().map(Change::field).collect();
     let revised = Fact {
         event_id: EventId::derive(&command.command_id, EventRole::Details, &command.product_id.0),
         event: LedgerEvent::ProductRevised(ProductRevised(wanted)),
         mark: command.mark(),
     };
     let (cause, mark) = (&command.command_id, command.mark());
-    let facts = vec![revised, product_updated(cause, mark, command.product_id, changed_fields.clone(), now)];
-    Ok(Decision::Store(facts, Outcome::Revised { changed_fields }))
+    let facts = vec![revised, product_updated(cause, mark, command.product_id, changed_fields, now)];
+    Ok(Decision::Store(facts, Outcome::Revised { changes }))
+}
+
+/// The product that has a unit, in whichever of the forms that look the same: what was registered before there was one form
+/// is kept as it was given.
+fn owner_of(view: &impl View, sku: &Sku) -> Option<ProductId> {
+    let other = || text::forms(sku.as_str()).into_iter().filter_map(|form| form.parse().ok());
+    view.sku_owner(sku).or_else(|| other().find_map(|form: Sku| view.sku_owner(&form)))
 }
 
 fn in_range(field: &str, quantity: i64) -> Result<u32, Rejection> {

@@ -178,7 +178,7 @@ fn every_outcome_of_every_command() {
             "revising names what changed",
             stocked,
             product(1, revise("SKU-1", "Ash base unit")),
-            "revised, [Name] => Revised { changed_fields: [Name] }",
+            r#"revised, [Name] => Revised { changes: [Name { before: "Oak base unit", after: "Ash base unit" }] }"#,
         ),
         ("revising to the same", stocked, product(1, revise("SKU-1", "Oak base unit")), "=> Unchanged"),
         (
@@ -191,7 +191,7 @@ fn every_outcome_of_every_command() {
             "taking a product off sale",
             stocked,
             product(1, Action::Amend(Amendment::activate(false))),
-            "revised, [Active] => Revised { changed_fields: [Active] }",
+            "revised, [Active] => Revised { changes: [Active { before: true, after: false }] }",
         ),
         (
             "setting the stock",

@@ -9,6 +9,7 @@ pub mod cache;
 pub mod catalogue;
 pub mod commands;
 pub mod committer;
+pub mod csv_file;
 pub mod http;
 pub mod inventory;
 pub mod monitoring;

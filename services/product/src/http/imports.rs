@@ -1,8 +1,8 @@
 //! Imports: many products or counts in one request, with a result for each row.
 //!
-//! A row is a command like any other, decided and stored by itself, and means what it means to `lomash import`: a new
-//! unit is registered with its stock; a known one gets the row's details, all of them, and keeps the stock it has, for a
-//! file knows nothing of what was sold since. Repeated, an import changes nothing.
+//! A row is a command like any other, decided and stored by itself: a new unit is registered with its stock; of a known one
+//! those details change that the row names, and it keeps the stock it has, for a file knows nothing of what was sold since.
+//! What a file does not say is left alone. Repeated, an import changes nothing.
 //!
 //! The body goes to disk first ([`spool`]); then results are sent as the rows are decided, so that no more of either is
 //! in memory than is at work. Nothing runs beside the answer: when its client goes away, rows that are with the committer
@@ -30,14 +30,16 @@ use futures::future::{BoxFuture, ready};
 use futures::stream::FuturesOrdered;
 use futures::{FutureExt, Stream, StreamExt, stream};
 use hashbrown::{HashMap, HashSet};
+use lomash_contract::text;
 use lomash_contract::{
-    CountedBy, LedgerEvent, ProductDetails, ProductId, ProductRegistered, Sku, Timestamp, UpdatedBy,
+    ChangedField, CountedBy, LedgerEvent, ProductDetails, ProductId, ProductRegistered, Sku, Timestamp, UpdatedBy,
 };
 use lomash_ledger::{Carried, Ledger};
 use lomash_web::extract::{media_type, refuse_compressed};
 use lomash_web::problem::ProblemDocument;
 use lomash_web::{Admin, Caller, Problem, Query};
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -48,14 +50,15 @@ use self::rows::{BadRow, Form, Kind, Named, ReadRow, Row, Wanted};
 use self::spool::Spool;
 use super::Api;
 use super::problems::{ImportProblems, OUTCOME_UNKNOWN, PRODUCT_NOT_FOUND, refused};
-use super::products::Register;
 use super::queries::unanswered;
 use super::writes::{checked_reason, trace_context};
 use crate::committer::{CommandError, Committed};
-use crate::inventory::{self, Action, Command, Count, Decision, Draft, Outcome, ProductCommand, Rejection};
+use crate::inventory::{
+    self, Action, Amendment, Change, Command, Count, Decision, Details, Draft, Outcome, ProductCommand, Rejection,
+};
 use crate::reads::{At, Product, QueryError};
 
-pub(super) use self::rows::CountRow;
+pub(super) use self::rows::{CountRow, ProductRow};
 
 /// Largest body: a million rows of a catalogue take some 100 MB.
 pub const MAX_BODY_BYTES: usize = 256 * 1024 * 1024;
@@ -168,12 +171,43 @@ pub(super) struct RowResult {
     /// Its unit, if it is known.
     #[schema(value_type = Option<String>, required)]
     sku: Option<Sku>,
+    /// Of a product that there was: each detail that changed, or would.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    changes: Vec<DetailChange>,
     /// The sequence of the ledger that shows it.
     #[serde(skip_serializing_if = "Option::is_none")]
     sequence: Option<u64>,
     /// Why it was refused.
     #[serde(skip_serializing_if = "Option::is_none")]
     problem: Option<ProblemDocument>,
+}
+
+/// A detail that a row changed, or would change.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct DetailChange {
+    /// Which: `sku`, `name`, `category`, `lowStockThreshold` or `active`.
+    #[schema(value_type = String, example = "category")]
+    field: ChangedField,
+    /// What it was: a text, a number, true or false, or null for none.
+    #[schema(example = "worktops")]
+    before: Value,
+    /// What it is now.
+    #[schema(example = json!(null))]
+    after: Value,
+}
+
+impl From<&Change> for DetailChange {
+    fn from(change: &Change) -> Self {
+        let (before, after) = match change {
+            Change::Sku { before, after } => (json!(before), json!(after)),
+            Change::Name { before, after } => (json!(before), json!(after)),
+            Change::Category { before, after } => (json!(before), json!(after)),
+            Change::LowStockThreshold { before, after } => (json!(before), json!(after)),
+            Change::Active { before, after } => (json!(before), json!(after)),
+        };
+        Self { field: change.field(), before, after }
+    }
 }
 
 /// What became of all rows.
@@ -203,6 +237,9 @@ pub(super) struct Summary {
     /// The highest sequence among the results; send it as `Lomash-Min-Sequence` to read what was written.
     #[serde(skip_serializing_if = "Option::is_none")]
     sequence: Option<u64>,
+    /// Columns of a CSV that are not read, by the names that its header gives them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    ignored_columns: Vec<String>,
     /// Why it is not complete.
     #[serde(skip_serializing_if = "Option::is_none")]
     problem: Option<ProblemDocument>,
@@ -224,15 +261,21 @@ pub(super) enum ImportLine {
 #[utoipa::path(
     post, path = "/v1/products:import", tag = "products", operation_id = "importProducts",
     summary = "Register many products, or give them new details",
-    description = "CSV with the columns sku, name, category, quantity, threshold, or NDJSON with the body of \
-                   registerProduct a line. A new product is registered with its stock; a known one gets the row's \
-                   details, all of them, and keeps its stock. Rows are decided one by one; allOrNothing is a check \
+    description = "CSV with the columns sku, name, category, quantity, threshold and active, or NDJSON with an object \
+                   a line. A new product is registered with its stock, and needs a name. Of a known one only those \
+                   details change that the file names, and it keeps its stock: a column or field that is not there \
+                   leaves a detail as it is, an empty cell of category or threshold (null in NDJSON) takes it away, \
+                   and is refused where there is nothing to be without. Each result, also of a dry run, names what \
+                   changes, before and after. A CSV has commas between its cells and a header; a row with more cells \
+                   than it is refused unless they are empty, and so is what a spreadsheet leaves in place of a value \
+                   (#N/A, a formula, 1.2E+12). Columns of other names are not read; the summary names them. Text is \
+                   UTF-8, lines end with LF, CR or both. Rows are decided one by one; allOrNothing is a check \
                    before the first write, not one transaction. Results follow when the whole body is there. To go on \
                    after an import that broke off, send it again: what is done is unchanged then.",
     params(ImportParameters),
     request_body(
         description = "At most 256 MiB and 1,000,000 rows, not compressed",
-        content((String = "text/csv"), (Register = "application/x-ndjson"))
+        content((String = "text/csv"), (ProductRow = "application/x-ndjson"))
     ),
     responses(
         (status = 200, description = "A result for each row, and a summary last", body = ImportLine, content_type = "application/x-ndjson"),
@@ -310,8 +353,8 @@ async fn import(
     let spool = received.map_err(|_| Problem::timeout())??;
     // Whether the body can be read at all is known before the answer begins.
     let file = spool.reader();
-    let opened = tokio::task::spawn_blocking(move || rows::read(kind, form, file).map(drop)).await;
-    opened.map_err(Problem::internal)??;
+    let opened = tokio::task::spawn_blocking(move || rows::read(kind, form, file).map(|rows| rows.ignored_columns));
+    let ignored_columns = opened.await.map_err(Problem::internal)??;
     if dry_run || policy == Policy::AllOrNothing || kind == Kind::Counts {
         let unreadable = |problem| {
             tracing::warn!(%problem, "the end of the ledger is not known");
@@ -320,8 +363,9 @@ async fn import(
         let last = api.ledger.last_sequence().await.map_err(unreadable)?;
         api.projected.wait_for(last).await.map_err(|not_yet| unanswered(not_yet.into()))?;
     }
-    let carried = Arc::new(Carried { trace: trace_context(&headers), reason, command: None });
-    let import = Import { api, caller, kind, form, dry_run, policy, carried, spool, deadline, _place: place };
+    let carried = Arc::new(Carried { trace: trace_context(headers), reason, command: None });
+    let import =
+        Import { api, caller, kind, form, dry_run, policy, carried, spool, ignored_columns, deadline, _place: place };
     let mut response = Response::new(Body::from_stream(import.answer()));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
     Ok(response)
@@ -338,6 +382,7 @@ struct Import {
     /// What the events of rows without a reason of their own carry.
     carried: Arc<Carried>,
     spool: Spool,
+    ignored_columns: Vec<String>,
     deadline: Instant,
     _place: OwnedSemaphorePermit,
 }
@@ -377,17 +422,17 @@ impl Answer {
 enum Findings<'f> {
     /// To the client: they are all it asked for.
     Told(&'f mut Answer),
-    /// Nowhere yet, and only what is refused.
+    /// Nowhere yet, and only what is refused, by the place of the row among all.
     Kept(&'f mut BTreeMap<u64, RowResult>),
 }
 
 impl Findings<'_> {
-    async fn add(&mut self, result: RowResult) -> Result<(), Problem> {
+    async fn add(&mut self, place: u64, result: RowResult) -> Result<(), Problem> {
         match self {
             Self::Told(answer) => answer.tell(result).await,
             Self::Kept(refusals) => {
                 if result.status == Status::Refused {
-                    refusals.insert(result.line, result);
+                    refusals.insert(place, result);
                 }
                 if refusals.len() == MAX_REFUSALS_KEPT {
                     return Err(too_many_refusals());
@@ -416,7 +461,8 @@ impl Import {
     fn answer(self) -> impl Stream<Item = Result<Bytes, Infallible>> + Send {
         let (sender, lines) = mpsc::channel(RESULTS_AHEAD);
         let work = async move {
-            let summary = Summary { dry_run: self.dry_run, policy: self.policy, ..Summary::default() };
+            let ignored_columns = self.ignored_columns.clone();
+            let summary = Summary { dry_run: self.dry_run, policy: self.policy, ignored_columns, ..Summary::default() };
             let mut answer = Answer { lines: sender, summary };
             let ended = self.run(&mut answer).await;
             answer.summary.complete = ended.is_ok();
@@ -461,7 +507,7 @@ impl Import {
         let reader = tokio::task::spawn_blocking(move || {
             let mut chunk = Vec::with_capacity(CHUNK_ROWS);
             let mut ended = Ok(());
-            for (read, row) in rows::read(kind, form, file)?.enumerate() {
+            for (read, row) in rows::read(kind, form, file)?.rows.enumerate() {
                 if read == MAX_ROWS {
                     ended = Err(too_many_rows());
                     break;
@@ -493,6 +539,7 @@ impl Import {
     async fn check(&self, mut findings: Findings<'_>) -> Result<(), Problem> {
         let mut reading = self.read();
         let mut over = std::pin::pin!(self.over());
+        let mut places = 0..;
         loop {
             let chunk = tokio::select! {
                 problem = &mut over => return Err(problem),
@@ -502,12 +549,12 @@ impl Import {
             let known = Known::of(&self.api, Asked::by(&chunk, true)).await.map_err(unanswered)?;
             let state = known.state();
             let draft = Draft::new(&state);
-            for row in chunk {
+            for (row, place) in chunk.into_iter().zip(&mut places) {
                 let result = match row {
                     Ok(row) => self.checked(&draft, &known, row),
                     Err(bad) => bad.into(),
                 };
-                findings.add(result).await?;
+                findings.add(place, result).await?;
             }
         }
     }
@@ -523,7 +570,7 @@ impl Import {
         RowResult::of(&row, product_id, last_try(decided))
     }
 
-    /// Tells of an import of all or nothing that nothing was written, up to the line to which it was checked.
+    /// Tells of an import of all or nothing that nothing was written, up to the row to which it was checked.
     async fn tell_why_nothing(
         &self,
         mut refusals: BTreeMap<u64, RowResult>,
@@ -531,13 +578,13 @@ impl Import {
         answer: &mut Answer,
     ) -> Result<(), Problem> {
         let mut reading = self.read();
+        let mut places = 0..;
         while let Some(chunk) = reading.chunks.recv().await {
-            for row in chunk {
-                let line = row.as_ref().map_or_else(|bad| bad.line, |row| row.line);
-                if line > last {
+            for (row, place) in chunk.into_iter().zip(&mut places) {
+                if place > last {
                     return Ok(());
                 }
-                let result = refusals.remove(&line).unwrap_or_else(|| match row {
+                let result = refusals.remove(&place).unwrap_or_else(|| match row {
                     Ok(row) => RowResult::new(&row, row.product_id(), Status::Skipped),
                     Err(bad) => bad.into(),
                 });
@@ -642,10 +689,11 @@ impl Import {
     /// What a row is tried as, in this order, until one is decided otherwise than as registered already.
     fn commands(&self, row: &Row, product_id: ProductId) -> impl ExactSizeIterator<Item = ProductCommand> + use<> {
         let actions = match &row.wanted {
-            Wanted::Product { details, initial_quantity } => vec![
-                Action::Register { details: details.clone(), initial_quantity: *initial_quantity },
-                Action::Revise { details: details.clone() },
-            ],
+            Wanted::Product { sku, details, initial_quantity } => {
+                let register = registered_as(sku, details)
+                    .map(|details| Action::Register { details, initial_quantity: initial_quantity.unwrap_or(0) });
+                register.into_iter().chain([Action::Amend(details.clone())]).collect()
+            }
             Wanted::Count { quantity, counted_at } => {
                 let counted_by = CountedBy::User(self.caller.subject);
                 let count = Count { quantity: *quantity, counted_at: *counted_at, counted_by };
@@ -655,6 +703,18 @@ impl Import {
         let by = UpdatedBy::User(self.caller.subject);
         actions.into_iter().map(move |action| ProductCommand::new(Uuid::new_v4(), product_id, by, action))
     }
+}
+
+/// The details of a new product of which a row says this; none without a name.
+fn registered_as(sku: &Sku, said: &Amendment) -> Option<Details> {
+    let Amendment { name, category, low_stock_threshold, active, .. } = said.clone();
+    Some(Details {
+        sku: sku.clone(),
+        name: name?,
+        category: category.flatten(),
+        low_stock_threshold: low_stock_threshold.flatten(),
+        active: active.unwrap_or(true),
+    })
 }
 
 /// An outcome and the sequence that shows it.
@@ -678,7 +738,8 @@ fn was_done(action: &Action) -> Outcome {
     match action {
         Action::Register { .. } => Outcome::Registered,
         Action::RecordCount(_) => Outcome::CountRecorded,
-        _ => Outcome::Revised { changed_fields: Vec::new() },
+        // Which of its details it changed is not known any more.
+        _ => Outcome::Revised { changes: Vec::new() },
     }
 }
 
@@ -693,8 +754,10 @@ impl Asked {
     fn by(chunk: &[ReadRow], to_check: bool) -> Self {
         let rows = chunk.iter().filter_map(|row| row.as_ref().ok());
         let rows = rows.filter(|row| to_check || matches!(row.product, Named::Sku(_)));
-        let (skus, ids): (Vec<_>, Vec<_>) = rows.map(|row| (row.sku().cloned(), row.product_id())).unzip();
-        Self { skus: skus.into_iter().flatten().collect(), ids: ids.into_iter().flatten().collect() }
+        let (skus, ids): (Vec<_>, Vec<_>) = rows.map(|row| (row.sku(), row.product_id())).unzip();
+        // In each form in which it may have been registered before there was one.
+        let forms = skus.into_iter().flatten().flat_map(|sku| text::forms(sku.as_str()));
+        Self { skus: forms.filter_map(|form| form.parse().ok()).collect(), ids: ids.into_iter().flatten().collect() }
     }
 }
 
@@ -702,6 +765,7 @@ impl Asked {
 #[derive(Default)]
 struct Known {
     by_id: HashMap<ProductId, Product>,
+    /// By the composed form of the sku.
     by_sku: HashMap<Sku, Product>,
 }
 
@@ -710,7 +774,13 @@ impl Known {
         let mut known = Self::default();
         if !asked.skus.is_empty() {
             let At { value, .. } = api.reads.products_by_skus(&asked.skus).await?;
-            known.by_sku = value.into_iter().collect();
+            for (sku, product) in value {
+                match text::composed(sku.as_str()).parse() {
+                    Ok(composed) if composed == sku => drop(known.by_sku.insert(composed, product)),
+                    Ok(composed) => drop(known.by_sku.entry(composed).or_insert(product)),
+                    Err(_) => {}
+                }
+            }
         }
         if !asked.ids.is_empty() {
             let At { value, .. } = api.reads.products_by_ids(&asked.ids).await?;
@@ -751,7 +821,7 @@ impl Known {
 impl RowResult {
     fn new(row: &Row, product_id: Option<ProductId>, status: Status) -> Self {
         let sku = row.sku().cloned();
-        Self { line: row.line, status, product_id, sku, sequence: None, problem: None }
+        Self { line: row.line, status, product_id, sku, changes: Vec::new(), sequence: None, problem: None }
     }
 
     fn refused(row: &Row, product_id: Option<ProductId>, problem: &Problem) -> Self {
@@ -762,12 +832,20 @@ impl RowResult {
         let product_id = Some(product_id);
         let (outcome, sequence) = match decided {
             Some(Ok(decided)) => decided,
+            Some(Err(CommandError::Rejected(Rejection::UnknownProduct))) if row.needs_name() => {
+                let detail = "No product has the sku, and a new one needs a name.";
+                return Self::refused(row, product_id, &Problem::new(&PRODUCT_NOT_FOUND, detail));
+            }
             Some(Err(problem)) => return Self::refused(row, product_id, &refused(&problem)),
             None => return Self::refused(row, product_id, &Problem::internal("a row without a command")),
         };
+        let mut changes = Vec::new();
         let status = match outcome {
             Outcome::Registered => Status::Registered,
-            Outcome::Revised { .. } => Status::Revised,
+            Outcome::Revised { changes: found } => {
+                changes = found.iter().map(Into::into).collect();
+                Status::Revised
+            }
             Outcome::CountRecorded => Status::Recorded,
             Outcome::Unchanged => Status::Unchanged,
             other => {
@@ -775,14 +853,15 @@ impl RowResult {
                 return Self::refused(row, product_id, &problem);
             }
         };
-        Self { sequence, ..Self::new(row, product_id, status) }
+        Self { changes, sequence, ..Self::new(row, product_id, status) }
     }
 }
 
 impl From<BadRow> for RowResult {
     fn from(BadRow { line, problem }: BadRow) -> Self {
         let problem = Some(problem.document());
-        Self { line, status: Status::Refused, product_id: None, sku: None, sequence: None, problem }
+        let (status, changes) = (Status::Refused, Vec::new());
+        Self { line, status, product_id: None, sku: None, changes, sequence: None, problem }
     }
 }
 

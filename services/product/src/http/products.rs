@@ -4,6 +4,7 @@ use axum::extract::State;
 use axum::http::header::LOCATION;
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::Response;
+use lomash_contract::text::given as text;
 use lomash_contract::{
     ChangedField, LedgerEvent, ProductDetails, ProductId, ProductRegistered, ProductRevised, Sku, Timestamp,
 };
@@ -25,13 +26,16 @@ pub(super) struct Register {
     /// Its id; when it is left out, the one that is derived from the sku.
     #[schema(value_type = Option<Uuid>)]
     product_id: Option<ProductId>,
-    /// Its unit; unique. 1 to 64 visible characters.
+    /// Its unit; unique. 1 to 64 visible characters; kept in Unicode's composed form (NFC), as all text is.
+    #[serde(deserialize_with = "text::sku")]
     #[schema(value_type = String, min_length = 1, max_length = 64)]
     sku: Sku,
-    /// Its name, 1 to 200 characters.
+    /// Its name, 1 to 200 visible characters.
+    #[serde(deserialize_with = "text::name")]
     #[schema(min_length = 1, max_length = 200)]
     name: Box<str>,
-    /// Its category, if it has one, 1 to 200 characters.
+    /// Its category, if it has one, 1 to 200 visible characters.
+    #[serde(default, deserialize_with = "text::optional_name")]
     #[schema(min_length = 1, max_length = 200)]
     category: Option<Box<str>>,
     /// Its own low-stock threshold; the platform's when it is left out.
@@ -44,19 +48,19 @@ pub(super) struct Register {
     /// Its first stock.
     #[serde(default)]
     #[schema(default = 0, maximum = 1_000_000_000)]
-    pub(super) initial_quantity: u32,
+    initial_quantity: u32,
     /// Why, for the record; 1 to 500 characters.
     #[schema(min_length = 1, max_length = 500)]
-    pub(super) reason: Option<String>,
+    reason: Option<String>,
 }
 
 impl Register {
     /// The product's id: the one given, or the one that its sku names.
-    pub(super) fn product_id(&self) -> ProductId {
+    fn product_id(&self) -> ProductId {
         self.product_id.unwrap_or_else(|| catalogue::product_id(&self.sku))
     }
 
-    pub(super) fn details(&self) -> Details {
+    fn details(&self) -> Details {
         Details {
             sku: self.sku.clone(),
             name: self.name.clone(),
@@ -75,12 +79,12 @@ const fn yes() -> bool {
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct Amend {
-    /// Its name, 1 to 200 characters.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(min_length = 1, max_length = 200)]
+    /// Its name, 1 to 200 visible characters.
+    #[serde(default, deserialize_with = "text::present_name", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = String, min_length = 1, max_length = 200)]
     name: Option<Box<str>>,
-    /// Its category, 1 to 200 characters; null for none.
-    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    /// Its category, 1 to 200 visible characters; null for none.
+    #[serde(default, deserialize_with = "text::cleared_name", skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>, min_length = 1, max_length = 200)]
     category: Option<Option<Box<str>>>,
     /// Its own low-stock threshold; null for the platform's.
@@ -88,7 +92,8 @@ pub(super) struct Amend {
     #[schema(value_type = Option<u32>, maximum = 1_000_000_000)]
     low_stock_threshold: Option<Option<u32>>,
     /// Whether it is for sale.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = bool)]
     active: Option<bool>,
     /// Why, for the record; 1 to 500 characters.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -186,6 +191,7 @@ pub(super) async fn amend(
 ) -> Result<Response, Problem> {
     let Amend { name, category, low_stock_threshold, active, .. } = &request;
     let amendment = Amendment {
+        sku: None,
         name: name.clone(),
         category: category.clone(),
         low_stock_threshold: *low_stock_threshold,

@@ -10,6 +10,7 @@ use axum::http::header::ETAG;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use futures::StreamExt;
+use lomash_contract::text;
 use lomash_contract::{Envelope, LedgerEvent, ProductId, UpdatedBy};
 use lomash_ledger::{Carried, Ledger, header};
 use lomash_platform::trace::TraceContext;
@@ -164,12 +165,10 @@ async fn read_back(
 }
 
 pub(super) fn checked_reason(reason: String) -> Result<String, Problem> {
-    let fits = !reason.trim().is_empty() && reason.chars().count() <= MAX_REASON_CHARS;
-    if fits && !reason.chars().any(char::is_control) {
-        return Ok(reason);
+    match text::check_prose(&reason, MAX_REASON_CHARS) {
+        Ok(()) => Ok(reason),
+        Err(problem) => Err(Problem::invalid_field("/reason", problem.to_string())),
     }
-    let detail = format!("must have 1 to {MAX_REASON_CHARS} characters, none of them a control character");
-    Err(Problem::invalid_field("/reason", detail))
 }
 
 /// The key, with or without the quotes that the draft asks for.

@@ -6,8 +6,8 @@
 use std::fmt;
 use std::io::{self, BufRead, Read};
 
-use csv::ByteRecord;
 use hashbrown::HashMap;
+use lomash_contract::text::given as text;
 use lomash_contract::{ProductId, Sku, Timestamp};
 use lomash_web::Problem;
 use lomash_web::extract::parse_json;
@@ -16,11 +16,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-use crate::catalogue::{self, CatalogueError, RowError, csv_reader, excerpt, next_record};
+use crate::catalogue::{self, HeaderError, RowError, Said};
+use crate::csv_file::{Cells, CsvFile, debris, excerpt, stock};
 use crate::http::problems::sentence;
-use crate::http::products::Register;
 use crate::http::writes::checked_reason;
-use crate::inventory::Details;
+use crate::inventory::{Amendment, given};
 
 /// Longest line of NDJSON, in bytes: as much as any other request with one product may have.
 pub(super) const MAX_LINE_BYTES: usize = 64 * 1024;
@@ -65,8 +65,16 @@ pub(super) enum Named {
 /// What a row wants.
 #[derive(Debug)]
 pub(super) enum Wanted {
-    Product { details: Details, initial_quantity: u32 },
-    Count { quantity: u32, counted_at: Timestamp },
+    /// What the row says of the product. Of one that there is, nothing else changes, and its stock stays.
+    Product {
+        sku: Sku,
+        details: Amendment,
+        initial_quantity: Option<u32>,
+    },
+    Count {
+        quantity: u32,
+        counted_at: Timestamp,
+    },
 }
 
 impl Row {
@@ -77,9 +85,14 @@ impl Row {
         }
     }
 
+    /// Whether it could be about a new product if only it had a name.
+    pub(super) const fn needs_name(&self) -> bool {
+        matches!(&self.wanted, Wanted::Product { details: Amendment { name: None, .. }, .. })
+    }
+
     pub(super) fn sku(&self) -> Option<&Sku> {
         match (&self.product, &self.wanted) {
-            (_, Wanted::Product { details, .. }) => Some(&details.sku),
+            (_, Wanted::Product { sku, .. }) => Some(sku),
             (Named::Sku(sku), Wanted::Count { .. }) => Some(sku),
             (Named::Id(_), Wanted::Count { .. }) => None,
         }
@@ -96,34 +109,45 @@ pub(super) struct BadRow {
 /// A row as it was read.
 pub(super) type ReadRow = Result<Row, BadRow>;
 
+/// The rows of a body, and the columns of its header that are not read.
+pub(super) struct Rows {
+    pub(super) rows: Box<dyn Iterator<Item = ReadRow> + Send>,
+    pub(super) ignored_columns: Vec<String>,
+}
+
 /// Reads rows.
 ///
 /// # Errors
 /// 400 when the header does not name the columns that every row needs.
-pub(super) fn read<R: BufRead + Send + 'static>(
-    kind: Kind,
-    form: Form,
-    file: R,
-) -> Result<Box<dyn Iterator<Item = ReadRow> + Send>, Problem> {
-    Ok(match (kind, form) {
-        (Kind::Products, Form::Csv) => Box::new(catalogue::read(file).map_err(no_catalogue)?.map(catalogue_row)),
-        (Kind::Products, Form::Ndjson) => Box::new(lines(file, product)),
-        (Kind::Counts, Form::Csv) => Box::new(count_rows(file)?),
-        (Kind::Counts, Form::Ndjson) => Box::new(lines(file, count)),
-    })
+pub(super) fn read<R: BufRead + Send + 'static>(kind: Kind, form: Form, file: R) -> Result<Rows, Problem> {
+    let (rows, ignored_columns): (Box<dyn Iterator<Item = ReadRow> + Send>, _) = match (kind, form) {
+        (Kind::Products, Form::Csv) => {
+            let said = catalogue::said(file).map_err(no_header)?;
+            let ignored = said.ignored().to_vec();
+            (Box::new(said.map(said_row)), ignored)
+        }
+        (Kind::Counts, Form::Csv) => {
+            let file = counts_file(file).map_err(no_header)?;
+            let ignored = file.ignored().to_vec();
+            (Box::new(count_rows(file)), ignored)
+        }
+        (Kind::Products, Form::Ndjson) => (Box::new(lines(file, product)), Vec::new()),
+        (Kind::Counts, Form::Ndjson) => (Box::new(lines(file, count)), Vec::new()),
+    };
+    Ok(Rows { rows, ignored_columns })
 }
 
-fn no_catalogue(problem: CatalogueError) -> Problem {
+fn no_header(problem: HeaderError) -> Problem {
     let source = std::error::Error::source(&problem).map(|cause| format!(": {cause}")).unwrap_or_default();
     Problem::bad_request(sentence(&format!("{problem}{source}")))
 }
 
-fn catalogue_row(row: Result<catalogue::Row, RowError>) -> ReadRow {
-    match row {
-        Ok(catalogue::Row { line, sku, name, category, quantity, threshold }) => {
+fn said_row(said: Result<Said, RowError>) -> ReadRow {
+    match said {
+        Ok(Said { line, sku, details, quantity }) => {
             let product = Named::Id(catalogue::product_id(&sku));
-            let details = Details { sku, name, category, low_stock_threshold: threshold, active: true };
-            Ok(Row { line, product, wanted: Wanted::Product { details, initial_quantity: quantity }, reason: None })
+            let wanted = Wanted::Product { sku, details, initial_quantity: quantity };
+            Ok(Row { line, product, wanted, reason: None })
         }
         Err(RowError { line, problem }) => Err(BadRow { line, problem: invalid(&problem) }),
     }
@@ -135,6 +159,43 @@ fn invalid(problem: &str) -> Problem {
 
 // ── NDJSON ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
+/// What is said of a product. A new one is registered so; of one that there is, what is left out stays, and so does its
+/// stock. A null takes away what can be taken away.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(in crate::http) struct ProductRow {
+    /// Its id; when it is left out, the one that is derived from the sku.
+    #[schema(value_type = Option<Uuid>)]
+    product_id: Option<ProductId>,
+    /// Its unit; unique. 1 to 64 visible characters.
+    #[serde(deserialize_with = "text::sku")]
+    #[schema(value_type = String, min_length = 1, max_length = 64)]
+    sku: Sku,
+    /// Its name, 1 to 200 characters; a new product needs one.
+    #[serde(default, deserialize_with = "text::present_name", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = String, min_length = 1, max_length = 200)]
+    name: Option<Box<str>>,
+    /// Its category, 1 to 200 characters; null for none.
+    #[serde(default, deserialize_with = "text::cleared_name", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, min_length = 1, max_length = 200)]
+    category: Option<Option<Box<str>>>,
+    /// Its own low-stock threshold; null for the platform's.
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<u32>, maximum = 1_000_000_000)]
+    low_stock_threshold: Option<Option<u32>>,
+    /// Whether it is for sale; a new product is unless it says otherwise.
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = bool)]
+    active: Option<bool>,
+    /// The first stock of a new product; 0 when it is left out.
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = u32, maximum = 1_000_000_000)]
+    initial_quantity: Option<u32>,
+    /// Why, for the record; 1 to 500 characters.
+    #[schema(min_length = 1, max_length = 500)]
+    reason: Option<String>,
+}
+
 /// A count to put on record, of a product by its sku or by its id.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -143,6 +204,7 @@ pub(in crate::http) struct CountRow {
     #[schema(value_type = Option<Uuid>)]
     product_id: Option<ProductId>,
     /// Its unit; this or `productId`.
+    #[serde(default, deserialize_with = "text::optional_sku")]
     #[schema(value_type = Option<String>, min_length = 1, max_length = 64)]
     sku: Option<Sku>,
     /// How many were there.
@@ -157,10 +219,22 @@ pub(in crate::http) struct CountRow {
 }
 
 fn product(line: u64, json: &[u8]) -> Result<Row, Problem> {
-    let request: Register = parse_json(json)?;
-    let product = Named::Id(request.product_id());
-    let wanted = Wanted::Product { details: request.details(), initial_quantity: request.initial_quantity };
-    Ok(Row { line, product, wanted, reason: request.reason.map(checked_reason).transpose()? })
+    let ProductRow { product_id, sku, name, category, low_stock_threshold, active, initial_quantity, reason } =
+        parse_json(json)?;
+    let texts = [
+        ("sku", Some(sku.as_str())),
+        ("name", name.as_deref()),
+        ("category", category.as_ref().and_then(Option::as_deref)),
+    ];
+    for (field, text) in texts {
+        if let Some(problem) = text.and_then(debris) {
+            return Err(Problem::invalid_field(format!("/{field}"), problem));
+        }
+    }
+    let product = Named::Id(product_id.unwrap_or_else(|| catalogue::product_id(&sku)));
+    let details = Amendment { sku: Some(sku.clone()), name, category, low_stock_threshold, active };
+    let wanted = Wanted::Product { sku, details, initial_quantity };
+    Ok(Row { line, product, wanted, reason: reason.map(checked_reason).transpose()? })
 }
 
 fn count(line: u64, json: &[u8]) -> Result<Row, Problem> {
@@ -218,25 +292,40 @@ enum Line {
     End,
 }
 
-/// Reads a line; of one that is too long no more than the limit is kept, and the rest is passed over.
+/// Reads a line, which ends with LF, with CR, or with both, as no value of JSON does; of one that is too long no more than
+/// the limit is kept, and the rest is passed over.
 fn next_line(file: &mut impl BufRead, bytes: &mut Vec<u8>) -> io::Result<Line> {
     bytes.clear();
-    if file.take(MAX_LINE_BYTES as u64 + 1).read_until(b'\n', bytes)? == 0 {
-        return Ok(Line::End);
-    }
-    if bytes.len() <= MAX_LINE_BYTES || bytes.ends_with(b"\n") {
-        return Ok(Line::Whole);
-    }
+    let (mut is_any, mut is_too_long) = (false, false);
     loop {
-        let more = file.fill_buf()?;
-        let end = more.iter().position(|byte| *byte == b'\n');
-        let passed = end.map_or(more.len(), |end| end + 1);
-        let is_over = end.is_some() || more.is_empty();
-        file.consume(passed);
-        if is_over {
-            return Ok(Line::TooLong);
+        let some = file.fill_buf()?;
+        if some.is_empty() {
+            break;
         }
+        is_any = true;
+        let end = some.iter().position(|byte| matches!(byte, b'\n' | b'\r'));
+        let text = &some[..end.unwrap_or(some.len())];
+        is_too_long |= bytes.len() + text.len() > MAX_LINE_BYTES;
+        if !is_too_long {
+            bytes.extend_from_slice(text);
+        }
+        let Some(end) = end else {
+            let passed = some.len();
+            file.consume(passed);
+            continue;
+        };
+        let is_cr = some[end] == b'\r';
+        file.consume(end + 1);
+        if is_cr && file.fill_buf()?.first() == Some(&b'\n') {
+            file.consume(1);
+        }
+        break;
     }
+    Ok(match (is_any, is_too_long) {
+        (false, _) => Line::End,
+        (true, true) => Line::TooLong,
+        (true, false) => Line::Whole,
+    })
 }
 
 /// The line on which each product was first named. By id and by sku apart: which sku a product has is not known here.
@@ -269,75 +358,44 @@ impl Seen {
 
 // ── CSV of counts ───────────────────────────────────────────────────────────────────────────────────────────────
 
-const COUNT_COLUMNS: [&str; 5] = ["sku", "productId", "quantity", "countedAt", "reason"];
+const COUNT_COLUMNS: &[&str] = &["sku", "productId", "quantity", "countedAt", "reason"];
 
-/// The counts of a CSV file. Columns may come in any order, names in any case; columns of other names are ignored.
-fn count_rows<R: Read>(file: R) -> Result<impl Iterator<Item = ReadRow> + use<R>, Problem> {
-    let mut csv = csv_reader(file);
-    let header = csv
-        .byte_headers()
-        .map_err(|problem| Problem::bad_request(sentence(&format!("the header cannot be read: {problem}"))))?;
-    let columns: Vec<Option<&str>> = header.iter().map(column).collect();
-    let names = |name: &str| columns.iter().filter(|column| **column == Some(name)).count();
-    if let Some(repeated) = COUNT_COLUMNS.into_iter().find(|name| names(name) > 1) {
-        return Err(Problem::bad_request(format!("The header names the column `{repeated}` twice.")));
-    }
-    if names("quantity") == 0 || names("countedAt") == 0 || names("sku") + names("productId") == 0 {
-        return Err(Problem::bad_request(
-            "The first line must name the columns, separated by commas: sku or productId, quantity, countedAt, and \
-             reason if there are any.",
-        ));
-    }
-    let columns: Vec<Option<&'static str>> = header.iter().map(column).collect();
-    let (mut record, mut seen, mut ended) = (ByteRecord::new(), Seen::default(), false);
-    Ok(std::iter::from_fn(move || {
-        while !ended {
-            let (line, problem) = match next_record(&mut csv, &mut record) {
-                Ok(Some(_)) if record.iter().all(|cell| cell.trim_ascii().is_empty()) => continue,
-                Ok(Some(line)) => match count_row(line, &columns, &record).and_then(|row| seen.first(row)) {
-                    Ok(row) => return Some(Ok(row)),
-                    Err(problem) => (line, problem),
-                },
-                Ok(None) => break,
-                Err((line, problem)) => {
-                    ended = true;
-                    (line, invalid(&format!("{problem}; nothing after it was read")))
-                }
-            };
-            return Some(Err(BadRow { line, problem }));
-        }
-        ended = true;
-        None
-    }))
+/// A CSV file of counts. Columns may come in any order, names in any case; columns of other names are ignored.
+fn counts_file<R: Read>(file: R) -> Result<CsvFile<R>, HeaderError> {
+    let file = CsvFile::open(file, COUNT_COLUMNS)?;
+    let product = if file.has("productId") { "productId" } else { "sku" };
+    file.needing(&[product, "quantity", "countedAt"])
 }
 
-fn column(cell: &[u8]) -> Option<&'static str> {
-    COUNT_COLUMNS.into_iter().find(|name| cell.trim_ascii().eq_ignore_ascii_case(name.as_bytes()))
+fn count_rows<R: Read>(mut file: CsvFile<R>) -> impl Iterator<Item = ReadRow> + use<R> {
+    let mut seen = Seen::default();
+    std::iter::from_fn(move || {
+        Some(match file.next_row()? {
+            Ok(cells) => {
+                let line = cells.line;
+                count_row(&cells).and_then(|row| seen.first(row)).map_err(|problem| BadRow { line, problem })
+            }
+            Err(RowError { line, problem }) => Err(BadRow { line, problem: invalid(&problem) }),
+        })
+    })
 }
 
 /// A record as the object that NDJSON would have, and then as that one is read.
-fn count_row(line: u64, columns: &[Option<&'static str>], record: &ByteRecord) -> Result<Row, Problem> {
+fn count_row<R: Read>(cells: &Cells<'_, R>) -> Result<Row, Problem> {
     let mut object = Map::new();
-    for (name, cell) in columns.iter().zip(record) {
-        let Some(name) = name else { continue };
-        let Ok(text) = std::str::from_utf8(cell) else {
-            let shown = excerpt(&String::from_utf8_lossy(cell));
-            let detail = format!("`{shown}` is not UTF-8; save the file as UTF-8");
-            return Err(Problem::invalid([FieldError::at(format!("/{name}"), detail)]));
+    for name in COUNT_COLUMNS {
+        let at_fault = |problem: String| Problem::invalid([FieldError::at(format!("/{name}"), problem)]);
+        let Some(text) = cells.get(name).map_err(at_fault)?.filter(|text| !text.is_empty()) else { continue };
+        let value = match *name {
+            "quantity" => {
+                let problem = |problem| at_fault(format!("`{}` {problem}", excerpt(text)));
+                Value::from(stock(text).map_err(problem)?)
+            }
+            _ => Value::from(text),
         };
-        let text = text.trim();
-        let number = (*name == "quantity").then(|| whole(text)).flatten();
-        let value = number.map_or_else(|| Value::from(text), Value::from);
-        if !text.is_empty() {
-            object.insert((*name).to_owned(), value);
-        }
+        object.insert((*name).to_owned(), value);
     }
-    count(line, Value::Object(object).to_string().as_bytes())
-}
-
-fn whole(text: &str) -> Option<u64> {
-    // Digits only: `parse` alone would also take a plus sign.
-    text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok()).flatten()
+    count(cells.line, Value::Object(object).to_string().as_bytes())
 }
 
 impl fmt::Display for Kind {
@@ -359,7 +417,7 @@ mod tests {
 
     /// Of each row its line, and its sku or what is wrong with it.
     fn told(kind: Kind, form: Form, file: &[u8]) -> Vec<(u64, Result<String, String>)> {
-        let rows = read(kind, form, Cursor::new(file.to_vec())).expect("a file that can be read");
+        let rows = read(kind, form, Cursor::new(file.to_vec())).expect("a file that can be read").rows;
         let told = rows.map(|row| match row {
             Ok(row) => (row.line, Ok(row.sku().map(ToString::to_string).unwrap_or_default())),
             Err(BadRow { line, problem }) => (
