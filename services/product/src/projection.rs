@@ -26,7 +26,7 @@ use tracing::{Instrument as _, debug, error, info, warn};
 use self::changes::{Changes, Parsed, Products};
 pub use self::gathered::{BATCH_BYTES, BATCH_MESSAGES};
 use self::gathered::{Gathered, REST_TIMEOUT};
-pub use self::tables::split_words;
+pub(crate) use self::tables::unfolded_words;
 use self::tables::{load_stock, move_checkpoint, write_counts, write_decisions, write_movements, write_products};
 use crate::observed::{self, Projecting};
 use crate::projected::Projected;

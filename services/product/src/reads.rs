@@ -18,6 +18,7 @@ use std::str::FromStr;
 
 use hashbrown::HashMap;
 use lomash_contract::limits::{LOW_STOCK_THRESHOLD, MAX_NAME_CHARS};
+use lomash_contract::text;
 use lomash_contract::{
     CountedBy, EventId, FailedItem, FailureReason, OrderId, ProductId, Sku, Timestamp, Trigger, UpdatedBy,
 };
@@ -33,7 +34,7 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::projected::NotYetProjected;
-use crate::projection::{PROJECTION, split_words};
+use crate::projection::{PROJECTION, unfolded_words};
 
 /// Most entries of one page.
 pub const MAX_PAGE: u16 = 200;
@@ -41,7 +42,7 @@ pub const MAX_PAGE: u16 = 200;
 /// Entries of a page when nobody says how many.
 pub const DEFAULT_PAGE: u16 = 50;
 
-/// Most words that a search looks for; more make no search narrower that a person reads.
+/// Most words that a search looks for, from the first on; more make no search narrower that a person reads.
 pub const MAX_WORDS: usize = 8;
 
 /// Products that one statement asks for.
@@ -350,7 +351,7 @@ pub struct Words(Vec<String>);
 
 /// Why a text cannot be searched for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a search has 1 to {MAX_WORDS} words of letters and digits, of at most {MAX_NAME_CHARS} characters in all")]
+#[error("must have a word of letters or digits, and at most {MAX_NAME_CHARS} characters in all")]
 pub struct InvalidWords;
 
 impl FromStr for Words {
@@ -360,17 +361,40 @@ impl FromStr for Words {
         if text.chars().count() > MAX_NAME_CHARS {
             return Err(InvalidWords);
         }
-        let mut words: Vec<String> = split_words(text).collect();
+        let mut words: Vec<String> = Vec::new();
+        for word in text::words(text) {
+            if words.len() < MAX_WORDS && !words.contains(&word) {
+                words.push(word);
+            }
+        }
         words.sort_unstable();
-        words.dedup();
-        if (1..=MAX_WORDS).contains(&words.len()) { Ok(Self(words)) } else { Err(InvalidWords) }
+        if words.is_empty() { Err(InvalidWords) } else { Ok(Self(words)) }
     }
 }
 
 impl Words {
-    /// As a `tsquery`. The words hold letters and digits only, so nothing in them has a meaning of its own.
-    fn to_tsquery(&self) -> String {
-        self.0.iter().map(|word| format!("'{word}':*")).collect::<Vec<_>>().join(" & ")
+    /// As a `tsquery`. The words hold letters, digits and marks only, so nothing in them has a meaning of its own.
+    ///
+    /// A word that is not of ASCII is also looked for as rows have it that were written before words were folded: of names
+    /// that were kept composed, or else of names that were kept decomposed.
+    fn to_tsquery(&self, of_decomposed: bool) -> String {
+        let begins = |word: &str| format!("'{word}':*");
+        let one = |word: &String| {
+            let mut ways = vec![begins(word)];
+            let forms = if word.is_ascii() { Vec::new() } else { text::forms(word) };
+            for form in forms.iter().take(if of_decomposed { forms.len() } else { 1 }) {
+                let words = unfolded_words(form);
+                let way = words.iter().map(|word| begins(word)).collect::<Vec<_>>().join(" & ");
+                if !way.is_empty() && !ways.contains(&way) {
+                    ways.push(way);
+                }
+            }
+            match &ways[..] {
+                [one] => one.clone(),
+                several => format!("({})", several.join(" | ")),
+            }
+        };
+        self.0.iter().map(one).collect::<Vec<_>>().join(" & ")
     }
 }
 
@@ -813,15 +837,29 @@ impl List {
         let ProductFilter { category, available, below_threshold, active, sku, words } = &query.filter;
         let mut list = Self { text: String::new(), values: Vec::new() };
         let mut conditions: Vec<String> = Vec::new();
-        if let Some(category) = category {
-            conditions.push(format!("p.category = {}", list.value(category.clone(), Type::TEXT)));
-        }
-        if let Some(sku) = sku {
-            conditions.push(format!("p.sku = {}", list.value(sku.clone(), Type::TEXT)));
+        for (column, text) in [("p.category", category), ("p.sku", sku)] {
+            let Some(text) = text else { continue };
+            // In each form in which it may have been kept before there was one.
+            let mut forms = text::forms(text);
+            conditions.push(match (forms.pop(), forms.is_empty()) {
+                (Some(one), true) => format!("{column} = {}", list.value(one, Type::TEXT)),
+                (last, _) => {
+                    forms.extend(last);
+                    format!("{column} = ANY({})", list.value(forms, Type::TEXT_ARRAY))
+                }
+            });
         }
         if let Some(words) = words {
-            let looked_for = list.value(words.to_tsquery(), Type::TEXT);
-            conditions.push(format!("array_to_tsvector(p.words) @@ {looked_for}::text::tsquery"));
+            let (composed, decomposed) = (words.to_tsquery(false), words.to_tsquery(true));
+            let is_one = composed == decomposed;
+            let found = |looked_for: String| format!("array_to_tsvector(p.words) @@ {looked_for}::text::tsquery");
+            let condition = found(list.value(composed, Type::TEXT));
+            conditions.push(if is_one {
+                condition
+            } else {
+                let decomposed = found(list.value(decomposed, Type::TEXT));
+                format!("({condition} OR ({decomposed} AND (p.sku || ' ' || p.name) IS NOT NFC NORMALIZED))")
+            });
         }
         // By quantity and not by is_available: it has an index and statistics.
         let flags = [

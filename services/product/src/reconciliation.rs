@@ -11,6 +11,7 @@ use std::cmp::Ordering;
 
 use hashbrown::HashMap;
 use lomash_contract::limits::MAX_STOCK;
+use lomash_contract::text;
 use lomash_contract::{CountedBy, ProductId, Sku, Timestamp, UpdatedBy};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -152,7 +153,12 @@ pub struct RecordedCount {
 pub struct Catalogue {
     size: u64,
     products: HashMap<ProductId, KnownProduct>,
-    by_sku: HashMap<Sku, Vec<ProductId>>,
+    /// By the composed form of the sku: some were kept before there was one form.
+    by_sku: HashMap<String, Vec<ProductId>>,
+}
+
+fn composed(sku: &Sku) -> String {
+    text::composed(sku.as_str()).into_owned()
 }
 
 impl Catalogue {
@@ -163,9 +169,9 @@ impl Catalogue {
         for product in known {
             let id = product.product_id;
             if let Some(previous) = catalogue.products.insert(id, product.clone()) {
-                catalogue.by_sku.entry(previous.sku).or_default().retain(|other| *other != id);
+                catalogue.by_sku.entry(composed(&previous.sku)).or_default().retain(|other| *other != id);
             }
-            catalogue.by_sku.entry(product.sku).or_default().push(id);
+            catalogue.by_sku.entry(composed(&product.sku)).or_default().push(id);
         }
         catalogue
     }
@@ -187,7 +193,7 @@ impl Catalogue {
         let unknown = || Refusal::new(RefusalReason::UnknownProduct, "no such product in the catalogue");
         let by_sku = match &figure.sku {
             None => None,
-            Some(sku) => match self.by_sku.get(sku).map(Vec::as_slice) {
+            Some(sku) => match self.by_sku.get(&composed(sku)).map(Vec::as_slice) {
                 None | Some([]) => return Err(unknown()),
                 Some([one]) => Some(one),
                 Some(several) => {

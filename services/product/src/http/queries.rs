@@ -92,7 +92,8 @@ pub(super) struct ListParameters {
     /// With exactly this stock-keeping unit.
     #[param(max_length = 64)]
     sku: Option<String>,
-    /// With words that begin so in sku or name, all of them.
+    /// With words that begin so in sku or name, all of them, whatever their case and in either form of Unicode. Words beyond
+    /// the first 8 are not looked for; at least one must have a letter or digit.
     #[param(max_length = 200)]
     q: Option<String>,
     /// `sku` (default), `name`, `quantity` or `updated`; with a leading `-` from the largest to the smallest.
@@ -109,7 +110,8 @@ pub(super) struct ListParameters {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(super) struct AsOfParameter {
-    /// An instant (RFC 3339, by the server's clock) or a sequence of the ledger; now when it is left out.
+    /// An instant (RFC 3339, by the server's clock) or a sequence of the ledger; now when it is left out. One that is still to
+    /// come, or beyond the end of the ledger, is refused.
     #[param(example = "2026-01-31T09:30:00Z")]
     as_of: Option<String>,
 }
@@ -230,13 +232,14 @@ pub(super) async fn inventory(
         return tagged(&headers, sequence, version, &stock);
     };
     let as_of = moment(&as_of)?;
+    let last = api.ledger.last_sequence().await.map_err(|problem| {
+        tracing::warn!(%problem, "the end of the ledger is not known");
+        Problem::unavailable("The end of the ledger is not known just now.", RETRY_AFTER_SECONDS)
+    })?;
     // What the answer rests on must be projected: at an instant, all that is stored by now.
     let rests_on = match as_of {
-        AsOf::Sequence(sequence) => sequence,
-        AsOf::Instant(_) => api.ledger.last_sequence().await.map_err(|problem| {
-            tracing::warn!(%problem, "the end of the ledger is not known");
-            Problem::unavailable("The end of the ledger is not known just now.", RETRY_AFTER_SECONDS)
-        })?,
+        AsOf::Sequence(sequence) => within("asOf", sequence, last)?,
+        AsOf::Instant(_) => last,
     };
     let min = Some(rests_on.max(min.unwrap_or(0)));
     wait(&api, min).await.map_err(unanswered)?;
@@ -363,13 +366,36 @@ pub(super) fn unanswered(problem: QueryError) -> Problem {
     }
 }
 
+const MOMENTS: &str = "must be an RFC 3339 instant such as 2026-01-31T09:30:00Z, or a sequence of the ledger";
+
+/// A sequence that the ledger has. One beyond its end is no moment to be waited for: nobody was told of it, and most are
+/// dates that lack their time.
+fn within(name: &'static str, sequence: u64, last: u64) -> Result<u64, Problem> {
+    if sequence <= last {
+        return Ok(sequence);
+    }
+    let date = if looks_like_a_date(sequence) { "looks like a date and " } else { "" };
+    let detail = format!("{date}is beyond the end of the ledger, which is at sequence {last}; {MOMENTS}");
+    Err(Problem::invalid_parameter(name, detail))
+}
+
+/// A year, a month or a day written as a number, or seconds or milliseconds since 1970.
+fn looks_like_a_date(number: u64) -> bool {
+    const YEARS: std::ops::RangeInclusive<u64> = 1900..=2999;
+    let year_and_month = |number: u64| YEARS.contains(&(number / 100)) && (1..=12).contains(&(number % 100));
+    YEARS.contains(&number)
+        || year_and_month(number)
+        || (year_and_month(number / 100) && (1..=31).contains(&(number % 100)))
+        || (1_000_000_000..10_000_000_000).contains(&number)
+        || (1_000_000_000_000..10_000_000_000_000).contains(&number)
+}
+
 fn moment(text: &str) -> Result<AsOf, Problem> {
     if let Some(sequence) = sequence(text) {
         return Ok(AsOf::Sequence(sequence));
     }
     let bad = |detail| Problem::invalid_parameter("asOf", detail);
-    let instant = OffsetDateTime::parse(text, &Rfc3339)
-        .map_err(|_| bad("must be an RFC 3339 instant such as 2026-01-31T09:30:00Z, or a sequence of the ledger"))?;
+    let instant = OffsetDateTime::parse(text, &Rfc3339).map_err(|_| bad(MOMENTS))?;
     if instant > OffsetDateTime::now_utc() {
         return Err(bad("is still to come"));
     }
@@ -402,4 +428,43 @@ fn tagged(headers: &HeaderMap, sequence: u64, version: u64, body: &impl Serializ
     };
     response.headers_mut().insert(ETAG, preconditions::etag(version));
     Ok(response)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sequence_is_of_the_ledger_and_no_date() {
+        assert_eq!(within("asOf", 2026, 2026).ok(), Some(2026));
+        for (number, is_date) in [
+            (2026, true),
+            (202_611, true),
+            (20_261_130, true),
+            (1_796_000_000, true),
+            (1_796_000_000_000, true),
+            (5_000, false),
+            (202_613, false),
+            (20_261_132, false),
+            (u64::MAX >> 1, false),
+        ] {
+            let problem = within("asOf", number, 17).expect_err("beyond the end");
+            let told = problem.document().errors[0].detail.clone();
+            assert_eq!(told.contains("looks like a date"), is_date, "{number}: {told}");
+            assert!(told.contains("at sequence 17") && told.contains("RFC 3339"), "{told}");
+        }
+        for text in [
+            "",
+            "2026-11-30",
+            "2026-11-30 09:30",
+            "-1",
+            "+5",
+            "1e3",
+            "now",
+            "99999999999999999999",
+            "2026-13-01T00:00:00Z",
+        ] {
+            assert!(moment(text).is_err(), "{text}");
+        }
+    }
 }

@@ -5,6 +5,7 @@
 
 use std::pin::Pin;
 
+use lomash_contract::text;
 use lomash_contract::{CountedBy, ProductDetails, ProductId, UpdatedBy};
 use lomash_platform::postgres::Schema;
 use serde_json::Value;
@@ -203,23 +204,18 @@ async fn update_details(
 
 /// The words of its sku and its name, by which a product is found.
 fn searchable_words(details: &ProductDetails) -> Vec<String> {
-    let mut words: Vec<String> = split_words(details.sku.as_str()).chain(split_words(&details.name)).collect();
+    let mut words: Vec<String> = text::words(details.sku.as_str()).chain(text::words(&details.name)).collect();
     words.sort_unstable();
     words.dedup();
     words
 }
 
-/// The words of a text: what stands between characters that are neither letters nor digits, in lower case. Both what is
-/// found and what is looked for are split by this.
-pub fn split_words(text: &str) -> impl Iterator<Item = String> {
-    // Lower case first: a letter may become several characters of which not all are letters.
+/// The words of a text as they were told apart before texts were folded: in lower case, and a mark that is set on a letter was
+/// between words. Rows that were written so are found by these until they are written again.
+pub(crate) fn unfolded_words(text: &str) -> Vec<String> {
     let lower = text.to_lowercase();
-    let words: Vec<String> = lower
-        .split(|letter: char| !letter.is_alphanumeric())
-        .filter(|word| !word.is_empty())
-        .map(str::to_owned)
-        .collect();
-    words.into_iter()
+    let words = lower.split(|letter: char| !letter.is_alphanumeric());
+    words.filter(|word| !word.is_empty()).map(str::to_owned).collect()
 }
 
 /// Begins a binary `COPY` into a table, which is named with its columns; `types` are theirs.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use deadpool_postgres::{Object, Pool, Transaction};
 use hashbrown::{HashMap, HashSet};
 use lomash_contract::id::EventRole;
+use lomash_contract::text;
 use lomash_contract::{CountedBy, EventId, ProductId, Sku, Timestamp};
 use time::OffsetDateTime;
 use tokio::time::Instant;
@@ -117,8 +118,9 @@ impl Snapshot<'_> {
         let size = self.transaction.query_one("SELECT count(*) FROM inventory.products", &[]).await?;
         let ids: HashSet<Uuid> =
             figures.iter().flatten().filter_map(|figure| figure.product_id).map(|id| id.0).collect();
-        let skus: HashSet<&str> =
-            figures.iter().flatten().filter_map(|figure| figure.sku.as_ref()).map(Sku::as_str).collect();
+        let skus = figures.iter().flatten().filter_map(|figure| figure.sku.as_ref());
+        // In each form in which it may have been registered before there was one.
+        let skus: HashSet<String> = skus.flat_map(|sku| text::forms(sku.as_str())).collect();
         let (ids, skus): (Vec<_>, Vec<_>) = (ids.into_iter().collect(), skus.into_iter().collect());
         let mut known = Vec::with_capacity(ids.len() + skus.len());
         for ids in ids.chunks(KEYS_AT_ONCE) {
