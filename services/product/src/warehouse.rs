@@ -4,19 +4,23 @@
 //! `productId`, `quantity` and `countedAt`. The other side is not ours: it may be slow, down, wrong or endless, so every
 //! page and the whole are bounded in time, bytes and rows, a page that fails is asked for again, and a row that cannot be
 //! read is a refusal in the report and not the end of the run.
+//!
+//! What is no list of figures at all ends it: an error object that was answered with 200, a page of HTML, an empty body. That
+//! nothing was counted must be said, by an empty list.
 
 use std::collections::HashSet;
 use std::fmt;
 use std::time::Duration;
 
 use lomash_contract::limits::MAX_STOCK;
+use lomash_contract::text::unfit;
 use lomash_contract::{CountedBy, ProductId, Sku, Timestamp};
 use lomash_platform::Secret;
 use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, LINK, RETRY_AFTER};
 use reqwest::{Client, Response, StatusCode, Url, redirect};
 use serde::Deserialize;
 use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc2822;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -271,15 +275,14 @@ impl Warehouse {
         if !status.is_success() {
             return Err(Failure::Final(WarehouseError::Refused { place: self.place(), status }));
         }
-        let is_ndjson =
-            response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).is_some_and(|value| {
-                let value = value.to_ascii_lowercase();
-                ["ndjson", "jsonl", "jsonlines"].iter().any(|form| value.contains(form))
-            });
+        let media_type = response.headers().get(CONTENT_TYPE).map(|value| {
+            let text = String::from_utf8_lossy(value.as_bytes());
+            text.split(';').next().unwrap_or_default().trim().to_ascii_lowercase()
+        });
         let links = response.headers().get_all(LINK).iter().filter_map(|value| value.to_str().ok());
         let next = links.into_iter().find_map(next_link).map(str::to_owned);
         let body = self.body(response).await?;
-        Ok(Answer { body, is_ndjson, next })
+        Ok(Answer { body, media_type, next })
     }
 
     async fn body(&self, mut response: Response) -> Result<Vec<u8>, Failure> {
@@ -330,8 +333,22 @@ fn follow_within_the_origin(attempt: redirect::Attempt<'_>) -> redirect::Action 
 
 struct Answer {
     body: Vec<u8>,
-    is_ndjson: bool,
+    media_type: Option<String>,
     next: Option<String>,
+}
+
+impl Answer {
+    fn is_ndjson(&self) -> bool {
+        let media_type = self.media_type.as_deref().unwrap_or_default();
+        ["ndjson", "jsonl", "jsonlines"].iter().any(|form| media_type.contains(form))
+    }
+
+    /// What the body says it is when that is not JSON. What servers call a file that they know nothing of is no such word.
+    fn other_form(&self) -> Option<&str> {
+        let media_type = self.media_type.as_deref()?;
+        let may_be = ["", "text/plain", "application/octet-stream", "binary/octet-stream"].contains(&media_type);
+        (!may_be && !media_type.contains("json")).then_some(media_type)
+    }
 }
 
 enum Failure {
@@ -368,7 +385,7 @@ fn sentence(error: &reqwest::Error) -> String {
 
 /// A foreign text, short enough to be repeated.
 fn quoted(text: &str) -> String {
-    let mut short: String = text.chars().filter(|letter| !letter.is_control()).take(MAX_QUOTED_CHARS).collect();
+    let mut short: String = text.chars().filter(|letter| unfit(*letter).is_none()).take(MAX_QUOTED_CHARS).collect();
     if text.chars().count() > MAX_QUOTED_CHARS {
         short.push('…');
     }
@@ -423,10 +440,92 @@ fn split_at_comma(text: &str) -> (&str, &str) {
 
 // ── Reading a page ──────────────────────────────────────────────────────────────────────────────────────────────
 
-/// Of the first line of a page, what tells a row from an object with rows.
-#[derive(Deserialize)]
-struct FirstLine {
-    items: Option<IgnoredAny>,
+/// A row as it is given. An object must name each of its fields once: of two figures nobody knows which one is meant.
+enum Raw {
+    Object { fields: Map<String, Value>, repeated: Option<String> },
+    Other,
+}
+
+impl Raw {
+    /// Whether it has nothing that a figure has: then it is not a bad row, but something else.
+    fn is_foreign(&self) -> bool {
+        match self {
+            Self::Object { fields, .. } => FIELDS.iter().all(|field| !fields.contains_key(*field)),
+            Self::Other => false,
+        }
+    }
+
+    /// Whether it is a row and no object with rows.
+    fn names_a_product(&self) -> bool {
+        matches!(self, Self::Object { fields, .. } if fields.contains_key("sku") || fields.contains_key("productId"))
+    }
+
+    fn names(&self) -> String {
+        let Self::Object { fields, .. } = self else { return String::new() };
+        let names: Vec<String> = fields.keys().take(MAX_NAMES).map(|name| format!("`{name}`")).collect();
+        if names.is_empty() { "nothing".to_owned() } else { names.join(", ") }
+    }
+}
+
+/// The fields of a figure.
+const FIELDS: [&str; 4] = ["sku", "productId", "quantity", "countedAt"];
+
+/// Fields of something else that are named.
+const MAX_NAMES: usize = 3;
+
+impl<'de> Deserialize<'de> for Raw {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(RawVisitor)
+    }
+}
+
+struct RawVisitor;
+
+impl<'de> Visitor<'de> for RawVisitor {
+    type Value = Raw;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a row")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut object: A) -> Result<Raw, A::Error> {
+        let (mut fields, mut repeated) = (Map::new(), None);
+        while let Some((name, value)) = object.next_entry::<String, Value>()? {
+            if fields.insert(name.clone(), value).is_some() {
+                repeated.get_or_insert(name);
+            }
+        }
+        Ok(Raw::Object { fields, repeated })
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Raw, A::Error> {
+        while items.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(Raw::Other)
+    }
+
+    fn visit_unit<E>(self) -> Result<Raw, E> {
+        Ok(Raw::Other)
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<Raw, E> {
+        Ok(Raw::Other)
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<Raw, E> {
+        Ok(Raw::Other)
+    }
+
+    fn visit_u64<E>(self, _: u64) -> Result<Raw, E> {
+        Ok(Raw::Other)
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<Raw, E> {
+        Ok(Raw::Other)
+    }
+
+    fn visit_str<E>(self, _: &str) -> Result<Raw, E> {
+        Ok(Raw::Other)
+    }
 }
 
 /// Takes rows in until there are too many.
@@ -438,10 +537,14 @@ struct Reader<'r> {
 
 impl Reader<'_> {
     fn page(&mut self, answer: &Answer) -> Result<Option<String>, String> {
+        if let Some(form) = answer.other_form() {
+            return Err(format!("its content type is `{form}` and not JSON"));
+        }
         let before = self.rows.len();
         let first = answer.body.iter().copied().find(|byte| !byte.is_ascii_whitespace());
         match first {
-            _ if answer.is_ndjson => Ok(self.lines(&answer.body)),
+            None => Err("it is empty; that nothing was counted is said by an empty list, `[]`".to_owned()),
+            Some(_) if answer.is_ndjson() => self.lines(&answer.body),
             Some(b'[') => {
                 let mut json = serde_json::Deserializer::from_slice(&answer.body);
                 Rows(self).deserialize(&mut json).and_then(|()| json.end()).map_err(|problem| problem.to_string())?;
@@ -460,37 +563,51 @@ impl Reader<'_> {
                 // One row a line begins in the same way.
                 self.rows.truncate(before);
                 let line = answer.body.split(|byte| *byte == b'\n').find(|line| !line.trim_ascii().is_empty());
-                let is_row = |line| matches!(serde_json::from_slice(line), Ok(FirstLine { items: None }));
+                let is_row = |line| serde_json::from_slice::<Raw>(line).is_ok_and(|row| row.names_a_product());
                 if self.is_over || !line.is_some_and(is_row) {
                     return Err(problem);
                 }
-                Ok(self.lines(&answer.body))
+                self.lines(&answer.body)
             }
             Some(_) => Err("it begins with neither `[` nor `{`".to_owned()),
-            None => Err("it is empty".to_owned()),
         }
     }
 
-    fn lines(&mut self, body: &[u8]) -> Option<String> {
-        for line in body.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii).filter(|line| !line.is_empty()) {
+    fn lines(&mut self, body: &[u8]) -> Result<Option<String>, String> {
+        // No value of JSON has the end of a line in it, however that is written.
+        let lines = body.split(|byte| matches!(byte, b'\n' | b'\r'));
+        for line in lines.map(<[u8]>::trim_ascii).filter(|line| !line.is_empty()) {
             if self.is_over {
                 break;
             }
-            match serde_json::from_slice::<Value>(line) {
-                Ok(value) => self.push(&value),
+            match serde_json::from_slice::<Raw>(line) {
+                Ok(row) => self.push(row)?,
                 Err(problem) => {
                     self.push_result(Err((None, format!("the line is no JSON: {}", quoted(&problem.to_string())))))
                 }
             }
         }
-        None
+        Ok(None)
     }
 
-    fn push(&mut self, value: &Value) {
-        self.push_result(figure(value).map_err(|problem| {
-            let sku = value.get("sku").and_then(Value::as_str).map(quoted);
+    /// An error is about the whole: what has no field of a figure says that something else was answered, or the rest.
+    fn push(&mut self, row: Raw) -> Result<(), String> {
+        if row.is_foreign() {
+            return Err(format!("row {} is no figure, it has {}", self.rows.len() + 1, quoted(&row.names())));
+        }
+        let read = match &row {
+            Raw::Other => Err("the row is no object".to_owned()),
+            Raw::Object { repeated: Some(name), .. } => Err(format!("`{}` is there twice", quoted(name))),
+            Raw::Object { fields, repeated: None } => figure(fields),
+        };
+        self.push_result(read.map_err(|problem| {
+            let sku = match &row {
+                Raw::Object { fields, .. } => fields.get("sku").and_then(Value::as_str).map(quoted),
+                Raw::Other => None,
+            };
             (sku, problem)
         }));
+        Ok(())
     }
 
     fn push_result(&mut self, result: Result<Figure, (Option<String>, String)>) {
@@ -507,8 +624,7 @@ impl Reader<'_> {
 }
 
 /// One row, without its position.
-fn figure(value: &Value) -> Result<Figure, String> {
-    let row = value.as_object().ok_or("the row is no object")?;
+fn figure(row: &Map<String, Value>) -> Result<Figure, String> {
     let text = |field: &str| match row.get(field) {
         None | Some(Value::Null) => Ok(None),
         Some(Value::String(text)) => Ok(Some(text.as_str())),
@@ -562,8 +678,8 @@ impl<'de> Visitor<'de> for Rows<'_, '_> {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut rows: A) -> Result<(), A::Error> {
-        while let Some(value) = rows.next_element::<Value>()? {
-            self.0.push(&value);
+        while let Some(row) = rows.next_element::<Raw>()? {
+            self.0.push(row).map_err(de::Error::custom)?;
             if self.0.is_over {
                 return Err(de::Error::custom("too many rows"));
             }
@@ -595,9 +711,23 @@ impl<'de> Visitor<'de> for Object<'_, '_> {
         let mut next = None;
         while let Some(field) = object.next_key::<String>()? {
             match field.as_str() {
-                "items" if !has_items => {
+                "items" if has_items => return Err(de::Error::duplicate_field("items")),
+                "items" => {
                     object.next_value_seed(Rows(&mut *self.0))?;
                     has_items = true;
+                }
+                // Beside a list it says that some of it is missing.
+                "error" | "errors" => {
+                    let error = object.next_value::<Value>()?;
+                    let is_none = matches!(&error, Value::Null | Value::Bool(false))
+                        || error.as_array().is_some_and(Vec::is_empty)
+                        || error.as_str().is_some_and(str::is_empty);
+                    if !is_none {
+                        return Err(de::Error::custom(format_args!(
+                            "it says `{field}`: {}",
+                            quoted(&error.to_string())
+                        )));
+                    }
                 }
                 "next" => next = object.next_value::<Option<String>>()?,
                 _ => {

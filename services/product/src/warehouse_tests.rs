@@ -100,8 +100,8 @@ async fn an_array_an_object_and_lines_are_read_alike() {
 async fn nothing_counted_is_no_mistake() {
     let fake = Fake::start(|_, _, _| json("[]")).await;
     assert_eq!(fake.figures().await.expect("an empty list"), []);
-    let fake = Fake::start(|_, _, _| ([("content-type", "application/x-ndjson")], "").into_response()).await;
-    assert_eq!(fake.figures().await.expect("no lines"), []);
+    let fake = Fake::start(|_, _, _| json(r#"{"items":[],"error":null}"#)).await;
+    assert_eq!(fake.figures().await.expect("an object with an empty list"), []);
 }
 
 #[tokio::test]
@@ -308,6 +308,71 @@ async fn what_is_no_list_is_named() {
             Err(WarehouseError::Malformed { page: 1, .. }) => assert_eq!(fake.asked(), 1, "{text}"),
             other => panic!("{text}: {other:?}"),
         }
+    }
+}
+
+#[tokio::test]
+async fn what_is_something_else_ends_the_run_and_says_why() {
+    let good = ONE;
+    let cases = [
+        ("application/json", r#"{"error":"internal"}"#.to_owned(), "internal"),
+        ("application/json", r#"{"data":[]}"#.to_owned(), "an object without `items`"),
+        ("application/json", r#"{"status":"ok"}"#.to_owned(), "an object without `items`"),
+        ("application/json", r#"{"quantity":1,"total":7}"#.to_owned(), "an object without `items`"),
+        ("application/json", r#"{"items":null}"#.to_owned(), "null"),
+        ("application/json", r#"{"items":{"a":1}}"#.to_owned(), "an array of rows"),
+        ("application/json", format!(r#"{{"items":[{good}],"error":"timeout"}}"#), "timeout"),
+        ("application/json", format!(r#"{{"items":[{good}],"items":[]}}"#), "duplicate field `items`"),
+        ("application/json", format!(r#"[{good},{{"error":"timeout"}}]"#), "row 2 is no figure, it has `error`"),
+        ("application/json", "[{}]".to_owned(), "row 1 is no figure"),
+        ("application/json", " ".to_owned(), "it is empty"),
+        ("application/x-ndjson", String::new(), "it is empty"),
+        ("application/x-ndjson", r#"{"error":"internal"}"#.to_owned(), "row 1 is no figure"),
+        ("application/x-ndjson", format!("{good}\n{{\"error\":\"internal\"}}\n"), "row 2 is no figure"),
+        ("text/html", format!("[{good}]"), "its content type is `text/html`"),
+        ("text/csv", "sku,quantity\n".to_owned(), "its content type is `text/csv`"),
+        ("text/plain", "busy".to_owned(), "neither `[` nor `{`"),
+    ];
+    for (media_type, text, expected) in cases {
+        let body = text.clone();
+        let fake = Fake::start(move |_, _, _| ([("content-type", media_type)], body.clone()).into_response()).await;
+        match fake.figures().await {
+            Err(problem @ WarehouseError::Malformed { page: 1, .. }) => {
+                assert!(problem.to_string().contains(expected), "{text}: {problem}");
+            }
+            other => panic!("{text}: {other:?}"),
+        }
+    }
+    // What servers call a file that they know nothing of.
+    for media_type in ["text/plain", "application/octet-stream", "application/vnd.wms+json; charset=utf-8"] {
+        let fake =
+            Fake::start(move |_, _, _| ([("content-type", media_type)], format!("[{ONE}]")).into_response()).await;
+        assert_eq!(fake.figures().await.expect(media_type).len(), 1);
+    }
+}
+
+#[tokio::test]
+async fn a_row_that_is_no_figure_of_one_product_is_refused_by_itself() {
+    let at = r#""countedAt":"2026-01-31T09:30:00Z""#;
+    let rows = [
+        format!(r#"{{"sku":"A","quantity":1,"quantity":2,{at}}}"#),
+        format!(r#"{{"sku":"A","sku":"A","quantity":1,{at}}}"#),
+        format!(r#"{{"sku":"A","quantity":5.0,{at}}}"#),
+        format!(r#"{{"sku":"A","quantity":5e0,{at}}}"#),
+        format!(r#"{{"sku":"A","quantity":"5",{at}}}"#),
+        format!(r#"{{"sku":"A","quantity":[5],{at}}}"#),
+        format!(r#"{{"sku":"A","quantity":99999999999999999999,{at}}}"#),
+        r#"["A",5,"2026-01-31T09:30:00Z"]"#.to_owned(),
+    ];
+    let texts = [format!("[{},{ONE}]", rows.join(",")), format!("{ONE}\r{}\r", rows.join("\r"))];
+    for text in texts {
+        let fake = Fake::start(move |_, _, _| json(text.clone())).await;
+        let read = fake.figures().await.expect("rows");
+        assert_eq!(read.iter().filter(|row| row.is_ok()).count(), 1, "{read:?}");
+        let told: Vec<_> = problems(&read).into_iter().flatten().collect();
+        assert_eq!(told.len(), rows.len(), "{told:?}");
+        assert_eq!(told[..2], ["`quantity` is there twice", "`sku` is there twice"]);
+        assert_eq!(told[7], "the row is no object");
     }
 }
 
