@@ -48,19 +48,17 @@ fn tags(headers: &HeaderMap, name: &'static str) -> Result<Option<Vec<Tag>>, Pro
     let bad = || Problem::invalid_header(name, "must be `*` or a list of entity tags such as \"17\"");
     let mut any = false;
     for value in headers.get_all(name) {
-        let text = value.to_str().map_err(|_| bad())?.trim();
-        if text == "*" {
+        if value.as_bytes().trim_ascii() == b"*" {
             any = true;
             continue;
         }
-        for tag in text.split(',').map(str::trim).filter(|tag| !tag.is_empty()) {
-            let (weak, quoted) = tag.strip_prefix("W/").map_or((false, tag), |strong| (true, strong));
-            let text = quoted.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')).ok_or_else(bad)?;
-            let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-            found.push(Tag { weak, version: if digits { text.parse().ok() } else { None } });
+        let mut rest = value.as_bytes();
+        while let Some((tag, after)) = next_tag(rest).ok_or_else(bad)? {
+            found.push(tag);
             if found.len() > MAX_TAGS {
                 return Err(Problem::invalid_header(name, format!("has more than {MAX_TAGS} tags")));
             }
+            rest = after;
         }
     }
     match (any, found.is_empty(), headers.contains_key(name)) {
@@ -70,6 +68,26 @@ fn tags(headers: &HeaderMap, name: &'static str) -> Result<Option<Vec<Tag>>, Pro
     }
 }
 
+/// The first entity tag of a list and what follows it (RFC 9110, 8.8.3 and 5.6.1): between its quotes a tag has any visible
+/// character but a quote, a comma too, and bytes beyond ASCII. `Some(None)` at the end of the list; none when it is no list.
+fn next_tag(list: &[u8]) -> Option<Option<(Tag, &[u8])>> {
+    let is_between = |byte: &u8| matches!(byte, b',' | b' ' | b'\t');
+    let begin = list.iter().position(|byte| !is_between(byte));
+    let Some(begin) = begin else { return Some(None) };
+    let tag = &list[begin..];
+    let (weak, quoted) = tag.strip_prefix(b"W/").map_or((false, tag), |strong| (true, strong));
+    let opaque = quoted.strip_prefix(b"\"")?;
+    let end = opaque.iter().position(|byte| *byte == b'"')?;
+    let (opaque, rest) = (&opaque[..end], opaque[end + 1..].trim_ascii_start());
+    let is_opaque = |byte: &u8| matches!(byte, 0x21 | 0x23..=0x7e | 0x80..);
+    if !opaque.iter().all(is_opaque) || !(rest.is_empty() || rest.starts_with(b",")) {
+        return None;
+    }
+    let digits = !opaque.is_empty() && opaque.iter().all(u8::is_ascii_digit);
+    let version = std::str::from_utf8(opaque).ok().filter(|_| digits).and_then(|digits| digits.parse().ok());
+    Some(Some((Tag { weak, version }, rest)))
+}
+
 #[cfg(test)]
 mod tests {
     use axum::http::StatusCode;
@@ -77,7 +95,8 @@ mod tests {
     use super::*;
 
     fn headers(name: &'static str, values: &[&str]) -> HeaderMap {
-        values.iter().map(|value| (name.parse().expect("a name"), value.parse().expect("a value"))).collect()
+        let value = |text: &&str| HeaderValue::from_bytes(text.as_bytes()).expect("a value");
+        values.iter().map(|text| (name.parse().expect("a name"), value(text))).collect()
     }
 
     #[test]
@@ -93,6 +112,23 @@ mod tests {
             (&["\"abc\""], Err(412)),
             (&["\"+17\""], Err(412)),
             (&["\"99999999999999999999999\""], Err(412)),
+            // A comma, or anything else that can be seen, within quotes is of the tag.
+            (&["\"a,b\""], Err(412)),
+            (&["\"a,b\", \"17\""], Ok(&[17])),
+            (&["\"17\",W/\"a,\",\"18\""], Ok(&[17, 18])),
+            (&["\"\""], Err(412)),
+            (&["\"*\""], Err(412)),
+            (&["\"\\\""], Err(412)),
+            (&["\"ü\""], Err(412)),
+            (&[",, \"17\" ,\t,\"18\","], Ok(&[17, 18])),
+            (&["\"17\" \"18\""], Err(400)),
+            (&["\"17\"x"], Err(400)),
+            (&["\"17"], Err(400)),
+            (&["\"a b\""], Err(400)),
+            (&["w/\"17\""], Err(400)),
+            (&["W/ \"17\""], Err(400)),
+            (&["W/17"], Err(400)),
+            (&[","], Err(400)),
             (&["17"], Err(400)),
             (&[""], Err(400)),
             (&["*, \"17\""], Err(400)),
@@ -109,11 +145,21 @@ mod tests {
 
     #[test]
     fn if_none_match_by_the_book() {
-        for (values, expected) in
-            [(&[][..], false), (&["*"], true), (&["\"17\""], true), (&["W/\"17\""], true), (&["\"16\""], false)]
-        {
+        for (values, expected) in [
+            (&[][..], false),
+            (&["*"], true),
+            (&["\"17\""], true),
+            (&["W/\"17\""], true),
+            (&["\"16\""], false),
+            (&["\"a,b\""], false),
+            (&["\"a,b\",W/\"17\""], true),
+            (&["\"a,17\""], false),
+        ] {
             let found = is_known(&headers("if-none-match", values), 17).map_err(|problem| problem.status());
             assert_eq!(found, Ok(expected), "{values:?}");
+        }
+        for bad in ["17", "\"a", "\"17\" \"18\""] {
+            assert!(is_known(&headers("if-none-match", &[bad]), 17).is_err(), "{bad}");
         }
     }
 }
