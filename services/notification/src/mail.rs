@@ -6,6 +6,8 @@
 use std::fmt::{self, Write as _};
 use std::time::{Duration, SystemTime};
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use lettre::address::Envelope;
 use lettre::message::header::{HeaderName, HeaderValue};
 use lettre::message::{Mailbox, Mailboxes, MultiPart};
@@ -65,7 +67,7 @@ pub fn write(letterhead: &Letterhead, mail_id: Uuid, mail: &Mail) -> Result<Writ
     let message_id = format!("<{mail_id}@{}>", letterhead.from.email.domain());
     let mut message = Message::builder()
         .from(letterhead.from.clone())
-        .subject(subject)
+        .raw_header(unstructured("Subject", &subject))
         .date(date_of(date))
         .message_id(Some(message_id.clone()))
         // Nobody's out-of-office should answer it (RFC 3834).
@@ -85,6 +87,31 @@ pub fn write(letterhead: &Letterhead, mail_id: Uuid, mail: &Mail) -> Result<Writ
     Ok(Written { message_id, envelope, text })
 }
 
+/// Longest text of an encoded word before it is encoded, in bytes: with base64 and what stands around it, a word has at most
+/// 75 characters (RFC 2047).
+const MAX_ENCODED_BYTES: usize = 45;
+
+/// A header of free text. Whatever a reader would decode is encoded whole, also what only looks as if it were encoded:
+/// `=?utf-8?q?=0D=0ABcc:?=` in a name is those characters.
+fn unstructured(name: &'static str, text: &str) -> HeaderValue {
+    let header = HeaderName::new_from_ascii_str(name);
+    if text.is_ascii() && !text.contains("=?") {
+        return HeaderValue::new(header, text.to_owned());
+    }
+    let mut words: Vec<String> = Vec::new();
+    let mut word = String::new();
+    for letter in text.chars() {
+        if word.len() + letter.len_utf8() > MAX_ENCODED_BYTES {
+            words.push(std::mem::take(&mut word));
+        }
+        word.push(letter);
+    }
+    words.push(word);
+    let encoded: Vec<String> = words.iter().map(|word| format!("=?utf-8?B?{}?=", STANDARD.encode(word))).collect();
+    // Blanks between encoded words are not shown.
+    HeaderValue::dangerous_new_pre_encoded(header, text.to_owned(), encoded.join("\r\n "))
+}
+
 fn date_of(at: OffsetDateTime) -> SystemTime {
     let seconds = u64::try_from(at.unix_timestamp()).unwrap_or(0);
     SystemTime::UNIX_EPOCH + Duration::from_secs(seconds).min(LAST_DATE)
@@ -100,10 +127,8 @@ impl fmt::Display for Plain<'_> {
 }
 
 fn is_plain(letter: char) -> bool {
-    // Separators of lines and paragraphs; marks, embeddings, overrides and isolates of direction; the byte order mark.
-    let acts =
-        matches!(letter, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}');
-    !letter.is_control() && !acts
+    // What is refused at the door today; the ledger has texts of before.
+    lomash_contract::text::unfit(letter).is_none()
 }
 
 /// Text in HTML, also within a quoted attribute.
@@ -351,6 +376,47 @@ mod tests {
         assert!(html.contains("&lt;/td&gt;&lt;script&gt;alert(1)&lt;/script&gt;&amp;&quot;&#39;"), "{html}");
         let text = alert_text(&letterhead(), &told(hostile[2], "SKU"));
         assert!(text.contains("knis\n"), "{text:?}");
+    }
+
+    /// What a reader shows of a header: encoded words decoded, blanks between them gone (RFC 2047).
+    fn shown(header: &str) -> String {
+        let mut text = String::new();
+        let mut was_encoded = false;
+        for word in header.split(' ') {
+            let encoded = word.strip_prefix("=?utf-8?B?").and_then(|word| word.strip_suffix("?="));
+            assert!(encoded.is_some() || !word.contains("=?"), "{word}: a reader may decode it");
+            assert!(word.len() <= 75, "{word}");
+            if !text.is_empty() && !(was_encoded && encoded.is_some()) {
+                text.push(' ');
+            }
+            was_encoded = encoded.is_some();
+            match encoded {
+                Some(encoded) => {
+                    text.push_str(
+                        &String::from_utf8(STANDARD.decode(encoded).expect("base64")).expect("whole letters"),
+                    );
+                }
+                None => text.push_str(word),
+            }
+        }
+        text
+    }
+
+    #[test]
+    fn a_subject_shows_the_name_as_it_is() {
+        for name in [
+            "Oak sink",
+            "=?utf-8?q?=0D=0ABcc:_x@y.z?=",
+            "a =?us-ascii?B?QkNDOg==?= b",
+            "=?",
+            "Küche =?utf-8?q?=0D=0A?= \u{1fab5}",
+            &"ü\u{1fab5}".repeat(40),
+        ] {
+            let headers = headers(&written(told(name, "SKU")));
+            let subject = headers.iter().find_map(|line| line.strip_prefix("Subject: ")).expect("a subject");
+            let name: String = name.chars().take(MAX_SUBJECT_NAME_CHARS).collect();
+            assert_eq!(shown(subject), format!("Low stock: {name} (SKU), 2 left"));
+        }
     }
 
     #[test]
