@@ -788,7 +788,10 @@ fn of<'v>(items: &'v [Value], member: &str) -> Vec<&'v Value> {
 #[tokio::test]
 async fn the_lists_the_days_and_the_summary() -> Result<()> {
     let world = World::start().await?;
-    let service = world.run_service().await?;
+    // A process of its own: metrics are of a process.
+    let mut service = world.service("product")?;
+    start_until_ready(&mut service).await?;
+    let product_service = Caller::new(&world.url("product"), Role::Viewer)?;
     let analytics = Analytics::start(&world, "analytics").await?;
     let caller = analytics.caller()?;
     let today = OffsetDateTime::now_utc().date().to_string();
@@ -852,6 +855,13 @@ async fn the_lists_the_days_and_the_summary() -> Result<()> {
         summary["now"],
         json!({ "products": 6, "activeProducts": 5, "outOfStockProducts": 1, "lowStockProducts": 4, "unitsInStock": 64 })
     );
+    // The product service's gauge counts the same products: those for sale.
+    let summarised = format!("out_of_stock_products_total {}", summary["now"]["outOfStockProducts"]);
+    eventually("the gauge to be what the summary says", PATIENCE, async || {
+        let page = product_service.get("/metrics").send().await?.text;
+        Ok(page.lines().any(|line| line == summarised).then_some(()))
+    })
+    .await?;
     assert_eq!((&summary["totals"]["unitsSold"], &summary["totals"]["ordersAllocated"]), (&json!(34), &json!(3)));
     assert_eq!(summary["totals"]["ordersRefused"]["insufficientStock"], 1);
     assert_eq!(summary["totals"]["productsRegistered"], 6);

@@ -16,7 +16,7 @@ use lomash_tests::http::Caller;
 use lomash_tests::traces::{Collector, Span, Trace};
 use lomash_tests::{PATIENCE, World, count, eventually, order, ready_at, start_until_ready};
 use lomash_web::Role;
-use product_service::inventory::Action;
+use product_service::inventory::{Action, Amendment};
 use tokio::net::TcpListener;
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -410,6 +410,9 @@ async fn metrics_agree_with_what_verify_counts() -> Result<()> {
     let mut details = lomash_tests::details("OFF-1")?;
     details.active = false;
     world.act(inactive, Action::Revise { details }).await?;
+    // What is not for sale is not missed when it is gone.
+    let idle = world.register("OFF-2", 0).await?;
+    world.act(idle, Action::Amend(Amendment::activate(false))).await?;
     products.push(empty);
     let unknown = ProductId(Uuid::new_v4());
     let mut orders = vec![order(&[(products[0], 2)]), order(&[(products[1], 1)])];
@@ -428,8 +431,11 @@ async fn metrics_agree_with_what_verify_counts() -> Result<()> {
     }
     let report = world.verified().await?;
     let database = world.database().await?;
-    let out_of_stock = count(&database, "SELECT count(*) FROM inventory.stock WHERE NOT is_available").await? as f64;
+    let of_those_for_sale = "SELECT count(*) FROM inventory.stock JOIN inventory.products USING (product_id)
+         WHERE NOT is_available AND active";
+    let out_of_stock = count(&database, of_those_for_sale).await? as f64;
     assert_eq!(out_of_stock, 2.0);
+    assert_eq!(count(&database, "SELECT count(*) FROM inventory.stock WHERE NOT is_available").await?, 3);
     let totals = &report.totals;
     assert_eq!((totals.orders_refused(), totals.dead_letters), (9, 2), "{totals:?}");
 

@@ -159,7 +159,7 @@ static ASKED: LazyLock<Mutex<Asked>> = LazyLock::new(|| {
         }
     }
     let metrics = Metrics::of_process();
-    let help = "Products whose stock is 0, in the projection";
+    let help = "Products for sale whose stock is 0, in the projection";
     metrics.gauges(
         "out_of_stock_products_total",
         help,
@@ -284,10 +284,12 @@ pub async fn watch(context: Context, pool: Pool, committer: Committer, stop: Can
     }
 }
 
-/// The checkpoint and the number of products without stock, in one snapshot.
+/// The checkpoint and the number of products for sale without stock, in one snapshot. What is not for sale alarms nobody; the
+/// summary of analytics counts so, too.
 async fn look(pool: &Pool) -> Option<(u64, i64)> {
     let query = format!(
-        "SELECT sequence, (SELECT count(*) FROM {schema}.stock WHERE quantity = 0)
+        "SELECT sequence, (SELECT count(*) FROM {schema}.stock JOIN {schema}.products USING (product_id)
+             WHERE quantity = 0 AND active)
          FROM {schema}.checkpoint WHERE projection = $1",
         schema = Schema::Live
     );
