@@ -90,6 +90,98 @@ fn inventory(product: Uuid) -> String {
     format!("/v1/products/{product}/inventory")
 }
 
+// ── What may be sent ────────────────────────────────────────────────────────────────────────────────────────────
+
+/// Objects are objects, text is seen as it is, tags are tags, and a moment is one of the ledger.
+#[tokio::test]
+async fn what_is_sent_is_taken_by_the_letter() -> Result<()> {
+    let (world, service, admin) = world().await?;
+    let product = admin.register(40).await?;
+    let stock = inventory(product);
+    let before = world.last_sequence().await?;
+
+    let pointer = |answer: &Answer| answer.json["errors"][0]["pointer"].as_str().unwrap_or_default().to_owned();
+    let detail = |answer: &Answer| answer.json["errors"][0]["detail"].as_str().unwrap_or_default().to_owned();
+    for (path, body) in
+        [(&stock, json!([7, null, null])), (&format!("/v1/products/{product}"), json!(["x", null, null, null, null]))]
+    {
+        let answer = admin.patch(path, &body).send().await?;
+        assert_eq!((answer.status, answer.problem()), (400, "validation-failed"), "{answer:?}");
+    }
+    let registration = |sku: &str, name: &str| json!({ "sku": sku, "name": name });
+    for (body, field, code_point) in [
+        (registration("A\u{200b}", "a"), "/sku", "U+200B"),
+        (registration("A", "\u{202e}a"), "/name", "U+202E"),
+        (registration("A", "a\u{feff}"), "/name", "U+FEFF"),
+        (registration("A", "\u{a0}\u{3000}"), "/name", "is empty"),
+        (registration(" A", "a"), "/sku", "begins with U+0020"),
+        (json!({ "sku": "A", "name": "a", "category": "\u{ad}b" }), "/category", "U+00AD"),
+        (json!({ "sku": "A", "name": "a", "reason": "one\u{2028}two" }), "/reason", "U+2028"),
+        (json!({ "sku": "A", "name": "a", "reason": "\u{202e}owt" }), "/reason", "U+202E"),
+    ] {
+        let answer = admin.post("/v1/products", &body).send().await?;
+        assert_eq!((answer.status, pointer(&answer).as_str()), (400, field), "{body}: {answer:?}");
+        assert!(detail(&answer).contains(code_point), "{body}: {answer:?}");
+    }
+    for (tags, status) in [("\"a,b\"", 412), ("\"a,b\", W/\"1\"", 412), ("\"a,b", 400)] {
+        let answer = admin.patch(&stock, &json!({ "quantity": 1 })).header("If-Match", tags).send().await?;
+        assert_eq!(answer.status, status, "{tags}: {answer:?}");
+    }
+    assert_eq!(world.last_sequence().await?, before, "nothing of it was written");
+
+    for as_of in ["2026", "20261130", "1796000000", "2026-11-30", "9223372036854775807"] {
+        let answer = admin.get(&format!("{stock}?asOf={as_of}")).send().await?;
+        assert_eq!(answer.status, 400, "{as_of}: {answer:?}");
+        assert!(detail(&answer).contains("RFC 3339"), "{as_of}: {answer:?}");
+    }
+    let now = admin.get(&format!("{stock}?asOf={before}")).send().await?;
+    assert_eq!((now.status, &now.json["quantity"]), (200, &json!(40)), "{now:?}");
+
+    // Either form of Unicode is the same text: it is kept composed, and found by both.
+    let body = json!({ "sku": "KU\u{308}-1", "name": "Ku\u{308}chenzeile", "category": "Ku\u{308}chen" });
+    let registered = admin.post("/v1/products", &body).send().await?;
+    assert_eq!((registered.status, &registered.json["details"]["sku"]), (201, &json!("KÜ-1")), "{registered:?}");
+    assert_eq!(registered.json["details"]["name"], "Küchenzeile");
+    let taken =
+        admin.post("/v1/products", &json!({ "productId": Uuid::new_v4(), "sku": "KÜ-1", "name": "x" })).send().await?;
+    assert_eq!(taken.problem(), "sku-taken");
+    // A row as it was written before texts were composed and words folded.
+    world
+        .act(
+            ProductId(Uuid::new_v4()),
+            Action::Register { details: lomash_tests::details("OLD-1")?, initial_quantity: 0 },
+        )
+        .await?;
+    let last = world.last_sequence().await?;
+    read(&admin, "/v1/products", last).await?;
+    let database = world.database().await?;
+    database
+        .execute(
+            "UPDATE inventory.products SET name = U&'Ku\\0308che alt', words = ARRAY['1', 'alt', 'che', 'ku', 'old']
+             WHERE sku = 'OLD-1'",
+            &[],
+        )
+        .await?;
+    let search = async |query: &str| -> Result<Vec<String>> {
+        let answer = admin.get(&format!("/v1/products?{query}")).send().await?;
+        assert_eq!(answer.status, 200, "{query}: {answer:?}");
+        let items = answer.json["items"].as_array().unwrap().clone();
+        Ok(items.iter().map(|item| item["sku"].as_str().unwrap().to_owned()).collect())
+    };
+    for word in ["k%C3%BCche", "ku%CC%88che", "K%C3%9CCHE", "KU%CC%88CHE"] {
+        assert_eq!(search(&format!("q={word}")).await?, ["KÜ-1", "OLD-1"], "{word}");
+    }
+    assert_eq!(search("q=k%C3%BCche%20alt").await?, ["OLD-1"]);
+    for query in ["sku=K%C3%9C-1", "sku=KU%CC%88-1", "category=K%C3%BCchen", "category=Ku%CC%88chen"] {
+        assert_eq!(search(query).await?, ["KÜ-1"], "{query}");
+    }
+    // Words beyond the eighth are not looked for.
+    let nine = "old%201%20alt%20ol%20al%20o%20a%20k%C3%BC%20nothing";
+    assert_eq!(search(&format!("q={nine}")).await?, ["OLD-1"]);
+    assert_eq!(admin.get("/v1/products?q=%E2%80%94").send().await?.status, 400);
+    finish(world, [service]).await
+}
+
 // ── Who may do what ─────────────────────────────────────────────────────────────────────────────────────────────
 
 /// A token with these claims over good ones, signed with `secret`.
