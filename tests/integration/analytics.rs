@@ -835,6 +835,8 @@ async fn the_lists_the_days_and_the_summary() -> Result<()> {
     assert_eq!(skus("active=false").await?, ["F-6"]);
     assert_eq!(skus("sku=E-5").await?, ["E-5"]);
     assert_eq!(skus("category=bedroom").await?, Vec::<String>::new());
+    // Either form of Unicode is looked for in both.
+    assert_eq!(skus("category=ku%CC%88che").await?, Vec::<String>::new());
 
     // The most urgent first: nothing left of what sells; of equal cover, what sells faster; and last what does not sell.
     let low = paged(&caller, "/v1/analytics/low-stock").await?;

@@ -10,6 +10,7 @@ use std::fmt::Write as _;
 use std::str::FromStr;
 
 use lomash_contract::limits::LOW_STOCK_THRESHOLD;
+use lomash_contract::text;
 use lomash_contract::{ProductId, Timestamp};
 use lomash_platform::Secret;
 use lomash_platform::postgres::ANALYTICS;
@@ -540,11 +541,17 @@ impl List {
         let mut list = Self { text: String::new(), values: Vec::new() };
         let (today, window) = (list.value(today, Type::DATE), list.value(i32::from(query.window_days), Type::INT4));
         let mut conditions: Vec<String> = Vec::new();
-        if let Some(category) = category {
-            conditions.push(format!("p.category = {}", list.value(category.clone(), Type::TEXT)));
-        }
-        if let Some(sku) = sku {
-            conditions.push(format!("p.sku = {}", list.value(sku.clone(), Type::TEXT)));
+        for (column, text) in [("p.category", category), ("p.sku", sku)] {
+            let Some(text) = text else { continue };
+            // In each form in which it may have been kept before there was one.
+            let mut forms = text::forms(text);
+            conditions.push(match (forms.pop(), forms.is_empty()) {
+                (Some(one), true) => format!("{column} = {}", list.value(one, Type::TEXT)),
+                (last, _) => {
+                    forms.extend(last);
+                    format!("{column} = ANY({})", list.value(forms, Type::TEXT_ARRAY))
+                }
+            });
         }
         let flags = [
             (*available, "s.quantity > 0", "s.quantity = 0"),

@@ -562,7 +562,7 @@ impl Reader<'_> {
                 };
                 // One row a line begins in the same way.
                 self.rows.truncate(before);
-                let line = answer.body.split(|byte| *byte == b'\n').find(|line| !line.trim_ascii().is_empty());
+                let line = lines_of(&answer.body).next();
                 let is_row = |line| serde_json::from_slice::<Raw>(line).is_ok_and(|row| row.names_a_product());
                 if self.is_over || !line.is_some_and(is_row) {
                     return Err(problem);
@@ -574,9 +574,7 @@ impl Reader<'_> {
     }
 
     fn lines(&mut self, body: &[u8]) -> Result<Option<String>, String> {
-        // No value of JSON has the end of a line in it, however that is written.
-        let lines = body.split(|byte| matches!(byte, b'\n' | b'\r'));
-        for line in lines.map(<[u8]>::trim_ascii).filter(|line| !line.is_empty()) {
+        for line in lines_of(body) {
             if self.is_over {
                 break;
             }
@@ -621,6 +619,12 @@ impl Reader<'_> {
             Err((sku, problem)) => Err(Unreadable { source: Source::Warehouse, position, sku, problem }),
         });
     }
+}
+
+/// The lines that are not blank. No value of JSON has the end of a line in it, however that is written.
+fn lines_of(body: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let lines = body.split(|byte| matches!(byte, b'\n' | b'\r'));
+    lines.map(<[u8]>::trim_ascii).filter(|line| !line.is_empty())
 }
 
 /// One row, without its position.

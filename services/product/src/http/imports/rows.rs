@@ -411,6 +411,9 @@ impl fmt::Display for Kind {
 mod tests {
     use std::io::Cursor;
 
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use proptest::sample::select;
     use uuid::Uuid;
 
     use super::*;
@@ -476,6 +479,97 @@ mod tests {
             (9, Ok("E".to_owned())),
         ];
         assert_eq!(rows, expected);
+    }
+
+    /// Values as a file has them, and as which text, number or flag a naive reader takes them; none of these where it takes
+    /// them for nothing.
+    const VALUES: [(&str, Option<&str>, Option<u32>, Option<bool>); 16] = [
+        ("\"A\"", Some("A"), None, None),
+        ("\"ku\\u0308\"", Some("kü"), None, None),
+        ("\"#1\"", Some("#1"), None, None),
+        ("\"\\u200b\"", None, None, None),
+        ("\"#N/A\"", None, None, None),
+        ("\"\"", None, None, None),
+        ("null", None, None, None),
+        ("true", None, None, Some(true)),
+        ("false", None, None, Some(false)),
+        ("0", None, Some(0), None),
+        ("1000000000", None, Some(1_000_000_000), None),
+        ("-1", None, None, None),
+        ("1.0", None, None, None),
+        ("1e2", None, None, None),
+        ("99999999999", None, None, None),
+        ("[7,null]", None, None, None),
+    ];
+
+    const FIELDS: [&str; 7] = ["sku", "name", "category", "lowStockThreshold", "active", "initialQuantity", "price"];
+
+    /// What the pairs say, looked at one by one; none when they say nothing that can be taken.
+    fn naive(pairs: &[(&str, usize)]) -> Option<(String, Amendment, Option<u32>)> {
+        let (mut sku, mut said, mut stock) = (None, Amendment::default(), None);
+        for (at, (field, value)) in pairs.iter().enumerate() {
+            if pairs[..at].iter().any(|(before, _)| before == field) {
+                return None;
+            }
+            let (json, text, number, flag) = VALUES[*value];
+            let is_null = json == "null";
+            match *field {
+                "sku" => sku = Some(text?.to_owned()),
+                "name" => said.name = Some(text?.into()),
+                "category" => said.category = Some(if is_null { None } else { Some(text?.into()) }),
+                "lowStockThreshold" => said.low_stock_threshold = Some(if is_null { None } else { Some(number?) }),
+                "active" => said.active = Some(flag?),
+                "initialQuantity" => stock = Some(number?),
+                _ => return None,
+            }
+        }
+        Some((sku?, said, stock))
+    }
+
+    proptest! {
+        #[test]
+        fn a_row_says_what_a_naive_reader_reads(
+            pairs in vec((select(&FIELDS[..]), 0..VALUES.len()), 0..6), is_list in proptest::bool::weighted(0.1),
+        ) {
+            let pair = |(field, value): &(&str, usize)| match is_list {
+                true => VALUES[*value].0.to_owned(),
+                false => format!("\"{field}\": {}", VALUES[*value].0),
+            };
+            let inside = pairs.iter().map(pair).collect::<Vec<_>>().join(",");
+            let text = if is_list { format!("[{inside}]") } else { format!("{{{inside}}}") };
+            let expected = naive(&pairs).filter(|_| !is_list);
+            let read = product(1, text.as_bytes()).ok().map(|row| match row.wanted {
+                Wanted::Product { sku, details, initial_quantity } => {
+                    (sku.to_string(), Amendment { sku: None, ..details }, initial_quantity)
+                }
+                Wanted::Count { .. } => unreachable!("a row of products"),
+            });
+            prop_assert_eq!(read, expected, "{}", text);
+        }
+
+        /// Lines are those between the ends that an editor knows, each with its number.
+        #[test]
+        fn lines_are_those_of_a_naive_splitter(pieces in vec(select(vec!["\n", "\r", "\r\n", "x", " ", "{}"]), 0..40)) {
+            let text = pieces.concat();
+            let naive = text.replace("\r\n", "\n").replace('\r', "\n");
+            let expected: Vec<u64> =
+                (1..).zip(naive.split('\n')).filter(|(_, line)| !line.trim().is_empty()).map(|(at, _)| at).collect();
+            let file = std::io::BufReader::with_capacity(2, Cursor::new(text.into_bytes()));
+            let read: Vec<u64> = lines(file, count).map(|row| row.map_or_else(|bad| bad.line, |row| row.line)).collect();
+            prop_assert_eq!(read, expected);
+        }
+
+        /// No bytes break a reader, in any form.
+        #[test]
+        fn any_bytes_are_read_to_their_end(bytes in vec(any::<u8>(), 0..300)) {
+            for (kind, form) in [
+                (Kind::Products, Form::Csv), (Kind::Counts, Form::Csv), (Kind::Products, Form::Ndjson), (Kind::Counts, Form::Ndjson),
+            ] {
+                if let Ok(Rows { rows, .. }) = read(kind, form, Cursor::new(bytes.clone())) {
+                    rows.for_each(drop);
+                }
+            }
+        }
     }
 
     #[test]
