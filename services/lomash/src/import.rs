@@ -37,7 +37,7 @@ const PATH: &str = "/v1/products:import";
 /// Arguments of `lomash import`.
 #[derive(Clone, Debug, Args)]
 pub struct ImportArgs {
-    /// The catalogue: CSV with the columns sku, name, category, quantity, threshold, or NDJSON (`.ndjson`, `.jsonl`).
+    /// The catalogue: CSV with the columns sku, name, category, quantity, threshold, active, or NDJSON (`.ndjson`, `.jsonl`).
     pub file: PathBuf,
     /// Only say what would become of each row; write nothing.
     #[arg(long)]
