@@ -8,6 +8,7 @@ mod dead_letters;
 mod http;
 mod http_faults;
 mod identities;
+mod import_command;
 mod imports;
 mod ledger_suite;
 mod notification;
