@@ -6,10 +6,9 @@ use analytics_service::service::{Config, run};
 use clap::Parser;
 use lomash_platform::process;
 
-#[tokio::main]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
     let config = Config::parse();
     #[cfg(feature = "failpoints")]
     let _crash_points = lomash_ledger::fail::FailScenario::setup();
-    process::main("analytics-service", config.service.log_format, |stop| run(config, stop)).await
+    process::main("analytics-service", config.service.log_format, |stop| run(config, stop))
 }

@@ -10,7 +10,7 @@ use lomash_ledger::{JetStreamLedger, receive, streams};
 use lomash_platform::postgres::ANALYTICS;
 use lomash_platform::process::Tasks;
 use lomash_platform::projected::Projected;
-use lomash_platform::{nats, postgres};
+use lomash_platform::{nats, postgres, shutdown};
 use lomash_web::health::Check;
 use lomash_web::{Health, Routes, ServiceConfig, Verifier};
 use tokio_util::sync::CancellationToken;
@@ -44,14 +44,21 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
     observed::begin();
     let mut tasks = Tasks::new();
     let health = Health::new();
-    let stop = health.drop_first(asked, service.http.stop_delay());
+    let stop = health.drop_first(asked.clone(), service.http.stop_delay());
     let checks = Checks { stream: health.check("stream", true), metrics: health.check("metrics", true) };
-    let verifier = Verifier::start(&service.http.tokens, &health, stop.clone()).await?;
-    let routes = Routes::serve(&service.http, &health, stop.clone(), &mut tasks).await?;
-    let (client, refusals) =
-        nats::connect_as(service.nats_url.expose(), &service.nats_identity, "analytics-service").await?;
-    let context = async_nats::jetstream::new(client.clone());
-    refusals.guard(streams::prepare(&context, service.stream_replicas, service.nats_identity.is_known())).await??;
+    let starting = async {
+        let verifier = Verifier::start(&service.http.tokens, &health, stop.clone()).await?;
+        let routes = Routes::serve(&service.http, &health, stop.clone(), &mut tasks).await?;
+        let (client, refusals) =
+            nats::connect_as(service.nats_url.expose(), &service.nats_identity, "analytics-service").await?;
+        let context = async_nats::jetstream::new(client.clone());
+        refusals.guard(streams::prepare(&context, service.stream_replicas, service.nats_identity.is_known())).await??;
+        Ok((verifier, routes, client, context))
+    };
+    // Nothing was taken in yet, and nobody was told that this is ready.
+    let Some((verifier, routes, client, context)) = shutdown::unless(&asked, starting).await? else {
+        return Ok(());
+    };
 
     let ledger = JetStreamLedger::read_only(context.clone(), streams::INVENTORY);
     let projected = Projected::new(pool.clone(), &ANALYTICS);

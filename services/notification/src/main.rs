@@ -6,10 +6,9 @@ use clap::Parser;
 use lomash_platform::process;
 use notification_service::service::{Config, run};
 
-#[tokio::main]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
     let config = Config::parse();
     #[cfg(feature = "failpoints")]
     let _crash_points = lomash_ledger::fail::FailScenario::setup();
-    process::main("notification-service", config.service.log_format, |stop| run(config, stop)).await
+    process::main("notification-service", config.service.log_format, |stop| run(config, stop))
 }

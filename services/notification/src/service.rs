@@ -12,7 +12,8 @@ use lettre::message::{Mailbox, Mailboxes};
 use lomash_contract::limits::{LOW_STOCK_THRESHOLD, MAX_STOCK};
 use lomash_ledger::{JetStreamLedger, Ledger, receive, streams};
 use lomash_platform::process::Tasks;
-use lomash_platform::{Secret, nats, postgres, schemas};
+use lomash_platform::waiting::Waiting;
+use lomash_platform::{Secret, nats, postgres, schemas, shutdown};
 use lomash_web::health::Check;
 use lomash_web::{Health, Routes, ServiceConfig, Verifier};
 use tokio_util::sync::CancellationToken;
@@ -106,15 +107,24 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
     let alerts = Alerts::new(pool, service.database_url.clone(), digest_period);
     let mut tasks = Tasks::new();
     let health = Health::new();
-    let stop = health.drop_first(asked, service.http.stop_delay());
+    let stop = health.drop_first(asked.clone(), service.http.stop_delay());
     let checks = Checks::register(&health);
-    let verifier = Verifier::start(&service.http.tokens, &health, stop.clone()).await?;
-    let routes = Routes::serve(&service.http, &health, stop.clone(), &mut tasks).await?;
-    let (client, refusals) =
-        nats::connect_as(service.nats_url.expose(), &service.nats_identity, "notification-service").await?;
-    let context = async_nats::jetstream::new(client.clone());
-    refusals.guard(streams::prepare(&context, service.stream_replicas, service.nats_identity.is_known())).await??;
-    refuse_a_shorter_ledger(&context, &alerts).await?;
+    let starting = async {
+        let verifier = Verifier::start(&service.http.tokens, &health, stop.clone()).await?;
+        let routes = Routes::serve(&service.http, &health, stop.clone(), &mut tasks).await?;
+        let (client, refusals) =
+            nats::connect_as(service.nats_url.expose(), &service.nats_identity, "notification-service").await?;
+        let context = async_nats::jetstream::new(client.clone());
+        refusals.guard(streams::prepare(&context, service.stream_replicas, service.nats_identity.is_known())).await??;
+        Waiting::on("Postgres, with what was recorded before")
+            .during(refuse_a_shorter_ledger(&context, &alerts))
+            .await?;
+        Ok((verifier, routes, client, context))
+    };
+    // Nothing was taken in yet, and nobody was told that this is ready.
+    let Some((verifier, routes, client, context)) = shutdown::unless(&asked, starting).await? else {
+        return Ok(());
+    };
 
     let rules = Rules {
         policy: config.mail_policy,

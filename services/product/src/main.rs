@@ -10,10 +10,9 @@ use product_service::service::{Config, run};
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
-#[tokio::main]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
     let config = Config::parse();
     #[cfg(feature = "failpoints")]
     let _crash_points = lomash_ledger::fail::FailScenario::setup();
-    process::main("product-service", config.service.log_format, |stop| run(config, stop)).await
+    process::main("product-service", config.service.log_format, |stop| run(config, stop))
 }

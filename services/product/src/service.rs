@@ -12,7 +12,8 @@ use lomash_ledger::dead_letter::Letters;
 use lomash_ledger::streams::{self, Difference};
 use lomash_ledger::{JetStreamLedger, Ledger, receive};
 use lomash_platform::process::Tasks;
-use lomash_platform::{Secret, nats, postgres};
+use lomash_platform::waiting::Waiting;
+use lomash_platform::{Secret, nats, postgres, shutdown};
 use lomash_web::{Health, Routes, ServiceConfig, Verifier};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -105,24 +106,31 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
     observed::begin(config.redis_url.is_some().then_some(&cache));
     let mut tasks = Tasks::new();
     let health = Health::new();
-    let stop = health.drop_first(asked, service.http.stop_delay());
+    let stop = health.drop_first(asked.clone(), service.http.stop_delay());
     let checks = Checks::register(&health);
-    let verifier = Verifier::start(&service.http.tokens, &health, stop.clone()).await?;
-    let routes = Routes::serve(&service.http, &health, stop.clone(), &mut tasks).await?;
-    let (client, refusals) =
-        nats::connect_as(service.nats_url.expose(), &service.nats_identity, "product-service").await?;
-    let context = async_nats::jetstream::new(client.clone());
-    let preparing = prepare_streams(&context, service.stream_replicas, service.nats_identity.is_known());
-    let mut differences = refusals.guard(preparing).await??;
-    differences.extend(hasty_servers(&config.nats_monitor_url).await?);
-    refuse_a_weaker_ledger(differences, &config.ledger_allow_weaker)?;
+    let starting = async {
+        let verifier = Verifier::start(&service.http.tokens, &health, stop.clone()).await?;
+        let routes = Routes::serve(&service.http, &health, stop.clone(), &mut tasks).await?;
+        let (client, refusals) =
+            nats::connect_as(service.nats_url.expose(), &service.nats_identity, "product-service").await?;
+        let context = async_nats::jetstream::new(client.clone());
+        let preparing = prepare_streams(&context, service.stream_replicas, service.nats_identity.is_known());
+        let mut differences = refusals.guard(preparing).await??;
+        differences.extend(hasty_servers(&config.nats_monitor_url).await?);
+        refuse_a_weaker_ledger(differences, &config.ledger_allow_weaker)?;
 
-    refusals.guard(runs::set_up(&context, &config.reconciliation_schedule)).await??;
-    refusals.guard(snapshots::set_up(&context, &config.snapshot_schedule)).await??;
+        refusals.guard(runs::set_up(&context, &config.reconciliation_schedule)).await??;
+        refusals.guard(snapshots::set_up(&context, &config.snapshot_schedule)).await??;
 
-    let ledger = JetStreamLedger::new(context.clone(), streams::INVENTORY);
-    let snapshots = Snapshots::new(context.clone());
-    let Some(state) = initial_state(&ledger, &snapshots, &stop).await? else {
+        let ledger = JetStreamLedger::new(context.clone(), streams::INVENTORY);
+        let snapshots = Snapshots::new(context.clone());
+        let state = initial_state(&ledger, &snapshots).await?;
+        Ok((verifier, routes, client, context, ledger, snapshots, state))
+    };
+    // Nothing was taken in yet that would have to be decided first, and nobody was told that this is ready.
+    let Some((verifier, routes, client, context, ledger, snapshots, state)) =
+        shutdown::unless(&asked, starting).await?
+    else {
         return Ok(());
     };
 
@@ -265,43 +273,32 @@ fn refuse_a_weaker_ledger(differences: Vec<Difference>, allowed: &[String]) -> a
     )
 }
 
-/// The state to start from, folded to where the stream ends now; `None` when stopped meanwhile.
-async fn initial_state(
-    ledger: &JetStreamLedger,
-    snapshots: &Snapshots,
-    stop: &CancellationToken,
-) -> anyhow::Result<Option<State>> {
+/// The state to start from, folded to where the stream ends now.
+async fn initial_state(ledger: &JetStreamLedger, snapshots: &Snapshots) -> anyhow::Result<State> {
     let started = Instant::now();
+    let mut waiting = Waiting::on("the ledger to be read");
     let total = loop {
-        match ledger.last_sequence().await {
+        match waiting.during(ledger.last_sequence()).await {
             Ok(last) => break last,
-            Err(problem) => warn!(%problem, "cannot read the ledger yet, trying again"),
+            Err(problem) => waiting.still(problem),
         }
-        tokio::select! {
-            () = stop.cancelled() => return Ok(None),
-            () = tokio::time::sleep(START_PAUSE) => {}
-        }
+        tokio::time::sleep(START_PAUSE).await;
     };
-    let mut state = tokio::select! {
-        () = stop.cancelled() => return Ok(None),
-        found = snapshots.newest() => found.unwrap_or_default(),
-    };
+    let mut state = waiting.during(snapshots.newest()).await.unwrap_or_default();
     info!(after = state.sequence(), events = total, "folding the ledger");
     let mut said = Instant::now();
     loop {
-        let folded = tokio::select! {
-            () = stop.cancelled() => return Ok(None),
-            folded = catch_up(ledger, &mut state, |message, _| {
-                if said.elapsed() >= PROGRESS_EVERY {
-                    said = Instant::now();
-                    info!(events = message.sequence, of = total, "folding the ledger");
-                }
-            }) => folded,
-        };
+        let folded = catch_up(ledger, &mut state, |message, _| {
+            if said.elapsed() >= PROGRESS_EVERY {
+                said = Instant::now();
+                info!(events = message.sequence, of = total, "folding the ledger");
+            }
+        })
+        .await;
         match folded {
             Ok(()) => break,
             Err(problem) if problem.is_transient() => {
-                warn!(%problem, "cannot read the ledger yet, trying again");
+                waiting.still(problem);
                 tokio::time::sleep(START_PAUSE).await;
             }
             Err(problem) => return Err(problem).context("the ledger cannot be folded"),
@@ -315,5 +312,5 @@ async fn initial_state(
         elapsed_ms = started.elapsed().as_millis(),
         "folded the ledger"
     );
-    Ok(Some(state))
+    Ok(state)
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use async_nats::Client;
 use async_nats::jetstream::Context;
 use lomash_platform::nats;
+use lomash_platform::waiting::Waiting;
 use serde_json::{Map, Value, json};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
@@ -248,15 +249,18 @@ pub(crate) async fn actual(
 /// [`StreamsError::Unavailable`] after [`READY_TIMEOUT`].
 pub async fn wait_until_ready(context: &Context) -> Result<(), StreamsError> {
     let deadline = tokio::time::Instant::now() + READY_TIMEOUT;
+    let mut waiting = Waiting::on("JetStream to answer");
     loop {
-        match call(context, "INFO".to_owned(), &json!({})).await {
+        match waiting.during(call(context, "INFO".to_owned(), &json!({}))).await {
             Ok(answer) if answer.get("error").is_none() => return Ok(()),
             Ok(answer) if tokio::time::Instant::now() >= deadline => {
                 return Err(StreamsError::Unavailable(answer["error"].to_string()));
             }
             Err(error) if tokio::time::Instant::now() >= deadline => return Err(error),
-            _ => tokio::time::sleep(READY_PAUSE).await,
+            Ok(answer) => waiting.still(&answer["error"]),
+            Err(error) => waiting.still(&error),
         }
+        tokio::time::sleep(READY_PAUSE).await;
     }
 }
 

@@ -11,5 +11,6 @@ pub mod secret;
 pub mod shutdown;
 pub mod telemetry;
 pub mod trace;
+pub mod waiting;
 
 pub use secret::Secret;

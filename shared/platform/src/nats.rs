@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use crate::Secret;
+use crate::waiting::Waiting;
 
 /// How long a process waits at start for a server to take its connection.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -215,11 +216,13 @@ pub async fn connect_as(url: &str, identity: &Identity, name: &str) -> anyhow::R
         .collect::<anyhow::Result<_>>()?;
     let (refused, refusals) = watch::channel(None);
     let deadline = tokio::time::Instant::now() + CONNECT_TIMEOUT;
+    let mut waiting = Waiting::on(format!("NATS at {}", plain(&addresses)));
     loop {
         let options = identity.apply(options(name, refused.clone()))?;
-        match options.connect(&addresses[..]).await {
+        match waiting.during(options.connect(&addresses[..])).await {
             Ok(client) => return Ok((client, Refusals(refusals))),
             Err(error) if passes(&error) && tokio::time::Instant::now() < deadline => {
+                waiting.still(&error);
                 tokio::time::sleep(RECONNECT_PAUSE).await;
             }
             Err(error) => {

@@ -1,7 +1,9 @@
 //! The frame of a service's process: logs and traces, signals, and the tasks it consists of.
 
 use std::future::Future;
+use std::io::Write as _;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use tokio::runtime::Builder;
@@ -15,28 +17,44 @@ use crate::telemetry::{self, LogFormat};
 
 /// What a service's `main` does: starts logs and traces as `name`, runs `service` until a signal or its own end, says how it
 /// ended, and sends the last spans.
-pub async fn main<F>(
-    name: &'static str,
-    log_format: LogFormat,
-    service: impl FnOnce(CancellationToken) -> F,
-) -> ExitCode
+pub fn main<F>(name: &'static str, log_format: LogFormat, service: impl FnOnce(CancellationToken) -> F) -> ExitCode
 where
     F: Future<Output = anyhow::Result<()>>,
 {
-    let telemetry = telemetry::start(name, log_format, telemetry::SERVICE_FILTER);
-    metrics::tell_build(name);
-    let ended = match shutdown::token() {
-        Ok(stop) => service(stop).await,
-        Err(error) => Err(error.into()),
-    };
-    let code = match ended {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            tracing::error!("{error:#}");
-            ExitCode::FAILURE
+    run(async {
+        let telemetry = telemetry::start(name, log_format, telemetry::SERVICE_FILTER);
+        metrics::tell_build(name);
+        let ended = match shutdown::token() {
+            Ok(stop) => service(stop).await,
+            Err(error) => Err(error.into()),
+        };
+        let code = match ended {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                tracing::error!("{error:#}");
+                ExitCode::FAILURE
+            }
+        };
+        telemetry.stop().await;
+        code
+    })
+}
+
+/// How long a process that is done waits for work that cannot be cancelled, such as the look-up of a name that no server
+/// answers: it would keep the process for as long as the resolver is patient.
+const LEFTOVERS_TIMEOUT: Duration = Duration::from_millis(200);
+
+/// Runs a process's whole work on a runtime of its own, and ends with it.
+pub fn run(work: impl Future<Output = ExitCode>) -> ExitCode {
+    let runtime = match Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(problem) => {
+            let _ = writeln!(std::io::stderr(), "error: no threads can be started: {problem}");
+            return ExitCode::FAILURE;
         }
     };
-    telemetry.stop().await;
+    let code = runtime.block_on(work);
+    runtime.shutdown_timeout(LEFTOVERS_TIMEOUT);
     code
 }
 

@@ -75,6 +75,8 @@ pub fn start(service: &'static str, format: LogFormat, default_filter: &str) -> 
     let filter = filter.and(filter_fn(|metadata| !is_trace(metadata)).with_max_level_hint(LevelFilter::TRACE));
     let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
     let logs = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(colours);
+    // Whoever read the logs may have gone away. To say so on the same standard error would be a panic, in whatever task logs next.
+    let logs = logs.log_internal_errors(false);
     let logs = match format {
         LogFormat::Pretty => logs
             .event_format(WithTrace { line: Format::default().with_target(false).with_ansi(colours), format })
