@@ -95,7 +95,7 @@ impl Caller {
         let sku = format!("T-{}", product.simple());
         let body = serde_json::json!({ "productId": product, "sku": sku, "name": sku, "initialQuantity": quantity });
         let answer = self.post("/v1/products", &body).send().await?;
-        ensure!(answer.status == 201, "not registered: {answer:?}");
+        ensure!(answer.status == 201, "expected 201 for a registration, got {}: {answer:?}", answer.status);
         Ok(product)
     }
 }
@@ -172,7 +172,7 @@ impl Answer {
     #[must_use]
     pub fn sequence(&self) -> u64 {
         let sequence = self.header("lomash-sequence").and_then(|text| text.parse().ok());
-        sequence.unwrap_or_else(|| panic!("no Lomash-Sequence: {self:?}"))
+        sequence.unwrap_or_else(|| panic!("expected a Lomash-Sequence, got {}: {self:?}", self.status))
     }
 
     /// The last part of its problem type, when it is a problem that is all that a problem must be; empty when it is no
@@ -185,14 +185,18 @@ impl Answer {
         if self.status < 400 {
             return "";
         }
-        assert_eq!(self.header("content-type"), Some(MEDIA_TYPE), "{self:?}");
-        assert_eq!(self.json["status"], self.status, "{self:?}");
+        let expect = |what: &str, expected: &str, found: &str| {
+            assert!(found == expected, "expected {what} {expected:?} of a problem, got {found:?}: {self:?}");
+        };
+        expect("the type", MEDIA_TYPE, self.header("content-type").unwrap_or_default());
+        expect("the status", &self.status.to_string(), &self.json["status"].to_string());
         for member in ["title", "detail"] {
-            assert!(self.json[member].as_str().is_some_and(|text| !text.is_empty()), "{member}: {self:?}");
+            let is_there = self.json[member].as_str().is_some_and(|text| !text.is_empty());
+            assert!(is_there, "expected a {member} of a problem, got {}: {self:?}", self.json[member]);
         }
-        let id = self.header("x-request-id").unwrap_or_else(|| panic!("no id: {self:?}"));
-        assert_eq!(self.json["instance"], format!("urn:uuid:{id}"), "{self:?}");
+        let id = self.header("x-request-id").unwrap_or_default();
+        expect("the instance", &format!("urn:uuid:{id}"), self.json["instance"].as_str().unwrap_or_default());
         let slug = self.json["type"].as_str().and_then(|uri| uri.strip_prefix(TYPE_BASE));
-        slug.unwrap_or_else(|| panic!("no type of ours: {self:?}"))
+        slug.unwrap_or_else(|| panic!("expected a problem of a type of ours, got {}: {self:?}", self.json["type"]))
     }
 }

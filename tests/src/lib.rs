@@ -4,6 +4,8 @@
 //! Owns starting, waiting and asking; what must hold is said by the tests and by `lomash verify`. Assumes that
 //! `./just setup` has run. Every world has its own ports and data, so tests run side by side. Nothing here sleeps for
 //! a time that it hopes is enough: it follows the stream, or looks again and again until a named deadline.
+//!
+//! Whatever fails here says in its first line what was expected and what was there instead.
 
 pub mod http;
 pub mod traces;
@@ -66,7 +68,7 @@ pub async fn eventually<T>(
     mut look: impl AsyncFnMut() -> anyhow::Result<Option<T>>,
 ) -> anyhow::Result<T> {
     let deadline = Instant::now() + within;
-    let mut last = String::from("nothing to see yet");
+    let mut last = String::from("there was nothing to see");
     loop {
         match tokio::time::timeout_at(deadline, look()).await {
             Ok(Ok(Some(seen))) => return Ok(seen),
@@ -75,7 +77,7 @@ pub async fn eventually<T>(
             Err(_) => last = format!("the last look did not end; before it: {last}"),
         }
         if Instant::now() >= deadline {
-            bail!("waited {} s in vain for {what}: {last}", within.as_secs());
+            bail!("expected {what} within {} s, but: {last}", within.as_secs());
         }
         tokio::time::sleep(LOOK_PAUSE).await;
     }
@@ -188,7 +190,7 @@ impl World {
         let context = async_nats::jetstream::new(client.clone());
         streams::wait_until_ready(&context).await?;
         let differences = streams::apply(&context, 1).await?;
-        ensure!(differences.is_empty(), "a fresh server differs: {differences:?}");
+        ensure!(differences.is_empty(), "expected a fresh server to be as defined, but: {differences:?}");
         Ok(Self {
             desk: OnceCell::new(),
             context,
@@ -320,7 +322,7 @@ impl World {
         let stop = CancellationToken::new();
         let mut task = tokio::spawn(run(config, stop.clone()));
         tokio::select! {
-            ended = &mut task => bail!("the product service ended while it started: {ended:?}"),
+            ended = &mut task => bail!("expected an answer of the product service, but it ended: {ended:?}"),
             answered = ready_at(&url) => answered?,
         }
         Ok(InProcess { url, stop, task })
@@ -433,6 +435,7 @@ impl World {
         orders: impl IntoIterator<Item = OrderId>,
     ) -> anyhow::Result<HashMap<OrderId, Fate>> {
         let mut open: std::collections::HashSet<OrderId> = orders.into_iter().collect();
+        let all = open.len();
         let mut fates = HashMap::with_capacity(open.len());
         let ledger = self.ledger();
         let mut seen = 0;
@@ -457,7 +460,8 @@ impl World {
         if tokio::time::timeout(within, following).await.is_err() {
             let example = open.iter().next();
             bail!(
-                "after {} s {} orders are not decided, {example:?} for example; the ledger was read to {seen}",
+                "expected {all} orders to be decided within {} s, but {} are not, {example:?} for example; the ledger was read to \
+                 {seen}",
                 within.as_secs(),
                 open.len()
             );
@@ -565,11 +569,15 @@ impl World {
     pub async fn verified(&self) -> anyhow::Result<Report> {
         self.quiet().await?;
         let report = self.report().await?;
-        assert!(report.is_clean(), "\n{}", verify::render(&report));
+        let text = verify::render(&report);
+        let violated = report.invariants.iter().filter(|invariant| invariant.violations > 0);
+        let violated: Vec<u8> = violated.map(|invariant| invariant.number).collect();
+        assert!(report.is_clean(), "expected every invariant to hold, but {violated:?} are violated\n{text}");
         let unchecked: Vec<u8> = report.unchecked().map(|invariant| invariant.number).collect();
         let expected: &[u8] = if self.postgres.is_some() { &[] } else { &[7] };
-        assert_eq!(unchecked, expected, "left unchecked\n{}", verify::render(&report));
-        assert_eq!(report.totals.orders_undecided, 0, "orders without a decision\n{}", verify::render(&report));
+        assert!(unchecked == expected, "expected {expected:?} to be left unchecked, but {unchecked:?} were\n{text}");
+        let undecided = report.totals.orders_undecided;
+        assert!(undecided == 0, "expected every order to be decided, but {undecided} are not\n{text}");
         Ok(report)
     }
 }
@@ -607,7 +615,9 @@ pub async fn start_until_ready(service: &mut Service) -> anyhow::Result<()> {
     let what = format!("{} to be ready", service.name());
     let ready = eventually(&what, PATIENCE, async || Ok((lines(service) > before).then_some(())));
     tokio::select! {
-        status = service.ended() => bail!("{} ended while it started ({status}); {}", service.name(), log_tail(service.log())),
+        status = service.ended() => {
+            bail!("expected {what}, but it ended ({status}); {}", log_tail(service.log()))
+        }
         ready = ready => ready,
     }
 }
