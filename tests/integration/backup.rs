@@ -48,7 +48,7 @@ fn sha256(records: &[Record]) -> String {
 }
 
 /// The server of this world is lost with all that it held; an empty one takes its place.
-async fn lose_the_server(world: &mut World, name: &str) -> Result<()> {
+pub async fn lose_the_server(world: &mut World, name: &str) -> Result<()> {
     let nats = Nats::start(&world.dir().join(name)).await?;
     let client = nats::connect(&nats.url(), "test").await?;
     world.move_to(nats, client);
@@ -56,7 +56,7 @@ async fn lose_the_server(world: &mut World, name: &str) -> Result<()> {
     Ok(())
 }
 
-async fn restored(world: &World, dir: &Path) -> Result<Outcome> {
+pub async fn restored(world: &World, dir: &Path) -> Result<Outcome> {
     let prepared = restore::prepare(Archive::open(dir).await?, Show::Nothing).await?;
     let database_url = world.postgres.as_ref().map(|_| world.database_url());
     restore::restore(&world.context, prepared, None, database_url.as_ref(), Show::Nothing).await
@@ -514,14 +514,14 @@ async fn a_backup_that_dies_leaves_the_archive_of_before() -> Result<()> {
 // ── Services on what is restored ────────────────────────────────────────────────────────────────────────────────
 
 /// The three services of a world, as children.
-struct Services {
+pub struct Services {
     product: Service,
     analytics: Service,
     notification: Service,
 }
 
 impl Services {
-    fn of(world: &World, mail: &Mail) -> Result<Self> {
+    pub fn of(world: &World, mail: &Mail) -> Result<Self> {
         let notification = world
             .service_of("notification-service-under-test", "notification")?
             .env("SMTP_URL", mail.url())
@@ -539,14 +539,14 @@ impl Services {
         [&mut self.product, &mut self.analytics, &mut self.notification]
     }
 
-    async fn start(&mut self) -> Result<()> {
+    pub async fn start(&mut self) -> Result<()> {
         for service in self.each() {
             start_until_ready(service).await?;
         }
         Ok(())
     }
 
-    async fn stop(&mut self) -> Result<()> {
+    pub async fn stop(&mut self) -> Result<()> {
         for service in self.each() {
             service.stop().await?;
         }
@@ -561,7 +561,7 @@ impl Services {
 }
 
 /// Waits until each projection has read the whole ledger and every alert is told.
-async fn caught_up(world: &World) -> Result<()> {
+pub async fn caught_up(world: &World) -> Result<()> {
     world.quiet().await?;
     let last = world.last_sequence().await?.cast_signed();
     eventually("the services to have read everything", PATIENCE, async || {

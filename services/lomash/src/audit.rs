@@ -725,7 +725,8 @@ pub struct Audit {
     acknowledged: u64,
 
     sequence: u64,
-    event_ids: HashSet<Uuid>,
+    /// Each with the sequence that it was first seen at.
+    event_ids: HashMap<Uuid, u64>,
     batch: Option<OpenBatch>,
     allocations: Vec<Allocation>,
     allocation_of: HashMap<OrderId, usize>,
@@ -762,7 +763,7 @@ impl Audit {
             other_wishes: HashMap::new(),
             acknowledged: 0,
             sequence: 0,
-            event_ids: HashSet::new(),
+            event_ids: HashMap::new(),
             batch: None,
             allocations: Vec::new(),
             allocation_of: HashMap::new(),
@@ -1004,8 +1005,15 @@ impl Audit {
     fn admit(&mut self, message: &StoredMessage) -> Result<Projected, Foreign> {
         let envelope = message.parse()?;
         let sequence = message.sequence;
-        if !self.event_ids.insert(envelope.event_id.0) {
-            let problem = || format!("event {} occurred before", envelope.event_id);
+        let first = *self.event_ids.entry(envelope.event_id.0).or_insert(sequence);
+        if first != sequence {
+            let problem = || {
+                let id = envelope.event_id;
+                format!(
+                    "it and {first} share the event id {id}: a reader that knows events by their ids takes this one for \
+                     known and misses it; see `Two events with one id` in docs/operations.md"
+                )
+            };
             self.present.violate(INVENTORY, sequence, problem);
         }
         let event = &envelope.payload;

@@ -512,7 +512,7 @@ const fn case(
 fn each_corruption_is_named_with_its_sequence() {
     let cases = [
         // 1
-        case("an event id occurs twice", 1, 19, "occurred before", |history| {
+        case("an event id occurs twice", 1, 19, "share the event id", |history| {
             let id = history.message(18).message_id.clone().unwrap();
             history.edit(19, "/eventId", json!(id));
             history.message(19).message_id = Some(id);
