@@ -109,7 +109,7 @@ impl Load {
     pub fn retail(file: &std::path::Path) -> Self {
         let orders: Vec<_> = lomash::retail::open(file).unwrap().collect::<Result<_, _>>().unwrap();
         let stock = |ordered: u64| u32::try_from(ordered).unwrap() + 1_000;
-        let products = lomash::retail::catalogue_of(file, stock).unwrap();
+        let products = lomash::retail::catalogue_of(file, stock).unwrap().products;
         Self { rows: products.into_iter().map(|product| product.row).collect(), orders: Arc::new(orders) }
     }
 

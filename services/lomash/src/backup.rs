@@ -33,7 +33,6 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use async_nats::jetstream::{self, Context};
 use clap::Args;
-use comfy_table::Cell;
 use futures::StreamExt;
 use lomash_ledger::{StoredMessage, crash_point, dead_letter, direct, streams, suspects};
 use lomash_platform::postgres::{ANALYTICS, INVENTORY};
@@ -48,7 +47,7 @@ use tokio::time::Instant;
 use crate::archive::{
     Archive, ConsumerEntry, FORMAT, Floor, LastMessage, Manifest, Open, Record, Segment, StreamEntry,
 };
-use crate::output;
+use crate::output::{self, Cell};
 use crate::verify::Show;
 
 /// Name under which the program connects.
@@ -150,7 +149,7 @@ pub async fn run(args: BackupArgs) -> Result<ExitCode> {
         if args.json {
             output::print_json(&checked)?;
         } else {
-            print!("{}", render_checked(&checked));
+            output::print(render_checked(&checked));
         }
         return Ok(ExitCode::SUCCESS);
     }
@@ -161,7 +160,7 @@ pub async fn run(args: BackupArgs) -> Result<ExitCode> {
     if args.json {
         output::print_json(&summary)?;
     } else {
-        print!("{}", render(&summary));
+        output::print(render(&summary));
     }
     Ok(ExitCode::SUCCESS)
 }

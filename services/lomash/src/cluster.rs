@@ -15,13 +15,12 @@ use anyhow::{Context as _, Result, bail, ensure};
 use async_nats::Client;
 use async_nats::jetstream::{self, Context};
 use clap::Args;
-use comfy_table::Cell;
 use futures::StreamExt;
 use lomash_contract::{
     Envelope, LedgerEvent, LineQuantity, OrderCreated, OrderId, OrderItem, OrderItems, ProductId, Timestamp,
 };
 use lomash_ledger::{JetStreamLedger, Ledger, direct, streams, upkeep};
-use lomash_platform::{Secret, nats};
+use lomash_platform::{Secret, nats, shutdown};
 use lomash_web::Role;
 use lomash_web::config::{DEVELOPMENT_AUDIENCE, DEVELOPMENT_ISSUER};
 use serde::Serialize;
@@ -36,7 +35,7 @@ use uuid::Uuid;
 use crate::api::Api;
 use crate::dice::Dice;
 use crate::import::import;
-use crate::output;
+use crate::output::{self, Cell};
 use crate::retail;
 use crate::stack::{FolderLock, NODES, NatsCluster, Postgres, Redis, Service, Who, free_port, scratch};
 use crate::token::{stack_secret, stack_token, write_private};
@@ -90,12 +89,12 @@ pub struct ClusterArgs {
 /// # Errors
 /// When a part does not start, ends by itself, or does not recover.
 pub async fn run(args: ClusterArgs) -> Result<ExitCode> {
-    let stop = lomash_platform::shutdown::token().context("could not listen for signals")?;
+    let stop = shutdown::token().context("could not listen for signals")?;
     let work = async {
         if !args.check {
             let data = args.data.clone().unwrap_or_else(|| PathBuf::from(".data/cluster"));
             let stack = ClusterStack::start(&data).await?;
-            println!("{}", stack.shown());
+            output::say(stack.shown());
             return Ok(Some(stack));
         }
         let temporary = scratch().context("a temporary folder could not be made")?;
@@ -105,23 +104,23 @@ pub async fn run(args: ClusterArgs) -> Result<ExitCode> {
             Some(file) => Orders::Of(file),
             None => Orders::thrown(),
         };
-        let report = check(&mut stack, orders, |line| eprintln!("{line}")).await?;
+        let report = check(&mut stack, orders, |line| output::tell(line)).await?;
         stack.stop().await?;
         if args.json {
             output::print_json(&report)?
         } else {
-            print!("{}", render(&report))
+            output::print(render(&report))
         }
         ensure!(report.is_good(), "the cluster did not keep what it promises");
         Ok(None)
     };
     let stack = tokio::select! {
-        () = stop.cancelled() => bail!("interrupted; what had started is stopped"),
+        interrupted = shutdown::interruption(&stop) => bail!("{interrupted}; what had started is stopped"),
         worked = work => worked?,
     };
     if let Some(stack) = stack {
         stop.cancelled().await;
-        println!("Stopping.");
+        output::say("Stopping.");
         stack.stop().await?;
     }
     Ok(ExitCode::SUCCESS)
@@ -587,10 +586,10 @@ async fn of_file(admin: &Api, file: &Path) -> Result<(Option<usize>, Source)> {
     let total = orders.total();
     if total.is_some() {
         let stock = |ordered: u64| u32::try_from(ordered).unwrap_or(u32::MAX);
-        let products = retail::catalogue_of(file, stock)?;
+        let products = retail::catalogue_of(file, stock)?.products;
         register(admin, products.iter().map(|product| crate::import::product(&product.row))).await?;
     }
-    Ok((total, Box::new(orders)))
+    Ok((total, Box::new(orders.fit().map(|order| order.map_err(Into::into)))))
 }
 
 async fn publish(shop: Context, mut orders: Source, seen: Arc<Mutex<Seen>>, stop: CancellationToken) -> Result<()> {

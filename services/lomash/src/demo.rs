@@ -10,12 +10,11 @@ mod downstream;
 use std::collections::{BTreeMap, HashMap};
 use std::process::ExitCode;
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use async_nats::HeaderMap;
 use async_nats::jetstream::Context;
 use bytes::Bytes;
 use clap::Args;
-use comfy_table::Cell;
 use futures::StreamExt;
 use lomash_contract::limits::LOW_STOCK_THRESHOLD;
 use lomash_contract::{
@@ -23,7 +22,7 @@ use lomash_contract::{
     ProductId, ProductRegistered, ProductRevised, Timestamp, Topic, Trigger, codec, subject,
 };
 use lomash_ledger::{JetStreamLedger, Ledger, StoredMessage, dead_letter, header, streams};
-use lomash_platform::{Secret, nats};
+use lomash_platform::{Secret, nats, shutdown};
 use reqwest::Method;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -34,7 +33,7 @@ use crate::catalogue::{self, Row};
 use crate::dice::Dice;
 use crate::import::{import, product};
 use crate::orders::wait_until_decided;
-use crate::output;
+use crate::output::{self, Cell};
 use crate::up::Stack;
 use crate::verify::{self, Show};
 
@@ -156,17 +155,17 @@ impl Model {
 /// # Errors
 /// When a server does not start or does not answer; a number that is off is no error but the exit code.
 pub async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
-    let stop = lomash_platform::shutdown::token()?;
+    let stop = shutdown::token()?;
     let folder = tempfile::Builder::new().prefix("lomash-demo-").tempdir()?;
     let started = Instant::now();
     let tell = |text: &str| {
         if !args.json {
-            println!("{text}");
+            output::say(text);
         }
     };
     tell(&format!("Starting NATS, Postgres, Redis, a mail server and the services (seed {}) …", args.seed));
     let stack = tokio::select! {
-        () = stop.cancelled() => return Ok(ExitCode::FAILURE),
+        interrupted = shutdown::interruption(&stop) => bail!("{interrupted}; what had started is stopped"),
         stack = Stack::start(folder.path()) => stack?,
     };
     for part in stack.parts() {
@@ -174,13 +173,18 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
         tell(&format!("  {:16} {} {address}", part.name, part.state));
     }
     let checks = tokio::select! {
-        () = stop.cancelled() => None,
+        interrupted = shutdown::interruption(&stop) => {
+            output::tell(interrupted);
+            None
+        }
+        // There is nobody to show it to any more.
+        () = output::closed() => None,
         ended = stack.part_ended() => anyhow::bail!("{ended:#}"),
         checks = show(&stack, &args) => Some(checks?),
     };
     stack.stop().await?;
     let Some(checks) = checks else {
-        return Ok(ExitCode::FAILURE);
+        return Ok(if output::is_closed() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     };
     let failed = checks.iter().filter(|check| !check.ok).count();
     if args.json {
@@ -188,8 +192,8 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
     } else {
         let seconds = started.elapsed().as_secs_f64();
         match failed {
-            0 => println!("Every number is as it must be ({} checks, {seconds:.1} s).", checks.len()),
-            failed => println!("{failed} of {} checks failed; see above.", checks.len()),
+            0 => output::say(format_args!("Every number is as it must be ({} checks, {seconds:.1} s).", checks.len())),
+            failed => output::say(format_args!("{failed} of {} checks failed; see above.", checks.len())),
         }
     }
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -198,7 +202,7 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
 async fn show(stack: &Stack, args: &DemoArgs) -> anyhow::Result<Vec<Check>> {
     let tell = |text: &str| {
         if !args.json {
-            println!("{text}");
+            output::say(text);
         }
     };
     let client = nats::connect(&stack.nats.url(), "lomash demo").await?;
@@ -255,7 +259,7 @@ async fn show(stack: &Stack, args: &DemoArgs) -> anyhow::Result<Vec<Check>> {
     let followed = downstream::tour(stack, &context, &expected, !args.json).await?;
     let report = verify::verify(&context, Some(&database_url), Show::Nothing).await?;
     if !args.json {
-        println!("\n{}", verify::render(&report));
+        output::say(format_args!("\n{}", verify::render(&report)));
     }
 
     let mut checks = Vec::new();
@@ -514,7 +518,7 @@ fn show_fates(published: &[Published], fates: &HashMap<OrderId, Fate>) {
             table.add_row(vec![Cell::new(kind.told()), output::number_cell(count), Cell::new(what), Cell::new(why)]);
         }
     }
-    println!("\n{table}");
+    output::say(format_args!("\n{table}"));
 }
 
 fn show_letters(letters: &[(String, String)]) {
@@ -522,7 +526,7 @@ fn show_letters(letters: &[(String, String)]) {
     for (sequence, reason) in letters {
         table.add_row(vec![sequence, reason]);
     }
-    println!("\n{table}");
+    output::say(format_args!("\n{table}"));
 }
 
 /// The history of the product that was sold out with the fewest events, so that it fits a screen.
@@ -535,8 +539,8 @@ fn show_history(told: &Told, rows: &[Row]) {
     let chosen = rows.iter().filter(sold_out).min_by_key(length).or_else(|| rows.iter().min_by_key(length));
     let Some(row) = chosen else { return };
     let product_id = catalogue::product_id(&row.sku);
-    println!("\nThe history of {} ({}), from the stream:", row.sku, row.name);
-    println!("nats stream view INVENTORY --subject 'lomash.*.*.{product_id}'");
+    output::say(format_args!("\nThe history of {} ({}), from the stream:", row.sku, row.name));
+    output::say_whole(format_args!("nats stream view INVENTORY --subject 'lomash.*.*.{product_id}'"));
     let mut table = output::table(&["sequence", "stored at", "event", "stock", "cause"]);
     for (message, event) in told.history.get(&product_id).map(Vec::as_slice).unwrap_or_default() {
         let (stock, cause) = match event {
@@ -561,7 +565,7 @@ fn show_history(told: &Told, rows: &[Row]) {
             Cell::new(cause),
         ]);
     }
-    println!("{table}\n");
+    output::say(format_args!("{table}\n"));
 }
 
 fn show_checks(checks: &[Check]) {
@@ -570,5 +574,5 @@ fn show_checks(checks: &[Check]) {
         let mark = if check.ok { "ok" } else { "WRONG" };
         table.add_row(vec![&*check.what, &check.expected, &check.found, mark]);
     }
-    println!("{table}");
+    output::say(table);
 }

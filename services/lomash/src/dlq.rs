@@ -12,14 +12,13 @@ use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
 use clap::{Args, Subcommand};
-use comfy_table::Cell;
 use futures::{StreamExt, stream};
 use lomash_contract::Timestamp;
 use lomash_ledger::dead_letter::{Filter, Letter, Letters, LettersError, Redriven, STREAM, Way, Whole};
 use lomash_platform::nats;
 use serde::Serialize;
 
-use crate::output::{self, Progress};
+use crate::output::{self, Cell, Progress};
 
 /// How long NATS may take to answer.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -259,7 +258,7 @@ async fn list(args: ListArgs) -> anyhow::Result<ExitCode> {
     if args.server.json {
         output::print_json(&listed)?;
     } else {
-        print!("{}", render(&listed));
+        output::print(render(&listed));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -283,7 +282,7 @@ fn render(listed: &Listed) -> String {
     text
 }
 
-fn table(letters: &[Letter]) -> comfy_table::Table {
+fn table(letters: &[Letter]) -> output::Table {
     let mut table = output::table(&["letter", "died", "consumer", "tries", "redriven", "from", "why"]);
     for letter in letters {
         let from = letter.origin.as_ref().map_or_else(
@@ -308,14 +307,15 @@ fn table(letters: &[Letter]) -> comfy_table::Table {
 async fn show(args: ShowArgs) -> anyhow::Result<ExitCode> {
     let letter = letters(&args.server).await?.get(args.sequence).await?;
     if args.raw {
-        std::io::stdout().write_all(&letter.payload).context("the payload cannot be written")?;
+        let mut output = output::Output::new();
+        output.write_all(&letter.payload).and_then(|()| output.flush()).context("the payload cannot be written")?;
         if let Some(bytes) = letter.cut.and_then(|cut| cut.payload_bytes) {
-            eprintln!("The letter holds only the beginning of a payload of {}.", output::bytes(bytes));
+            output::tell(format_args!("The letter holds only the beginning of a payload of {}.", output::bytes(bytes)));
         }
     } else if args.server.json {
         output::print_json(&Whole::from(letter))?;
     } else {
-        print!("{}", whole(&letter));
+        output::print(whole(&letter));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -442,8 +442,21 @@ async fn change(change: Change, args: ChangeArgs) -> anyhow::Result<ExitCode> {
     };
     if args.sequences.is_empty() {
         let mut walk = Walk::new(&letters, filter.clone());
-        while let Some(page) = walk.next().await? {
-            let page = page.into_iter().map(without_content);
+        loop {
+            let page = match walk.next().await {
+                Ok(None) => break,
+                Ok(Some(page)) => page.into_iter().map(without_content),
+                Err(problem) => {
+                    let (done, failed) = (output::thousands(changed.done), output::thousands(changed.failed));
+                    return Err(problem).with_context(|| {
+                        format!(
+                            "stopped after letter {}: {done} done, {failed} failed before; the same command goes on with the \
+                             letters that are left",
+                            walk.after
+                        )
+                    });
+                }
+            };
             let mut outcomes = stream::iter(page.map(|letter| {
                 let sequence = letter.sequence;
                 one(Ok(letter), sequence)
@@ -469,7 +482,7 @@ async fn change(change: Change, args: ChangeArgs) -> anyhow::Result<ExitCode> {
     } else {
         tell(verb, &changed);
         if !args.yes && !args.dry_run {
-            println!("Nothing was done: add --yes to {verb} them.");
+            output::say(format_args!("Nothing was done: add --yes to {verb} them."));
         }
     }
     let is_well = changed.failed == 0 && (args.yes || args.dry_run);
@@ -500,15 +513,15 @@ async fn do_one(letters: &Letters, change: Change, yes: bool, letter: &Letter) -
 fn tell(verb: &str, changed: &Changed) {
     for Outcome { letter, would, problem, .. } in &changed.outcomes {
         if let Some(problem) = problem {
-            eprintln!("letter {letter}: {}", shown(problem, 1_000).0);
+            output::tell(format_args!("letter {letter}: {}", shown(problem, 1_000).0));
         } else if let Some(would) = would {
-            println!("letter {letter} {}", shown(would, 1_000).0);
+            output::say(format_args!("letter {letter} {}", shown(would, 1_000).0));
         }
     }
     let more =
         (changed.failed + if changed.dry_run { changed.done } else { 0 }).saturating_sub(changed.outcomes.len() as u64);
     if more > 0 {
-        println!("and {} more; --json lists them all", output::thousands(more));
+        output::say(format_args!("and {} more; --json lists them all", output::thousands(more)));
     }
     let (done, failed) = (output::thousands(changed.done), output::thousands(changed.failed));
     let did = match (verb, changed.dry_run) {
@@ -517,7 +530,7 @@ fn tell(verb: &str, changed: &Changed) {
         (_, false) => "discarded",
         (_, true) => "would be discarded",
     };
-    println!("{done} {did}, {failed} failed.");
+    output::say(format_args!("{done} {did}, {failed} failed."));
 }
 
 #[cfg(test)]

@@ -4,14 +4,12 @@
 //! what is written is the service's to say: this sends the file as it is, and shows what became of each row while the
 //! answer comes in. Owns only how the answer is read, and nothing of it is kept but what is shown.
 
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use clap::{Args, ValueEnum};
-use comfy_table::Cell;
 use lomash_platform::Secret;
 use product_service::http::{IMPORT_TIMEOUT, MAX_BODY_BYTES};
 use reqwest::Body;
@@ -21,7 +19,7 @@ use tokio::fs::File;
 
 use crate::api::Api;
 use crate::catalogue::{self, Row};
-use crate::output::{self, Progress};
+use crate::output::{self, Cell, Progress};
 
 /// Rows that are told one by one, of those refused and of those that change a product; the others are counted.
 const ROWS_SHOWN: usize = 20;
@@ -251,7 +249,7 @@ pub async fn run(args: ImportArgs) -> anyhow::Result<ExitCode> {
     let summary = send(&api, request, |row| {
         progress.inc(1);
         if let Some(told) = &mut told {
-            told.tell(&row)?;
+            told.tell(&row);
         }
         report.note(serde_json::from_value(row).context(NOT_A_RESULT)?);
         Ok(())
@@ -261,7 +259,7 @@ pub async fn run(args: ImportArgs) -> anyhow::Result<ExitCode> {
     progress.finish();
     report.close(serde_json::from_value(summary.clone()).context(NOT_A_RESULT)?);
     match told {
-        Some(told) => told.end(&summary)?,
+        Some(told) => told.end(&summary),
         None => show(&report, args.dry_run),
     }
     Ok(if report.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -380,14 +378,14 @@ struct JsonRows {
 }
 
 impl JsonRows {
-    fn tell(&mut self, row: &Value) -> anyhow::Result<()> {
+    fn tell(&mut self, row: &Value) {
         let before = if std::mem::replace(&mut self.any, true) { ",\n    " } else { "{\n  \"rows\": [\n    " };
-        write!(std::io::stdout(), "{before}{row}").context("the result cannot be written")
+        output::print_whole(format_args!("{before}{row}"));
     }
 
-    fn end(self, summary: &Value) -> anyhow::Result<()> {
+    fn end(self, summary: &Value) {
         let before = if self.any { "\n  ]" } else { "{\n  \"rows\": []" };
-        writeln!(std::io::stdout(), "{before},\n  \"summary\": {summary}\n}}").context("the result cannot be written")
+        output::say_whole(format_args!("{before},\n  \"summary\": {summary}\n}}"));
     }
 }
 
@@ -404,26 +402,29 @@ fn show(report: &ImportReport, dry_run: bool) {
     if report.skipped > 0 {
         table.add_row(vec![Cell::new("not carried out"), output::number_cell(report.skipped)]);
     }
-    println!("{table}");
+    output::say(table);
     for RowChange { line, sku, fields } in &report.changes {
-        println!("line {line}: {sku} changes{}", fields.iter().map(|field| format!("; {field}")).collect::<String>());
+        output::say(format_args!(
+            "line {line}: {sku} changes{}",
+            fields.iter().map(|field| format!("; {field}")).collect::<String>()
+        ));
     }
     more(report.revised, report.changes.len());
     for RowFailure { line, problem } in &report.errors {
-        println!("line {line}: {problem}");
+        output::say(format_args!("line {line}: {problem}"));
     }
     more(report.refused, report.errors.len());
     if let Some(why) = &report.broken_off {
-        println!("not every row was read: {why}");
+        output::say(format_args!("not every row was read: {why}"));
     }
     if dry_run {
-        println!("a dry run: nothing was written");
+        output::say("a dry run: nothing was written");
     }
 }
 
 fn more(all: u64, shown: usize) {
     if let Some(more) = all.checked_sub(shown as u64).filter(|more| *more > 0) {
-        println!("and {} more; --json lists them all", output::thousands(more));
+        output::say(format_args!("and {} more; --json lists them all", output::thousands(more)));
     }
 }
 

@@ -2,11 +2,15 @@
 //!
 //! Tests and the demo use the same parts as the commands do.
 
+// What prints goes through `output`: the macros of the standard library panic when nobody reads.
+#![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
+
 pub mod api;
 pub mod archive;
 pub mod audit;
 pub mod backup;
 pub mod bench;
+pub mod cli;
 pub mod cluster;
 pub mod demo;
 pub mod dice;

@@ -17,7 +17,6 @@ use std::time::Instant;
 use anyhow::{Context as _, bail};
 use async_nats::jetstream::Context;
 use clap::{Args, ValueEnum};
-use comfy_table::Cell;
 use lomash_ledger::{JetStreamLedger, Ledger, streams};
 use lomash_platform::Secret;
 use lomash_platform::postgres::{self, ANALYTICS, Family, INVENTORY, Schema};
@@ -27,7 +26,7 @@ use serde::Serialize;
 
 use self::metrics::AnalyticsShadow;
 use crate::audit::TableReport;
-use crate::output;
+use crate::output::{self, Cell};
 use crate::snapshot::Snapshot;
 use crate::verify::Show;
 
@@ -175,7 +174,7 @@ pub async fn run(args: RebuildArgs) -> anyhow::Result<ExitCode> {
         if args.json {
             output::print_json(&swap)?;
         } else {
-            print!("{}", render_swap(&swap, "the projection that the last rebuild replaced", family));
+            output::print(render_swap(&swap, "the projection that the last rebuild replaced", family));
         }
         return Ok(ExitCode::SUCCESS);
     }
@@ -183,7 +182,7 @@ pub async fn run(args: RebuildArgs) -> anyhow::Result<ExitCode> {
     if args.json {
         output::print_json(&outcome)?;
     } else {
-        print!("{}", render_of(&outcome, family));
+        output::print(render_of(&outcome, family));
     }
     let Options { dry_run, only_if_equal } = args.options;
     let fine = outcome.comparison.is_equal() || !(dry_run || only_if_equal);
@@ -422,7 +421,7 @@ async fn compare<L: Ledger>(
 
 fn tell(show: Show, sentence: &str) {
     if show == Show::Progress {
-        eprintln!("{sentence}");
+        output::tell(sentence);
     }
 }
 

@@ -7,7 +7,6 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use comfy_table::{Cell, CellAlignment};
 use lomash_platform::Secret;
 use product_service::reconciliation::{Figures, Report, Request, Row, RowResult, Status};
 use reqwest::Method;
@@ -17,7 +16,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::api::Api;
-use crate::output;
+use crate::output::{self, Cell};
 
 /// Pause between two looks at the run.
 const LOOK_PAUSE: Duration = Duration::from_millis(250);
@@ -117,7 +116,7 @@ pub async fn run(args: ReconcileArgs) -> anyhow::Result<ExitCode> {
             api.call(Method::POST, "/v1/reconciliations", Some(json!(request))).await?
         }
     };
-    eprintln!("reconciliation run {}", started.id);
+    output::tell(format_args!("reconciliation run {}", started.id));
     let (report, rows) = wait(&api, started.id).await?;
     let is_well = matches!(report.status, Status::Completed | Status::DryRun)
         || (report.status == Status::Rejected && args.reject.is_some());
@@ -146,7 +145,7 @@ pub(crate) async fn wait(api: &Api, id: Uuid) -> anyhow::Result<(Report, Vec<Row
             said = Instant::now();
             let totals = page.report.totals;
             let counted = output::thousands(i128::from(totals.counted));
-            eprintln!("{}: {counted} counted", page.report.status.as_str());
+            output::tell(format_args!("{}: {counted} counted", page.report.status.as_str()));
         }
         tokio::time::sleep(LOOK_PAUSE).await;
     };
@@ -167,7 +166,7 @@ fn show(report: &Report, rows: &[Row]) {
     let mut table =
         output::table(&["sku", "counted", "stock then", "before", "correction", "after", "shortfall", "result"]);
     let number = |number: Option<i128>| match number {
-        Some(number) => Cell::new(output::thousands(number)).set_alignment(CellAlignment::Right),
+        Some(number) => Cell::right(output::thousands(number)),
         None => Cell::new(""),
     };
     let quantity = |quantity: Option<u32>| number(quantity.map(i128::from));
@@ -191,13 +190,13 @@ fn show(report: &Report, rows: &[Row]) {
         ]);
     }
     if rows.iter().any(|row| telling(&row)) {
-        println!("{table}");
+        output::say(table);
     }
     if let Some(more) = rows.iter().filter(telling).count().checked_sub(ROWS_SHOWN).filter(|more| *more > 0) {
-        println!("and {} more; --json lists them all", output::thousands(more as i128));
+        output::say(format_args!("and {} more; --json lists them all", output::thousands(more as i128)));
     }
     let totals = &report.totals;
-    println!(
+    output::say(format_args!(
         "{}: {} counted, {} changed, {} unchanged, {} refused; {} units up, {} down, shortfall {}",
         report.status.as_str(),
         output::thousands(totals.counted),
@@ -207,12 +206,15 @@ fn show(report: &Report, rows: &[Row]) {
         output::thousands(totals.units_up),
         output::thousands(totals.units_down),
         output::thousands(totals.shortfall),
-    );
+    ));
     if let Some(problem) = &report.problem {
-        println!("{problem}");
+        output::say(problem);
     }
     if report.status == Status::AwaitingApproval {
         let threshold = report.request.approval_threshold_percent;
-        println!("more than {threshold} % of the products would change: lomash reconcile --approve {}", report.id);
+        output::say(format_args!(
+            "more than {threshold} % of the products would change: lomash reconcile --approve {}",
+            report.id
+        ));
     }
 }

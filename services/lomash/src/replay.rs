@@ -28,7 +28,7 @@ use time::format_description::well_known::Rfc3339;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::output::{self, Progress};
+use crate::output::{self, Output, Progress};
 
 /// Name under which the program connects.
 const CLIENT_NAME: &str = "lomash replay";
@@ -196,15 +196,22 @@ pub async fn run(args: ReplayArgs) -> Result<ExitCode> {
             let created = File::create(file).with_context(|| format!("could not create {}", file.display()))?;
             Target::Lines(Box::new(BufWriter::new(created)))
         }
-        (None, None) => Target::Lines(Box::new(BufWriter::new(std::io::stdout()))),
+        (None, None) => Target::Lines(Box::new(BufWriter::new(Output::new()))),
     };
     let context = jetstream::new(client);
-    let summary = refusals.guard(replay(&context, &args, &mut target)).await??;
+    let replaying = refusals.guard(replay(&context, &args, &mut target)).await?;
+    let summary = match replaying {
+        Err(problem) if output::is_unread(&problem) => return Ok(ExitCode::SUCCESS),
+        replayed => replayed?,
+    };
     if args.json {
-        eprintln!("{}", serde_json::to_string_pretty(&summary).context("the summary cannot be written")?);
+        output::tell_whole(serde_json::to_string_pretty(&summary).context("the summary cannot be written")?);
     } else {
         let (read, replayed) = (output::thousands(summary.read), output::thousands(summary.replayed));
-        eprintln!("{replayed} of {read} messages of {} replayed in {:.1} s", summary.stream, summary.seconds);
+        output::tell(format_args!(
+            "{replayed} of {read} messages of {} replayed in {:.1} s",
+            summary.stream, summary.seconds
+        ));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -215,6 +222,21 @@ pub async fn run(args: ReplayArgs) -> Result<ExitCode> {
 /// When the stream cannot be read, or the target cannot be written.
 pub async fn replay(context: &Context, args: &ReplayArgs, target: &mut Target) -> Result<Summary> {
     let stream = args.stream.stream();
+    let mut summary = Summary { stream: stream.to_owned(), ..Summary::default() };
+    let replayed = replay_into(context, args, target, &mut summary).await;
+    replayed.with_context(|| match summary.last_sequence {
+        Some(last) => format!(
+            "stopped after {} messages of {stream}, the last of them {last}; --from {} goes on",
+            output::thousands(summary.replayed),
+            last + 1
+        ),
+        None => format!("no message of {stream} was replayed"),
+    })?;
+    Ok(summary)
+}
+
+async fn replay_into(context: &Context, args: &ReplayArgs, target: &mut Target, summary: &mut Summary) -> Result<()> {
+    let stream = args.stream.stream();
     let wanted = Wanted::of(args)?;
     let end = JetStreamLedger::read_only(context.clone(), stream).last_sequence().await?;
     let to = args.to.unwrap_or(end).min(end);
@@ -224,7 +246,6 @@ pub async fn replay(context: &Context, args: &ReplayArgs, target: &mut Target) -
         from = from.max(direct::first_since(context, stream, since).await?.unwrap_or(end + 1));
     }
     let mut progress = Progress::new(format!("replaying {stream}"), (to + 1).saturating_sub(from));
-    let mut summary = Summary { stream: stream.to_owned(), ..Summary::default() };
     let started = Instant::now();
     let mut first_stored: Option<OffsetDateTime> = None;
     let mut messages = direct::read(context, stream, wanted.filter.as_deref(), from - 1, to);
@@ -251,7 +272,7 @@ pub async fn replay(context: &Context, args: &ReplayArgs, target: &mut Target) -
     target.finish().await?;
     progress.finish();
     summary.seconds = started.elapsed().as_secs_f64();
-    Ok(summary)
+    Ok(())
 }
 
 /// Refuses a subject where a replayed message would be taken for a new one.

@@ -29,7 +29,6 @@ use async_nats::jetstream::{self, Context};
 use async_nats::{Client, Message, Subscriber};
 use bytes::Bytes;
 use clap::Args;
-use comfy_table::Cell;
 use futures::StreamExt;
 use lomash_ledger::upkeep::{self, Action};
 use lomash_ledger::{direct, streams};
@@ -45,7 +44,7 @@ use self::file_store::Image;
 use crate::archive::{Archive, Manifest, Record, StreamEntry};
 use crate::audit::Report;
 use crate::backup::{self, KEPT};
-use crate::output::{self, hex};
+use crate::output::{self, Cell, hex};
 use crate::verify::{self, Show};
 
 /// Name under which the program connects.
@@ -196,7 +195,7 @@ pub async fn run(args: RestoreArgs) -> Result<ExitCode> {
     if args.json {
         output::print_json(&outcome)?;
     } else {
-        print!("{}", render(&outcome));
+        output::print(render(&outcome));
     }
     Ok(if outcome.is_equal() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

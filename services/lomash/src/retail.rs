@@ -29,6 +29,7 @@ use time::macros::format_description;
 use uuid::Uuid;
 
 use crate::catalogue::{Row, csv_reader, derived_id, excerpt, next_record, product_id, surplus};
+use crate::output;
 
 /// Longest NDJSON line, in bytes. An order of 1,000 lines with the longest units takes less than half of it.
 const MAX_LINE_BYTES: u64 = 1 << 20;
@@ -95,6 +96,39 @@ pub struct RetailProduct {
     pub orders: u64,
 }
 
+/// What stands where an order should in a file, and is none.
+#[derive(Debug, thiserror::Error)]
+pub enum NoOrder {
+    /// It cannot be an order; what follows it can be one.
+    #[error("{what} {problem}")]
+    Unfit {
+        /// Which invoice, or which line.
+        what: String,
+        /// Why.
+        problem: String,
+    },
+    /// The file cannot be read on.
+    #[error("line {line} could not be read; nothing after it was")]
+    Unreadable {
+        /// Which line.
+        line: u64,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// What a retail file sells.
+#[derive(Debug)]
+pub struct Catalogue {
+    /// Its products, in the order of their first sale. What only unfit invoices sell is wanted by no order.
+    pub products: Vec<RetailProduct>,
+    /// Rows that became no line of an order.
+    pub skipped: Skipped,
+    /// Invoices that cannot be orders.
+    pub unfit: Vec<NoOrder>,
+}
+
 /// Opens a file of orders. What it is shows in its first bytes: gzip or plain, and then `{` for NDJSON or a CSV header.
 ///
 /// A retail CSV is read to its end here, so that [`Orders::skipped`] and [`Orders::total`] are known from the start.
@@ -119,7 +153,7 @@ pub fn open(path: impl AsRef<Path>) -> anyhow::Result<Orders> {
 ///
 /// # Errors
 /// The file cannot be read, or is no retail CSV.
-pub fn catalogue_of(path: impl AsRef<Path>, quantity: impl Fn(u64) -> u32) -> anyhow::Result<Vec<RetailProduct>> {
+pub fn catalogue_of(path: impl AsRef<Path>, quantity: impl Fn(u64) -> u32) -> anyhow::Result<Catalogue> {
     let path = path.as_ref();
     let context = || format!("cannot read products from {}", path.display());
     let Source::Csv(file) = Source::open(path).with_context(context)? else {
@@ -170,7 +204,8 @@ impl Source {
 
 /// Orders from a file, one at a time.
 ///
-/// After an `Err` the iterator goes on with the next order, unless the file itself could not be read.
+/// After [`NoOrder::Unfit`] the iterator goes on with the next order. An invoice with a line that cannot be one of an order is
+/// unfit as a whole: an order without one of its lines is not the order that somebody placed.
 pub struct Orders(Kind);
 
 enum Kind {
@@ -186,7 +221,7 @@ impl std::fmt::Debug for Orders {
 }
 
 impl Orders {
-    /// Rows of a retail file that became no order line. NDJSON skips nothing: what is not an order is an error.
+    /// Rows of a retail file that became no order line. NDJSON skips nothing: what is not an order is [`NoOrder`].
     #[must_use]
     pub fn skipped(&self) -> Skipped {
         match &self.0 {
@@ -195,7 +230,7 @@ impl Orders {
         }
     }
 
-    /// How many orders there are in all, when that is known before the last was read.
+    /// How many orders there are in all, fit or not, when that is known before the last was read.
     #[must_use]
     pub const fn total(&self) -> Option<usize> {
         match &self.0 {
@@ -203,10 +238,21 @@ impl Orders {
             Kind::Ndjson { .. } | Kind::Ended => None,
         }
     }
+
+    /// The orders, for commands that only need some: what cannot be one is told and passed over.
+    pub fn fit(self) -> impl Iterator<Item = Result<Envelope<OrderCreated>, NoOrder>> + Send {
+        self.filter(|order| match order {
+            Err(unfit @ NoOrder::Unfit { .. }) => {
+                output::tell(format_args!("skipped: {unfit}"));
+                false
+            }
+            _ => true,
+        })
+    }
 }
 
 impl Iterator for Orders {
-    type Item = anyhow::Result<Envelope<OrderCreated>>;
+    type Item = Result<Envelope<OrderCreated>, NoOrder>;
 
     fn next(&mut self) -> Option<Self::Item> {
         match &mut self.0 {
@@ -217,10 +263,10 @@ impl Iterator for Orders {
             }
             Kind::Ndjson { file, line } => match next_envelope(file, line) {
                 Ok(order) => order,
-                Err(error) => {
-                    let context = format!("line {line} could not be read; nothing after it was");
+                Err(source) => {
+                    let line = *line;
                     self.0 = Kind::Ended;
-                    Some(Err(error).context(context))
+                    Some(Err(NoOrder::Unreadable { line, source }))
                 }
             },
             Kind::Ended => None,
@@ -232,8 +278,9 @@ impl Iterator for Orders {
 fn next_envelope(
     file: &mut impl BufRead,
     line: &mut u64,
-) -> std::io::Result<Option<anyhow::Result<Envelope<OrderCreated>>>> {
+) -> std::io::Result<Option<Result<Envelope<OrderCreated>, NoOrder>>> {
     let mut bytes = Vec::new();
+    let unfit = |line: u64, problem: String| NoOrder::Unfit { what: format!("line {line}"), problem };
     loop {
         *line += 1;
         bytes.clear();
@@ -243,14 +290,13 @@ fn next_envelope(
         }
         if bytes.len() as u64 == MAX_LINE_BYTES && !bytes.ends_with(b"\n") {
             file.skip_until(b'\n')?;
-            return Ok(Some(Err(anyhow!(
-                "line {line} has more than {MAX_LINE_BYTES} bytes; write one order per line"
-            ))));
+            let problem = format!("has more than {MAX_LINE_BYTES} bytes; write one order per line");
+            return Ok(Some(Err(unfit(*line, problem))));
         }
         let text = bytes.trim_ascii();
         if !text.is_empty() {
-            let order = decode(ContentType::Json, text).with_context(|| format!("line {line} is no order"));
-            return Ok(Some(order));
+            let order = decode(ContentType::Json, text);
+            return Ok(Some(order.map_err(|problem| unfit(*line, format!("is no order: {problem}")))));
         }
     }
 }
@@ -270,7 +316,9 @@ struct Sale {
 struct Invoice {
     number: Box<str>,
     customer: Option<CustomerId>,
-    at: Timestamp,
+    at: Option<Timestamp>,
+    /// Why it cannot be an order, by its first line that cannot be one of an order.
+    unfit: Option<Box<str>>,
     /// Where its lines begin in [`Sales::sales`] once grouped; they end where the next invoice's begin.
     begin: usize,
 }
@@ -349,36 +397,56 @@ impl Sales {
         }
     }
 
-    /// The order that the invoice at `index` is.
-    fn order(&self, index: usize) -> Option<anyhow::Result<Envelope<OrderCreated>>> {
-        let invoice = self.invoices.get(index)?;
+    /// The lines of the invoice at `index`; those of one product are added up where there are too many.
+    fn lines(&self, index: usize) -> Result<Vec<(u32, LineQuantity)>, String> {
+        let invoice = &self.invoices[index];
+        if let Some(problem) = &invoice.unfit {
+            return Err(problem.to_string());
+        }
         let end = self.invoices.get(index + 1).map_or(self.sales.len(), |next| next.begin);
         let mut lines: Vec<(u32, LineQuantity)> =
             self.sales[invoice.begin..end].iter().map(|sale| (sale.product, sale.quantity)).collect();
         if lines.len() > MAX_ORDER_ITEMS {
             lines = merged(&lines);
         }
+        let count = lines.len();
+        if count > MAX_ORDER_ITEMS {
+            return Err(format!(
+                "has {count} lines even with those of one product added up; an order has at most {MAX_ORDER_ITEMS}"
+            ));
+        }
+        Ok(lines)
+    }
+
+    /// The order that the invoice at `index` is.
+    fn order(&self, index: usize) -> Option<Result<Envelope<OrderCreated>, NoOrder>> {
+        let invoice = self.invoices.get(index)?;
+        let unfit = |problem| NoOrder::Unfit { what: format!("invoice {}", excerpt(&invoice.number)), problem };
+        let lines = match self.lines(index) {
+            Ok(lines) => lines,
+            Err(problem) => return Some(Err(unfit(problem))),
+        };
         let item = |(product, quantity): (u32, LineQuantity)| {
             let sku = &self.products[product as usize].sku;
             OrderItem { product_id: product_id(sku), sku: Some(sku.clone()), quantity }
         };
-        let count = lines.len();
-        let Some(items) = OrderItems::new(lines.into_iter().map(item).collect()) else {
-            let number = &invoice.number;
-            return Some(Err(anyhow!(
-                "invoice {number} has {count} lines even with those of one product added up; an order has at most {MAX_ORDER_ITEMS}"
-            )));
+        let items = OrderItems::new(lines.into_iter().map(item).collect());
+        let (Some(items), Some(at)) = (items, invoice.at) else {
+            return Some(Err(unfit("has no line that sells anything".to_owned())));
         };
         let order_id = OrderId(derived_id("order", &invoice.number));
         let event_id = EventId(Uuid::new_v5(&order_id.0, b"order-created"));
-        Some(Ok(Envelope::new(event_id, invoice.at, OrderCreated { order_id, customer_id: invoice.customer, items })))
+        Some(Ok(Envelope::new(event_id, at, OrderCreated { order_id, customer_id: invoice.customer, items })))
     }
 
-    fn into_products(self, quantity: impl Fn(u64) -> u32) -> Vec<RetailProduct> {
+    fn into_products(self, quantity: impl Fn(u64) -> u32) -> Catalogue {
+        let unfit: HashMap<u32, NoOrder> = (0..self.invoices.len())
+            .filter_map(|index| Some((u32::try_from(index).ok()?, self.order(index)?.err()?)))
+            .collect();
         let mut ordered = vec![0_u64; self.products.len()];
         let mut orders = vec![0_u64; self.products.len()];
         let mut last_invoice = vec![u32::MAX; self.products.len()];
-        for sale in &self.sales {
+        for sale in self.sales.iter().filter(|sale| !unfit.contains_key(&sale.invoice)) {
             let product = sale.product as usize;
             ordered[product] += u64::from(sale.quantity.get());
             // Sales are grouped by invoice, so the same product in the same invoice is seen one after another.
@@ -393,7 +461,10 @@ impl Sales {
             let row = Row { line: product.line, sku: product.sku, name, category: None, quantity, threshold: None };
             RetailProduct { row, ordered, orders }
         };
-        self.products.into_iter().zip(counts).map(with_counts).collect()
+        let products = self.products.into_iter().zip(counts).map(with_counts).collect();
+        let mut unfit: Vec<(u32, NoOrder)> = unfit.into_iter().collect();
+        unfit.sort_by_key(|(invoice, _)| *invoice);
+        Catalogue { products, skipped: self.skipped, unfit: unfit.into_iter().map(|(_, unfit)| unfit).collect() }
     }
 }
 
@@ -430,24 +501,33 @@ impl Grouping {
         if record.iter().all(|cell| cell.trim_ascii().is_empty()) {
             return Ok(());
         }
-        // After a comma in a value that is not in quotes, each cell is something else.
-        if surplus(record, columns.width).is_some() {
-            self.unreadable(line);
-            return Ok(());
-        }
         match Self::text(record, columns.invoice) {
             Some(invoice) if invoice.starts_with(CANCELLED) => self.skipped.cancelled += 1,
             Some(invoice) => match Self::quantity(record, columns) {
-                Some(quantity) if quantity <= 0 => self.skipped.not_positive += 1,
-                Some(quantity) if quantity > i64::from(MAX_LINE_QUANTITY) => self.skipped.too_large += 1,
-                Some(quantity) => {
+                Ok(quantity) if quantity <= 0 => self.skipped.not_positive += 1,
+                Ok(quantity) => {
+                    let invoice = self.invoice(columns, record, invoice)?;
                     let quantity = u32::try_from(quantity).ok().and_then(LineQuantity::new);
-                    let sold = quantity.and_then(|quantity| self.sold(columns, record, line, invoice, quantity));
-                    if sold.is_none() {
-                        self.unreadable(line);
+                    match quantity {
+                        Some(quantity) => {
+                            if let Err(problem) = self.sold(columns, record, line, invoice, quantity)? {
+                                self.unfit(invoice, line, &problem);
+                                self.unreadable(line);
+                            }
+                        }
+                        None => {
+                            let asked = excerpt(Self::text(record, columns.quantity).unwrap_or_default());
+                            let problem = format!("asks for {asked} units, and a line has at most {MAX_LINE_QUANTITY}");
+                            self.unfit(invoice, line, &problem);
+                            self.skipped.too_large += 1;
+                        }
                     }
                 }
-                None => self.unreadable(line),
+                Err(problem) => {
+                    let invoice = self.invoice(columns, record, invoice)?;
+                    self.unfit(invoice, line, &problem);
+                    self.unreadable(line);
+                }
             },
             None => self.unreadable(line),
         }
@@ -468,64 +548,89 @@ impl Grouping {
         std::str::from_utf8(record.get(column)?).ok().map(str::trim).filter(|text| !text.is_empty())
     }
 
-    fn quantity(record: &ByteRecord, columns: &Columns) -> Option<i64> {
-        Self::text(record, columns.quantity)?.parse().ok()
+    /// What the row says of units; or what is wrong with that, or with the row as a whole.
+    fn quantity(record: &ByteRecord, columns: &Columns) -> Result<i64, String> {
+        // After a comma in a value that is not in quotes, each cell is something else.
+        if let Some(problem) = surplus(record, columns.width) {
+            return Err(format!("is not what it seems: {problem}"));
+        }
+        let quantity = Self::text(record, columns.quantity).ok_or("has no quantity")?;
+        quantity.parse().map_err(|_| format!("has the quantity `{}`, which is no whole number", excerpt(quantity)))
     }
 
-    /// Takes one line into its invoice; `None` when its code or date has no sense.
+    /// The index of the row's invoice, which may be new.
+    fn invoice(&mut self, columns: &Columns, record: &ByteRecord, number: &str) -> anyhow::Result<u32> {
+        let customer = columns.customer.and_then(|column| Self::text(record, column));
+        let customer_id = || customer.map(|customer| CustomerId(derived_id("customer", customer)));
+        if let Some(&index) = self.invoice_by_number.get(number) {
+            let known = &mut self.invoices[index as usize];
+            known.customer = known.customer.or_else(customer_id);
+            return Ok(index);
+        }
+        let index = u32::try_from(self.invoices.len()).context("the file has too many invoices")?;
+        let customer = customer_id();
+        self.invoices.push(Invoice { number: number.into(), customer, at: None, unfit: None, begin: 0 });
+        self.invoice_by_number.insert(number.into(), index);
+        Ok(index)
+    }
+
+    fn unfit(&mut self, invoice: u32, line: u64, problem: &str) {
+        self.invoices[invoice as usize]
+            .unfit
+            .get_or_insert_with(|| format!("cannot be an order: line {line} {problem}").into());
+    }
+
+    /// Takes one line into its invoice; the inner error is why its code or date has no sense.
     fn sold(
         &mut self,
         columns: &Columns,
         record: &ByteRecord,
         line: u64,
-        invoice: &str,
+        invoice: u32,
         quantity: LineQuantity,
-    ) -> Option<()> {
-        let code = Self::text(record, columns.code)?;
+    ) -> anyhow::Result<Result<(), String>> {
+        let Some(code) = Self::text(record, columns.code) else { return Ok(Err("has no stock code".to_owned())) };
         let product = self.product_by_code.get(code).copied();
-        let new_sku: Option<Sku> = if product.is_none() { Some(text::sku(code).ok()?) } else { None };
-
-        let customer = columns.customer.and_then(|column| Self::text(record, column));
-        let customer_id = || customer.map(|customer| CustomerId(derived_id("customer", customer)));
-        let invoice = if let Some(&index) = self.invoice_by_number.get(invoice) {
-            let known = &mut self.invoices[index as usize];
-            known.customer = known.customer.or_else(customer_id);
-            index
-        } else {
-            let date = Self::text(record, columns.date)?;
-            let at = PrimitiveDateTime::parse(date, INVOICE_DATE).ok()?.assume_utc().into();
-            let index = u32::try_from(self.invoices.len()).ok()?;
-            self.invoices.push(Invoice { number: invoice.into(), customer: customer_id(), at, begin: 0 });
-            self.invoice_by_number.insert(invoice.into(), index);
-            index
-        };
-        let product = match (product, new_sku) {
-            (Some(product), _) => product,
-            (None, Some(sku)) => {
-                let index = u32::try_from(self.products.len()).ok()?;
+        let known = &mut self.invoices[invoice as usize];
+        if known.at.is_none() {
+            let date = Self::text(record, columns.date).unwrap_or_default();
+            match PrimitiveDateTime::parse(date, INVOICE_DATE) {
+                Ok(at) => known.at = Some(at.assume_utc().into()),
+                Err(_) => {
+                    let date = excerpt(date);
+                    return Ok(Err(format!("has the date `{date}`, and one looks like 2009-12-01 07:45:00")));
+                }
+            }
+        }
+        let product = match product {
+            Some(product) => product,
+            None => {
+                let sku: Sku = match text::sku(code) {
+                    Ok(sku) => sku,
+                    Err(problem) => return Ok(Err(format!("has the stock code `{}`: {problem}", excerpt(code)))),
+                };
+                let index = u32::try_from(self.products.len()).context("the file has too many products")?;
                 self.products.push(Product { sku, name: None, line });
                 self.product_by_code.insert(code.into(), index);
                 index
             }
-            (None, None) => return None,
         };
         let name = &mut self.products[product as usize].name;
         if name.is_none() {
             *name = columns.description.and_then(|column| record.get(column)).and_then(clean_name);
         }
         self.sales.push(Sale { invoice, product, quantity });
-        Some(())
+        Ok(Ok(()))
     }
 
     fn finish(mut self) -> Sales {
         // Stable: lines keep the order of the file within their invoice. Mostly sorted already, so it is quick.
         self.sales.sort_by_key(|sale| sale.invoice);
         let mut next = 0;
-        for (index, sale) in self.sales.iter().enumerate() {
-            if sale.invoice as usize == next {
-                self.invoices[next].begin = index;
-                next += 1;
-            }
+        // An unfit invoice may have no line at all.
+        for (index, invoice) in self.invoices.iter_mut().enumerate() {
+            next += self.sales[next..].iter().take_while(|sale| (sale.invoice as usize) < index).count();
+            invoice.begin = next;
         }
         Sales { invoices: self.invoices, products: self.products, sales: self.sales, skipped: self.skipped }
     }

@@ -10,14 +10,13 @@ use anyhow::anyhow;
 use async_nats::jetstream::Context;
 use async_nats::jetstream::consumer;
 use clap::Args;
-use comfy_table::Cell;
 use futures::TryStreamExt;
 use lomash_ledger::{dead_letter, streams};
 use lomash_platform::Secret;
 use lomash_platform::postgres::{ANALYTICS, Family, INVENTORY};
 use serde::Serialize;
 
-use crate::output;
+use crate::output::{self, Cell};
 
 /// How long NATS may take to answer: a status that hangs is no status.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -159,7 +158,7 @@ pub async fn run(args: StatusArgs) -> anyhow::Result<ExitCode> {
     if args.json {
         output::print_json(&status)?;
     } else {
-        print!("{}", render(&status));
+        output::print(render(&status));
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -7,14 +7,13 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
-use comfy_table::Cell;
 use lomash_ledger::streams::{self, Difference};
 use lomash_ledger::upkeep::{self, Action, Step};
 use lomash_platform::nats;
 use product_service::monitoring::Monitor;
 use serde::Serialize;
 
-use crate::output;
+use crate::output::{self, Cell};
 
 /// Name under which the program connects.
 const CLIENT_NAME: &str = "lomash streams";
@@ -95,11 +94,11 @@ pub async fn run(command: StreamsCommand) -> anyhow::Result<ExitCode> {
     if server.json {
         output::print_json(&Told { applied: apply, steps: &steps, hasty_servers: &hasty_servers })?;
     } else {
-        print!("{}", render(&steps, apply));
+        output::print(render(&steps, apply));
         for server in &hasty_servers {
-            println!(
+            output::say(format_args!(
                 "{server} acknowledges what is not on disk yet: set `sync_interval: always` in its `jetstream` block."
-            );
+            ));
         }
     }
     let is_right = |step: &Step| step.refused.is_empty() && (apply || step.action == Action::Leave);

@@ -19,6 +19,8 @@ use lomash_web::auth::{Mint, mint};
 use lomash_web::config::{DEVELOPMENT_AUDIENCE, DEVELOPMENT_ISSUER};
 use uuid::Uuid;
 
+use crate::output;
+
 /// The file with the secret, in the data folder.
 const SECRET_FILE: &str = "jwt-secret";
 /// Random bytes of the secret: as many as the hash of HS256 has. They are written as hex.
@@ -121,7 +123,7 @@ pub fn run(args: &TokenArgs) -> Result<()> {
         role,
         lifetime: args.expires.0,
     };
-    println!("{}", mint(&secret, &token)?);
+    output::say_whole(mint(&secret, &token)?);
     Ok(())
 }
 

@@ -6,7 +6,6 @@
 //! Assumes that `./just setup` has run, and that the services' programs lie beside this one.
 
 use std::fs;
-use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
@@ -15,7 +14,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use futures::FutureExt;
-use lomash_platform::Secret;
+use lomash_platform::waiting::Waiting;
+use lomash_platform::{Secret, shutdown};
 use lomash_web::Role;
 use lomash_web::config::{DEVELOPMENT_AUDIENCE, DEVELOPMENT_ISSUER};
 use serde::Serialize;
@@ -23,6 +23,7 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use crate::api::Api;
+use crate::output;
 use crate::stack::{FolderLock, Kind, Mail, Nats, Postgres, Redis, Server, Service, free_port, log_tail};
 use crate::token::{stack_secret, stack_token, write_private};
 
@@ -68,10 +69,10 @@ pub struct UpArgs {
 /// # Errors
 /// When a part does not start, ends by itself, or does not stop in order.
 pub async fn run(args: UpArgs) -> Result<()> {
-    let stop = lomash_platform::shutdown::token().context("could not listen for signals")?;
+    let stop = shutdown::token().context("could not listen for signals")?;
     let stack = tokio::select! {
         // Dropping a start that is under way ends what it has started.
-        () = stop.cancelled() => bail!("interrupted while starting; what had started is stopped"),
+        interrupted = shutdown::interruption(&stop) => bail!("{interrupted}; what had started is stopped"),
         stack = Stack::start(&args.data) => stack?,
     };
     show(&stack, args.json)?;
@@ -80,10 +81,10 @@ pub async fn run(args: UpArgs) -> Result<()> {
         ended = stack.part_ended() => Some(ended),
     };
     if let Some(ended) = &ended {
-        eprintln!("{ended:#}");
-        eprintln!("Stopping the rest.");
+        output::tell(format_args!("{ended:#}"));
+        output::tell("Stopping the rest.");
     } else if !args.json {
-        println!("Stopping.");
+        output::say("Stopping.");
     }
     let stopped = stack.stop().await;
     match ended {
@@ -377,13 +378,14 @@ async fn apply_sql(postgres: &Postgres) -> Result<()> {
 pub(crate) async fn is_ready(service: &Service) -> Result<()> {
     let readiness = Readiness::of(service)?;
     let started = Instant::now();
+    let mut waiting = Waiting::on(format!("{} to be ready", service.name()));
     loop {
         let problem = tokio::select! {
             biased;
             status = service.ended() => {
                 bail!("{} ended while it was starting ({status}); {}", service.name(), log_tail(service.log()))
             }
-            answer = readiness.ask() => match answer {
+            answer = waiting.during(readiness.ask()) => match answer {
                 Ok(()) => {
                     info!(service = service.name(), "ready");
                     return Ok(());
@@ -395,6 +397,7 @@ pub(crate) async fn is_ready(service: &Service) -> Result<()> {
             let seconds = SERVICE_START_TIMEOUT.as_secs();
             bail!("{} was not ready after {seconds} s ({problem}); {}", service.name(), log_tail(service.log()));
         }
+        waiting.still(problem);
         tokio::time::sleep(READY_PAUSE).await;
     }
 }
@@ -510,8 +513,11 @@ fn show(stack: &Stack, json: bool) -> Result<()> {
         lines.push("Ready. Ctrl-C stops everything.".to_owned());
         lines.join("\n")
     };
-    let mut out = std::io::stdout().lock();
     // Whoever started us may have closed its end: that is no reason to stop.
-    let _ = writeln!(out, "{text}").and_then(|()| out.flush());
+    if json {
+        output::say_whole(text)
+    } else {
+        output::say(text)
+    }
     Ok(())
 }

@@ -26,16 +26,16 @@ use async_nats::jetstream::context::{GetStreamError, GetStreamErrorKind};
 use async_nats::jetstream::stream::RawMessageErrorKind;
 use async_nats::jetstream::{Context, ErrorCode};
 use clap::Args;
-use comfy_table::Cell;
 use futures::StreamExt;
 use lomash_contract::{ContentType, OrderCreated, Topic, codec, subject};
 use lomash_ledger::{JetStreamLedger, Ledger, ReadError, dead_letter, direct, header, streams, suspects};
 use lomash_platform::Secret;
 use lomash_platform::postgres::Schema;
+use lomash_platform::waiting::Waiting;
 use product_service::projection::PROJECTION;
 
 use crate::audit::{Audit, Evidence, Projection, Report, Status};
-use crate::output::{self, Progress};
+use crate::output::{self, Cell, Progress};
 use crate::snapshot::{Snapshot, unsigned};
 
 /// How long `--wait` waits when no number is given.
@@ -96,7 +96,7 @@ pub async fn run(args: VerifyArgs) -> anyhow::Result<ExitCode> {
     if args.json {
         output::print_json(&report)?;
     } else {
-        print!("{}", render(&report));
+        output::print(render(&report));
     }
     Ok(if report.is_clean() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -190,8 +190,9 @@ pub async fn wait_until_quiet(
         None => None,
         Some(url) => Some(lomash_platform::postgres::connect(url).await?),
     };
+    let mut waiting = Waiting::on("all orders to be decided and projected");
     loop {
-        let open = match still_open(context, &ledger, database.as_ref()).await {
+        let open = match waiting.during(still_open(context, &ledger, database.as_ref())).await {
             Ok(None) => return Ok(()),
             Ok(Some(open)) => open,
             Err(problem) => format!("{problem:#}"),
@@ -199,6 +200,7 @@ pub async fn wait_until_quiet(
         if tokio::time::Instant::now() >= deadline {
             bail!("waited {} s in vain: {open}; is the product service running?", timeout.as_secs());
         }
+        waiting.still(open);
         tokio::time::sleep(WAIT_PAUSE).await;
     }
 }

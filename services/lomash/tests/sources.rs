@@ -14,7 +14,7 @@ use flate2::Compression;
 use flate2::read::MultiGzDecoder;
 use flate2::write::GzEncoder;
 use lomash::catalogue::{self, NAMESPACE, Row, RowError, Said, product_id};
-use lomash::retail::{self, Skipped};
+use lomash::retail::{self, NoOrder, Skipped};
 use lomash_contract::codec::{decode, encode};
 use lomash_contract::{ContentType, Envelope, OrderCreated, OrderId, Sku};
 use tempfile::TempDir;
@@ -321,7 +321,11 @@ fn gzip(content: &[u8]) -> Vec<u8> {
 const HEADER: &str = "Invoice,StockCode,Description,Quantity,InvoiceDate,Price,CustomerID\n";
 
 fn orders(path: &Path) -> Vec<Envelope<OrderCreated>> {
-    retail::open(path).unwrap().collect::<Result<_, _>>().unwrap()
+    retail::open(path)
+        .unwrap()
+        .filter(|order| !matches!(order, Err(NoOrder::Unfit { .. })))
+        .collect::<Result<_, _>>()
+        .unwrap()
 }
 
 /// An order's lines as code and quantity.
@@ -395,9 +399,61 @@ fn skipped_lines_are_counted_by_reason() {
     ];
     assert!(orders.skipped().into_iter().eq(in_words.map(|(reason, count)| (reason.to_owned(), count))));
     assert_eq!(Skipped::default().into_iter().next(), None);
-    assert_eq!(orders.total(), Some(4));
-    assert_eq!(orders.by_ref().count(), 4);
+    assert_eq!(orders.total(), Some(7));
+    let unfit: Vec<String> = orders.by_ref().filter_map(|order| Some(order.err()?.to_string())).collect();
+    let named = [
+        "invoice 1006 cannot be an order: line 9 asks for 1000001 units, and a line has at most 1000000",
+        "invoice 1008 cannot be an order: line 12 has no stock code",
+        "invoice 1009 cannot be an order: line 16 has no quantity",
+    ];
+    assert_eq!(unfit, named);
     assert_eq!(orders.skipped(), expected);
+}
+
+/// An invoice of which one line has no sense is left out as a whole, wherever that line stands; the others stay.
+#[test]
+fn an_invoice_with_a_bad_line_is_unfit_as_a_whole() {
+    for (bad, problem) in [
+        ("2001,A1,Lamp,few,2009-12-01 07:45:00,1,", "has the quantity `few`, which is no whole number"),
+        ("2001,A1,Lamp,2.5,2009-12-01 07:45:00,1,", "has the quantity `2.5`, which is no whole number"),
+        ("2001,A1,Lamp,,2009-12-01 07:45:00,1,", "has no quantity"),
+        (
+            "2001,A1,Lamp,99999999999,2009-12-01 07:45:00,1,",
+            "asks for 99999999999 units, and a line has at most 1000000",
+        ),
+        ("2001,,Lamp,1,2009-12-01 07:45:00,1,", "has no stock code"),
+        (
+            "2001,A1,Lamp, 19 inch,3,2009-12-01 07:45:00,1,77",
+            "is not what it seems: the row has 8 cells, the header has 7; is there a comma in a value that is not in quotes?",
+        ),
+    ] {
+        let good = "2001,B2,Tap,1,2009-12-01 07:45:00,1,\n";
+        let next = "2002,B2,Tap,2,2009-12-01 07:46:00,1,\n2003,C3,Rack,3,2009-12-01 07:46:00,1,\n";
+        for (content, line) in
+            [(format!("{HEADER}{bad}\n{good}{next}"), 2), (format!("{HEADER}{good}{next}{bad}\n"), 5)]
+        {
+            let (_folder, path) = file(&content);
+            let read: Vec<_> = retail::open(&path).unwrap().collect();
+            let unfit: Vec<String> = read.iter().filter_map(|order| Some(order.as_ref().err()?.to_string())).collect();
+            assert_eq!(unfit, [format!("invoice 2001 cannot be an order: line {line} {problem}")], "{content}");
+            let fit: Vec<_> = read.iter().flatten().map(|order| order.payload.order_id).collect();
+            assert_eq!(fit, [order_id("2002"), order_id("2003")], "{content}");
+            // What it would have taken is wanted by nobody.
+            let catalogue = retail::catalogue_of(&path, |ordered| u32::try_from(ordered).unwrap()).unwrap();
+            let tap = catalogue.products.iter().find(|product| product.row.sku.as_str() == "B2").unwrap();
+            assert_eq!((tap.ordered, tap.orders), (2, 1), "{content}");
+            assert_eq!(catalogue.unfit.len(), 1, "{content}");
+        }
+    }
+    let bad_date = format!("{HEADER}2001,A1,Lamp,1,01/12/2009 07:45,1,\n2002,A1,Lamp,1,2009-12-01 07:45:00,1,\n");
+    let (_folder, path) = file(bad_date);
+    let read: Vec<_> = retail::open(&path).unwrap().collect();
+    assert_eq!(read.len(), 2);
+    assert_eq!(
+        read[0].as_ref().unwrap_err().to_string(),
+        "invoice 2001 cannot be an order: line 2 has the date `01/12/2009 07:45`, and one looks like 2009-12-01 07:45:00"
+    );
+    assert!(read[1].is_ok());
 }
 
 #[test]
@@ -455,7 +511,7 @@ fn products_are_named_by_their_first_description_and_stocked_as_asked() {
                 1012,Y8,Tray\t\u{7}round,5,2009-12-01 07:45:00,1,\n\
                 1012,Y8,Tray,5,2009-12-01 07:45:00,1,\n";
     let (_folder, path) = file(format!("{HEADER}{SHOP}{more}1013,X7,{},1,2009-12-01 07:45:00,1,\n", "é".repeat(300)));
-    let products = retail::catalogue_of(&path, |ordered| u32::try_from(ordered).unwrap() / 2).unwrap();
+    let products = retail::catalogue_of(&path, |ordered| u32::try_from(ordered).unwrap() / 2).unwrap().products;
     let read: Vec<_> = products
         .iter()
         .map(|product| {
@@ -476,7 +532,7 @@ fn products_are_named_by_their_first_description_and_stocked_as_asked() {
     assert_eq!(read, expected);
     assert!(products.iter().all(|product| product.row.category.is_none() && product.row.threshold.is_none()));
 
-    let ample = retail::catalogue_of(&path, |_| u32::MAX).unwrap();
+    let ample = retail::catalogue_of(&path, |_| u32::MAX).unwrap().products;
     assert_eq!(ample.len(), expected.len());
     assert!(ample.iter().all(|product| product.row.quantity == 1_000_000_000), "no more than a product can have");
 }
@@ -632,7 +688,7 @@ fn a_year_of_real_orders_has_its_known_figures() {
     assert_eq!((largest[largest.len() / 2], largest.last().copied()), (14, Some(675)));
     assert!(orders.is_sorted_by_key(|order| order.timestamp), "the file is in the order of time");
 
-    let products = retail::catalogue_of(&path, |ordered| u32::try_from(ordered).unwrap()).unwrap();
+    let products = retail::catalogue_of(&path, |ordered| u32::try_from(ordered).unwrap()).unwrap().products;
     let skus: BTreeSet<String> = products.iter().map(|product| product.row.sku.to_string()).collect();
     assert_eq!(skus, codes);
     assert_eq!(products.len(), 4_316);

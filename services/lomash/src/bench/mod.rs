@@ -40,6 +40,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
+use lomash_platform::shutdown;
 
 pub use self::machine::Machine;
 pub use self::picture::draw;
@@ -183,10 +184,10 @@ impl BenchArgs {
 /// # Errors
 /// When a server does not start or a run takes too long.
 pub async fn run(args: BenchArgs) -> anyhow::Result<ExitCode> {
-    let stop = lomash_platform::shutdown::token()?;
+    let stop = shutdown::token()?;
     let report = tokio::select! {
         // Dropping what is under way ends its servers.
-        () = stop.cancelled() => bail!("interrupted; there is no report, and its servers are stopped"),
+        interrupted = shutdown::interruption(&stop) => bail!("{interrupted}; there is no report, and its servers are stopped"),
         report = bench(&args, Show::Progress) => report?,
     };
     if let Some(path) = &args.svg {
@@ -195,7 +196,7 @@ pub async fn run(args: BenchArgs) -> anyhow::Result<ExitCode> {
     if args.json {
         output::print_json(&report)?;
     } else {
-        print!("{}", report.render());
+        output::print(report.render());
     }
     Ok(if report.withheld().next().is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

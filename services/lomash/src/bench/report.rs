@@ -9,13 +9,12 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use comfy_table::{Cell, CellAlignment};
 use serde::{Serialize, Serializer};
 
 use super::machine::Machine;
 use super::scenario::Scenario;
 use super::targets::{TARGETS, Target};
-use crate::output;
+use crate::output::{self, Cell};
 
 /// Who takes part in the races.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -211,7 +210,7 @@ impl Study {
             let figure = |column: &&str| {
                 let found = row.figures.iter().find(|(name, _)| name == column);
                 let text = found.map_or_else(|| "-".to_owned(), |(_, figure)| number(*figure));
-                Cell::new(text).set_alignment(CellAlignment::Right)
+                Cell::right(text)
             };
             table.add_row(std::iter::once(Cell::new(&row.what)).chain(columns.iter().map(figure)).collect::<Vec<_>>());
         }
@@ -361,7 +360,7 @@ impl Report {
             for result in &scenario.results {
                 let rate = |spread: Option<Spread>| match spread {
                     Some(spread) => output::number_cell(spread.median.round() as u64),
-                    None => Cell::new("-").set_alignment(CellAlignment::Right),
+                    None => Cell::right("-"),
                 };
                 let range = result.orders_per_second.map_or_else(
                     || "-".to_owned(),
@@ -377,10 +376,10 @@ impl Report {
                 table.add_row(vec![
                     Cell::new(result.contestant.title()),
                     rate(result.orders_per_second),
-                    Cell::new(range).set_alignment(CellAlignment::Right),
+                    Cell::right(range),
                     rate(result.lines_per_second),
                     rate(result.messages_per_second),
-                    Cell::new(ratio).set_alignment(CellAlignment::Right),
+                    Cell::right(ratio),
                     Cell::new(&result.setting),
                 ]);
             }
@@ -390,7 +389,7 @@ impl Report {
             let _ = writeln!(text, "{}", study.render());
         }
         let mut table = output::table(&["", "measured", "target", ""]);
-        let right = |text: String| Cell::new(text).set_alignment(CellAlignment::Right);
+        let right = |text: String| Cell::right(text);
         for (name, target) in TARGETS {
             let (measured, verdict) = match self.ratios.get(name) {
                 Some(ratio) => (number(*ratio), if target.is_met_by(*ratio) { "met" } else { "missed" }),

@@ -177,7 +177,7 @@ impl Workload {
         let mut orders = Vec::new();
         let mut distinct = HashSet::new();
         let mut wanted: BTreeMap<ProductId, (u64, Option<Sku>)> = BTreeMap::new();
-        for order in retail::open(file)?.take(limit) {
+        for order in retail::open(file)?.fit().take(limit) {
             let order = order.with_context(|| format!("{}, order {}", file.display(), orders.len() + 1))?;
             if distinct.insert(order.payload.order_id) {
                 for item in order.payload.items.as_slice() {

@@ -8,7 +8,6 @@ use std::path::Path;
 
 use anyhow::Context as _;
 use async_nats::jetstream::Context;
-use comfy_table::Cell;
 use lomash_contract::FailureReason;
 use lomash_platform::Secret;
 use lomash_web::Role;
@@ -17,7 +16,7 @@ use serde_json::Value;
 use tokio::time::{Duration, Instant};
 
 use crate::api::Api;
-use crate::output;
+use crate::output::{self, Cell};
 use crate::up::Stack;
 
 /// The stream of the notifications.
@@ -169,7 +168,7 @@ fn show_mails(files: &[std::path::PathBuf], total: u64) {
         let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
         table.add_row(vec![Cell::new(name), Cell::new(subject)]);
     }
-    println!("\nThe newest of {total} low-stock mails that the SMTP sink took:\n{table}");
+    output::say(format_args!("\nThe newest of {total} low-stock mails that the SMTP sink took:\n{table}"));
 }
 
 async fn show_low_stock(analytics: &Api) -> anyhow::Result<()> {
@@ -187,7 +186,7 @@ async fn show_low_stock(analytics: &Api) -> anyhow::Result<()> {
             figure("daysOfCover"),
         ]);
     }
-    println!("\nWhat runs out first, by the analytics service:\n{table}");
+    output::say(format_args!("\nWhat runs out first, by the analytics service:\n{table}"));
     Ok(())
 }
 
@@ -198,5 +197,5 @@ fn show_metrics(metrics: &BTreeMap<String, f64>) {
     for (name, value) in metrics.iter().filter(|(name, _)| is_shown(name)) {
         table.add_row(vec![Cell::new(name), Cell::new(value)]);
     }
-    println!("\n{table}");
+    output::say(format_args!("\n{table}"));
 }

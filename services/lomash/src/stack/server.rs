@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail};
+use lomash_platform::waiting::Waiting;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -125,6 +126,7 @@ impl<K: Kind> Server<K> {
         let process = self.process.insert(process);
 
         let started = Instant::now();
+        let mut waiting = Waiting::on(format!("{} to be healthy", K::NAME));
         let mut answer = anyhow!("it was not asked yet");
         while started.elapsed() < K::START_TIMEOUT {
             let probe = tokio::time::timeout(PROBE_TIMEOUT, self.kind.probe(self.port, pid));
@@ -140,6 +142,7 @@ impl<K: Kind> Server<K> {
                     Err(_) => answer = anyhow!("it did not answer within {} s", PROBE_TIMEOUT.as_secs()),
                 },
             }
+            waiting.still(format_args!("{answer:#}"));
             tokio::time::sleep(PROBE_EVERY).await;
         }
         self.kill();
