@@ -40,7 +40,7 @@ demo *ARGS: _programs
 cluster *ARGS: _programs
     exec '{{ lomash }}' cluster {{ ARGS }}
 
-# Import a catalogue: sku,name,category,quantity,threshold
+# Import a catalogue, over HTTP: sku,name,category,quantity,threshold,active; `--dry-run` says what would change
 [group('operate')]
 import CATALOG *ARGS: _programs
     exec '{{ lomash }}' import '{{ join(here, CATALOG) }}' {{ ARGS }}

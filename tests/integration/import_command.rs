@@ -98,8 +98,15 @@ async fn a_file_goes_to_the_service_with_a_token_and_each_row_is_told() -> Resul
         told["rows"].as_array().context("rows")?.iter().filter_map(|row| row["status"].as_str()).collect();
     assert_eq!(statuses, ["revised", "revised", "registered"]);
     assert_eq!((&told["summary"]["revised"], &told["summary"]["complete"]), (&2.into(), &true.into()));
+    assert_eq!(told["rows"][0]["changes"][0]["after"], "Beech");
     let reasons = world.messages().await?;
     assert_eq!(reasons.last().context("an event")?.carried.reason.as_deref(), Some("spring catalogue"));
+    // A person is told what changes, field by field.
+    std::fs::write(&file, "sku,name\nOAK-1,Elm\n")?;
+    let changed = shell.import(&["--dry-run"], &file).await?;
+    ensure!(changed.status.success(), "{changed:?}");
+    let shown = out(&changed);
+    assert!(shown.contains(r#"line 2: OAK-1 changes; name: "Beech" → "Elm""#), "{shown}");
     let again = shell.import(&[], &ndjson).await?;
     ensure!(again.status.success(), "{again:?}");
     assert_eq!((counted(&again, "unchanged")?, counted(&again, "refused")?), (3, 0));

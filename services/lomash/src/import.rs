@@ -94,10 +94,24 @@ struct RowResult {
     line: u64,
     status: String,
     sku: Option<String>,
-    /// What the row changes, by field.
+    /// What the row changes of a known product.
     #[serde(default)]
-    changes: Value,
+    changes: Vec<FieldChange>,
     problem: Option<Problem>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct FieldChange {
+    field: String,
+    before: Value,
+    after: Value,
+}
+
+impl FieldChange {
+    fn told(&self) -> String {
+        let side = |value: &Value| if value.is_null() { "nothing".to_owned() } else { value.to_string() };
+        format!("{}: {} → {}", self.field, side(&self.before), side(&self.after))
+    }
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -184,7 +198,11 @@ impl ImportReport {
             }
             "revised" if self.changes.len() < ROWS_SHOWN => {
                 let sku = row.sku.unwrap_or_default();
-                self.changes.push(RowChange { line: row.line, sku, fields: changed_fields(&row.changes) });
+                self.changes.push(RowChange {
+                    line: row.line,
+                    sku,
+                    fields: row.changes.iter().map(FieldChange::told).collect(),
+                });
             }
             _ => {}
         }
@@ -199,25 +217,6 @@ impl ImportReport {
             self.broken_off = Some(why);
         }
     }
-}
-
-/// The fields that a row changes, `name: "before" → "after"` each.
-fn changed_fields(changes: &Value) -> Vec<String> {
-    let told = |field: &str, change: &Value| {
-        let side = |name: &str| change.get(name).map_or_else(|| "nothing".to_owned(), shown);
-        format!("{field}: {} → {}", side("before"), side("after"))
-    };
-    match changes {
-        Value::Array(changes) => {
-            changes.iter().filter_map(|change| Some(told(change.get("field")?.as_str()?, change))).collect()
-        }
-        Value::Object(changes) => changes.iter().map(|(field, change)| told(field, change)).collect(),
-        _ => Vec::new(),
-    }
-}
-
-fn shown(value: &Value) -> String {
-    if value.is_null() { "nothing".to_owned() } else { value.to_string() }
 }
 
 /// Runs the command; it succeeds when every row went through.
@@ -447,11 +446,9 @@ mod tests {
 
     #[test]
     fn changes_are_told_by_field() {
-        let told = changed_fields(&json!([{ "field": "name", "before": "Oak", "after": null }]));
-        assert_eq!(told, ["name: \"Oak\" → nothing"]);
-        let told = changed_fields(&json!({ "active": { "before": true, "after": false } }));
-        assert_eq!(told, ["active: true → false"]);
-        assert!(changed_fields(&Value::Null).is_empty());
+        let change: FieldChange =
+            serde_json::from_value(json!({ "field": "name", "before": "Oak", "after": null })).expect("a change");
+        assert_eq!(change.told(), "name: \"Oak\" → nothing");
     }
 
     #[test]

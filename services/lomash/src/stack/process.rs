@@ -14,7 +14,7 @@ use std::{
     process::{Child, Command, ExitStatus},
     sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
@@ -32,6 +32,12 @@ use tokio::sync::watch;
 
 /// How long a killed process may take to be gone. Only one that is stuck inside the kernel (a dead disk) takes longer.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a paused process may take to stand still: until each of its threads was run once more by a busy machine.
+const PAUSE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Pause between two looks whether it does.
+const PAUSE_LOOK: Duration = Duration::from_millis(1);
 
 /// What an exit status reads as when the kernel would not tell us.
 const UNKNOWN_EXIT: i32 = 0xff00;
@@ -115,6 +121,12 @@ impl Process {
         exit.is_none() && killpg(self.pid, signal).is_ok()
     }
 
+    /// SIGSTOP to the process and what it forked in its group; returns when all threads of the process stand still. False if
+    /// it has ended already.
+    pub fn pause(&self) -> bool {
+        self.signal_group(Signal::SIGSTOP) && stands_still(self.pid)
+    }
+
     /// Waits until the process has ended.
     pub async fn ended(&self) -> ExitStatus {
         let mut ended = self.shared.ended.subscribe();
@@ -154,6 +166,30 @@ impl Process {
                 anyhow::bail!("{} did not stop within {} s after {signal} and was killed", self.name, timeout.as_secs())
             }
         }
+    }
+}
+
+/// Blocks until every thread of a process that was sent SIGSTOP is stopped; false if the process is gone, or does not stop.
+///
+/// The signal stops nobody by itself: the thread that takes it must be run first, and until then the others go on. Beside a
+/// busy machine's other work that is long enough to answer a request.
+pub(super) fn stands_still(pid: Pid) -> bool {
+    let deadline = Instant::now() + PAUSE_TIMEOUT;
+    loop {
+        let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return false };
+        let mut states = threads.flatten().filter_map(|thread| {
+            let stat = std::fs::read_to_string(thread.path().join("stat")).ok()?;
+            // After the name, which is in brackets and may hold any.
+            stat.rsplit_once(") ")?.1.chars().next()
+        });
+        // A zombie's threads do nothing any more, either.
+        if states.all(|state| matches!(state, 'T' | 't' | 'Z' | 'X')) {
+            return true;
+        }
+        if Instant::now() >= deadline {
+            return false;
+        }
+        thread::sleep(PAUSE_LOOK);
     }
 }
 

@@ -15,7 +15,7 @@ use nix::{
     unistd::Pid,
 };
 
-use super::{FolderLock, Process, log_tail, port::free_port};
+use super::{FolderLock, Process, log_tail, port::free_port, process::stands_still};
 
 /// How long the remains of a killed server (its children, a flush under way) may hold its folder.
 const REMAINS_TIMEOUT: Duration = Duration::from_secs(15);
@@ -245,9 +245,18 @@ impl<K: Kind> Server<K> {
         bail!("{} did not end in order ({status}); {}", K::NAME, log_tail(&self.log()))
     }
 
-    /// SIGSTOP: the server keeps its connections and answers nothing.
+    /// SIGSTOP: the server keeps its connections and answers nothing, from when this returns.
     pub fn pause(&self) -> Result<()> {
-        self.signal_all(Signal::SIGSTOP)
+        let process = self.process.as_ref().with_context(|| format!("{} does not run", K::NAME))?;
+        if !process.pause() {
+            bail!("{} has ended, or does not stand still; {}", K::NAME, log_tail(&self.log()));
+        }
+        // A stopped parent forks no more: the list is complete. A child that has ended meanwhile stands still, too.
+        for stray in K::strays(process.pid()) {
+            let _ = kill(stray, Signal::SIGSTOP);
+            stands_still(stray);
+        }
+        Ok(())
     }
 
     /// SIGCONT: the end of a pause.

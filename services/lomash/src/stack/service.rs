@@ -156,9 +156,12 @@ impl Service {
         Ok(())
     }
 
-    /// SIGSTOP: the service keeps its connections and does nothing.
+    /// SIGSTOP: the service keeps its connections and does nothing, from when this returns.
     pub fn pause(&self) -> Result<()> {
-        self.signal(Signal::SIGSTOP)
+        match &self.process {
+            Some(process) if process.pause() => Ok(()),
+            _ => bail!("{} does not run; {}", self.name, log_tail(&self.log)),
+        }
     }
 
     /// SIGCONT: the end of a pause.
