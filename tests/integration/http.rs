@@ -5,6 +5,7 @@
 //! taken from the service's own OpenAPI document and problem types from the lists in the code, so that a new one cannot
 //! be forgotten here.
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result};
@@ -12,17 +13,20 @@ use async_nats::HeaderMap;
 use futures::StreamExt;
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use lomash::stack::{Service, free_port};
-use lomash_contract::{LedgerEvent, ProductId, UpdatedBy};
-use lomash_ledger::streams;
+use lomash_contract::id::EventRole;
+use lomash_contract::{
+    ContentType, Envelope, EventId, InventoryUpdated, LedgerEvent, ProductId, Timestamp, Trigger, UpdatedBy, codec,
+};
+use lomash_ledger::{Carried, Ledger as _, NewMessage, streams};
 use lomash_tests::http::{Answer, Caller, Request};
-use lomash_tests::{JWT_SECRET, PATIENCE, World, eventually, order, start_until_ready};
+use lomash_tests::{JWT_SECRET, PATIENCE, World, eventually, order, order_as, start_until_ready};
 use lomash_web::Role;
 use lomash_web::config::{DEVELOPMENT_AUDIENCE, DEVELOPMENT_ISSUER};
 use lomash_web::problem::SHARED_TYPES;
 use product_service::http::PROBLEM_TYPES;
-use product_service::inventory::{Action, ProductCommand};
 use reqwest::Method;
 use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
 use crate::dead_letters::write_letter;
@@ -412,7 +416,11 @@ async fn a_write_says_what_changed_and_is_on_record_with_who_and_why() -> Result
 }
 
 /// Types that no request to this service can be answered with, and why.
-const NOT_REACHED: [(&str, &str); 3] = [
+const NOT_REACHED: [(&str, &str); 4] = [
+    (
+        "already-carried-out",
+        "of an id that another command had: over HTTP each is new, or the caller's own under a key",
+    ),
     ("conflict", "this service has a type of its own for each conflict"),
     ("unprocessable", "of a command whose events do not fit into a batch; those of HTTP have four events at most"),
     ("internal", "a fault of ours: whatever reached it would be a bug to mend"),
@@ -445,11 +453,6 @@ async fn every_problem_type_is_reached() -> Result<()> {
     let counts = format!("{stock}/counts");
     admin.post(&counts, &json!({ "quantity": 3, "countedAt": "2026-02-01T00:00:00Z" })).send().await?;
     admin.patch(&stock, &json!({ "quantity": 6 })).header("Idempotency-Key", "used").send().await?;
-    // A command under the id of a key, sent by somebody who does not mark it: only the stream knows that it was done.
-    let by = UpdatedBy::User(admin.subject);
-    let id = Uuid::new_v5(&admin.subject, b"carried-out");
-    let action = Action::SetQuantity { quantity: 9, expected_quantity: None };
-    world.desk().await.send(ProductCommand::new(id, ProductId(product), by, action), None).await?;
     let dry = json!({ "figures": "counts", "dryRun": true });
     let run = admin.post("/v1/reconciliations", &dry).send().await?;
     assert_eq!(run.status, 202, "{run:?}");
@@ -567,10 +570,6 @@ async fn every_problem_type_is_reached() -> Result<()> {
         row("below-zero", admin.post(&format!("{stock}/adjustments"), &json!({ "delta": -100, "reason": "x" }))),
         row("unexpected-quantity", admin.patch(&stock, &json!({ "quantity": 1, "expectedQuantity": 77 }))),
         row("count-superseded", admin.post(&counts, &json!({ "quantity": 1, "countedAt": "2026-01-01T00:00:00Z" }))),
-        row(
-            "already-carried-out",
-            admin.patch(&stock, &json!({ "quantity": 10 })).header("Idempotency-Key", "carried-out"),
-        ),
         row("reconciliation-not-found", admin.get(&format!("/v1/reconciliations/{nobody}"))),
         row(
             "reconciliation-not-found",
@@ -757,23 +756,169 @@ async fn a_key_gives_the_same_answer_for_ever_and_everywhere() -> Result<()> {
     assert_eq!((theirs.status, &theirs.json["changed"]), (200, &json!(true)), "{theirs:?}");
     assert!(theirs.header("idempotent-replayed").is_none());
 
-    // A request that changed nothing, or was refused, left no trace: its key is free, and it is decided anew.
-    let nothing = key(one.patch(&stock, &json!({ "quantity": 41 })), "nothing").send().await?;
-    assert_eq!((nothing.status, &nothing.json["changed"]), (200, &json!(false)), "{nothing:?}");
-    let refused = key(one.post(&format!("{stock}/adjustments"), &json!({ "delta": -42, "reason": "x" })), "refused");
-    assert_eq!(refused.send().await?.problem(), "below-zero");
-    one.patch(&stock, &json!({ "quantity": 50 })).send().await?;
-    for (request, quantity) in [
-        (key(one.post(&format!("{stock}/adjustments"), &json!({ "delta": -42, "reason": "x" })), "refused"), 8),
-        (key(one.patch(&stock, &json!({ "quantity": 41 })), "nothing"), 41),
+    finish(world, [first, second]).await
+}
+
+/// An order after an answer that changed nothing, and what else moves the stock, must not make a repetition act.
+#[tokio::test]
+async fn a_key_holds_also_when_nothing_changed_or_a_rule_refused() -> Result<()> {
+    let world = World::start().await?;
+    // Only what the replicas remember may tell a repetition.
+    forget_duplicates_soon(&world).await?;
+    let weaker = [("LEDGER_ALLOW_WEAKER", "duplicate_window")];
+    let mut first = started(&world, "one", &weaker).await?;
+    let mut second = started(&world, "two", &weaker).await?;
+    let one = Caller::new(&world.url("one"), Role::Admin)?;
+    let two = one.at(&world.url("two"));
+    let product = one.register(40).await?;
+    let (stock, absent) = (inventory(product), inventory(Uuid::new_v4()));
+    let key = |request: Request, key: &str| request.header("Idempotency-Key", key);
+    let requests = |caller: &Caller| {
+        [
+            (200, key(caller.patch(&stock, &json!({ "quantity": 40 })), "nothing")),
+            (409, key(caller.post(&format!("{stock}/adjustments"), &json!({ "delta": -41, "reason": "x" })), "below")),
+            (409, key(caller.patch(&stock, &json!({ "quantity": 9, "expectedQuantity": 41 })), "expected")),
+            (412, key(caller.patch(&stock, &json!({ "quantity": 9 })), "version").header("If-Match", "\"999999\"")),
+            (404, key(caller.patch(&absent, &json!({ "quantity": 9 })), "absent")),
+        ]
+    };
+    let mut answers = Vec::new();
+    for (status, request) in requests(&one) {
+        let answer = request.send().await?;
+        assert_eq!(answer.status, status, "{answer:?}");
+        assert!(answer.header("idempotent-replayed").is_none(), "{answer:?}");
+        answers.push(answer);
+    }
+    let sold = order(&[(ProductId(product), 5)]);
+    world.publish(&sold).await?;
+    world.decided([sold.payload.order_id]).await?;
+    let repeated = async |caller: &Caller, when: &str| -> Result<()> {
+        let before = world.last_sequence().await?;
+        for ((_, request), answer) in requests(caller).into_iter().zip(&answers) {
+            let again = request.send().await?;
+            assert_eq!(again.status, answer.status, "{when}: {again:?}");
+            assert_eq!(again.header("idempotent-replayed"), Some("true"), "{when}: {again:?}");
+            assert_eq!(again.header("lomash-sequence"), answer.header("lomash-sequence"), "{when}");
+            for field in ["changed", "quantity", "sequence", "type", "detail", "version", "expected", "actual"] {
+                assert_eq!(again.json[field], answer.json[field], "{when}: {field} of {again:?}");
+            }
+        }
+        assert_eq!(world.last_sequence().await?, before, "{when}: something was stored");
+        Ok(())
+    };
+    repeated(&one, "at the same replica").await?;
+    assert_eq!(world.stock(ProductId(product)).await?, 35);
+    repeated(&two, "at the other replica").await?;
+    // There is more now than any of them wanted.
+    assert_eq!(two.patch(&stock, &json!({ "quantity": 41 })).send().await?.status, 200);
+    wait_until_forgotten(&world).await?;
+    first.stop().await?;
+    second.kill();
+    for service in [&mut first, &mut second] {
+        start_until_ready(service).await?;
+    }
+    repeated(&one, "after a restart").await?;
+    assert_eq!(world.stock(ProductId(product)).await?, 41);
+
+    for request in [
+        key(one.patch(&stock, &json!({ "quantity": 39 })), "nothing"),
+        key(two.post(&format!("{stock}/adjustments"), &json!({ "delta": -40, "reason": "x" })), "below"),
+        key(one.patch(&stock, &json!({ "quantity": 9, "expectedQuantity": 35 })), "expected"),
+        // Whoever read again and asks for the version of now wants no answer of then: it is another request.
+        key(two.patch(&stock, &json!({ "quantity": 9 })), "version").header("If-Match", "\"1\""),
+        key(one.patch(&stock, &json!({ "quantity": 9 })), "absent"),
     ] {
         let answer = request.send().await?;
-        assert_eq!(
-            (answer.status, &answer.json["quantity"], &answer.json["changed"]),
-            (200, &json!(quantity), &json!(true))
-        );
+        assert_eq!((answer.status, answer.problem()), (422, "idempotency-key-reused"), "{answer:?}");
     }
+    // What was wrong by itself left its key free.
+    let wrong = key(one.patch(&stock, &json!({ "quantity": 1_000_000_001 })), "mended").send().await?;
+    assert_eq!(wrong.status, 400, "{wrong:?}");
+    let mended = key(one.patch(&stock, &json!({ "quantity": 7 })), "mended").send().await?;
+    assert_eq!((mended.status, &mended.json["changed"]), (200, &json!(true)), "{mended:?}");
+    world.verified().await?;
     finish(world, [first, second]).await
+}
+
+/// Whoever publishes orders chooses their ids: also those of commands, and of events that were heard.
+#[tokio::test]
+async fn an_order_under_the_id_of_a_command_is_decided_beside_it() -> Result<()> {
+    let (world, service, admin) = world().await?;
+    let product = admin.register(40).await?;
+    let mut heard = world.client.subscribe("lomash.>").await?;
+    world.client.flush().await?;
+    let request = admin.patch(&inventory(product), &json!({ "quantity": 30 })).header("Idempotency-Key", "seen");
+    let set = request.send().await?;
+    assert_eq!(set.status, 200, "{set:?}");
+    let live = loop {
+        let message = heard.next().await.context("a live event")?;
+        if message.subject.as_str() == "lomash.inventory.updated" {
+            break message;
+        }
+    };
+    let headers = live.headers.context("headers")?;
+    assert!(headers.iter().all(|(name, _)| name.to_string().to_lowercase() != "lomash-command"), "{headers:?}");
+
+    let command = Uuid::new_v5(&admin.subject, b"seen");
+    let event: Uuid = set.json["eventId"].as_str().context("an event id")?.parse()?;
+    let mut ids = BTreeSet::new();
+    for chosen in [command, event] {
+        let order = order_as(Uuid::new_v4().into(), chosen.into(), &[(ProductId(product), 30)]);
+        world.publish(&order).await?;
+        world.decided([order.payload.order_id]).await?;
+        admin.patch(&inventory(product), &json!({ "quantity": 30 })).send().await?;
+    }
+    for message in world.messages().await? {
+        assert!(ids.insert(message.message_id.clone()), "{message:?} has the id of another");
+    }
+    assert!(set.json["changed"] == true && world.stock(ProductId(product)).await? == 30);
+    world.quiet().await?;
+    world.verified().await?;
+    finish(world, [service]).await
+}
+
+/// A key that was used on a ledger whose events told their command in a header holds after the upgrade.
+#[tokio::test]
+async fn a_key_of_an_older_ledger_holds() -> Result<()> {
+    let (world, service, admin) = world().await?;
+    let product = ProductId(admin.register(10).await?);
+    let command = Uuid::new_v5(&admin.subject, b"then");
+    // What the service made of `{"quantity": 4}` then.
+    let mut request = Sha256::new();
+    request.update("setQuantity");
+    request.update(product.0);
+    request.update(r#"{"quantity":4,"expectedQuantity":null,"reason":null}"#);
+    let fingerprint: String = request.finalize()[..8].iter().map(|byte| format!("{byte:02x}")).collect();
+    let updated = InventoryUpdated {
+        product_id: product,
+        sku: format!("T-{}", product.0.simple()).parse()?,
+        previous_quantity: 10,
+        new_quantity: 4,
+        trigger: Trigger::AdminUpdate,
+        order_id: None,
+        updated_by: UpdatedBy::User(admin.subject),
+    };
+    let event_id = EventId::derive_by_order(&command, EventRole::Stock, &product.0);
+    let envelope = Envelope::new(event_id, Timestamp::now(), updated);
+    let message = NewMessage {
+        subject: format!("lomash.inventory.updated.{product}"),
+        event_id,
+        payload: codec::encode(ContentType::Json, &envelope).into(),
+        carried: Some(Arc::new(Carried { command: Some(format!("{command} {fingerprint}")), ..Carried::default() })),
+    };
+    let last = world.last_sequence().await?;
+    world.ledger().append(&[message], last).await?;
+    let set = |quantity: u32| {
+        admin.patch(&inventory(product.0), &json!({ "quantity": quantity })).header("Idempotency-Key", "then").send()
+    };
+    let again = set(4).await?;
+    assert_eq!((again.status, again.header("idempotent-replayed")), (200, Some("true")), "{again:?}");
+    assert_eq!(again.json["eventId"], json!(event_id), "{again:?}");
+    assert_eq!(again.sequence(), last + 1);
+    let other = set(5).await?;
+    assert_eq!((other.status, other.problem()), (422, "idempotency-key-reused"), "{other:?}");
+    world.verified().await?;
+    finish(world, [service]).await
 }
 
 /// Makes the de-duplication window of the ledger as short as the server takes.
@@ -825,7 +970,7 @@ async fn sixty_four_at_once_under_one_key_change_stock_once() -> Result<()> {
         assert_eq!(first.status, 200, "{first:?}");
         let new = answers.iter().filter(|answer| answer.header("idempotent-replayed").is_none()).count();
         assert_eq!(new, 1, "one of them did it, the others heard of it");
-        assert_eq!(world.last_sequence().await?, before + 1, "round {round}");
+        assert_eq!(world.last_sequence().await?, before + 2, "round {round}: the answer and the change");
     }
     assert_eq!(world.stock(ProductId(product)).await?, 1_000 - 5 * 7);
     world.verified().await?;

@@ -178,8 +178,8 @@ async fn writing_alone(world: &World, sell_one: impl AsyncFn() -> Result<()>) ->
     .await
 }
 
-/// A writer that has a command and does not answer may carry it out when the stock admits it: nobody may say until then
-/// that it was refused.
+/// A writer that has a command and does not answer may get to it when the stock admits it. Whoever says until then that it was
+/// refused, or that there was nothing to do, puts that on record, and it holds.
 #[tokio::test]
 async fn a_frozen_writer_makes_no_false_refusal() -> Result<()> {
     let world = World::start().await?;
@@ -200,21 +200,30 @@ async fn a_frozen_writer_makes_no_false_refusal() -> Result<()> {
         let body = json!({ "delta": -10, "reason": "sold" });
         admin.post(&format!("{}/adjustments", inventory(product)), &body).header("Idempotency-Key", "ten").send()
     };
-    let unknown = take_ten().await?;
-    assert_eq!((unknown.status, unknown.problem()), (503, "outcome-unknown"), "{unknown:?}");
-    assert!(unknown.took < CUT_OFF_BOUND, "{unknown:?}");
+    // The refusal is on record, so the writer knows it when it gets to the request after all: it holds.
+    let refused = take_ten().await?;
+    assert_eq!((refused.status, refused.problem()), (409, "below-zero"), "{refused:?}");
+    assert!(refused.took < CUT_OFF_BOUND, "{refused:?}");
     // What the other stores by itself is true whatever the writer does.
     let set = admin.patch(&inventory(product), &json!({ "quantity": 100 })).send().await?;
     assert_eq!((set.status, &set.json["quantity"]), (200, &json!(100)), "{set:?}");
+    // Nor does a write without a key that changed nothing change something later.
+    let nothing = admin.patch(&inventory(product), &json!({ "quantity": 100 })).send().await?;
+    assert_eq!((nothing.status, &nothing.json["changed"]), (200, &json!(false)), "{nothing:?}");
+    let less = admin.patch(&inventory(product), &json!({ "quantity": 90 })).send().await?;
+    assert_eq!(less.status, 200, "{less:?}");
     frozen.resume()?;
     let told = eventually("the outcome under the key", PATIENCE, async || {
         let answer = take_ten().await?;
         Ok((!admits(&answer)).then_some(answer))
     })
     .await?;
-    assert_eq!((told.status, &told.json["quantity"]), (200, &json!(90)), "{told:?}");
+    assert_eq!((told.status, told.problem()), (409, "below-zero"), "{told:?}");
+    assert_eq!(told.header("idempotent-replayed"), Some("true"), "{told:?}");
+    // The writer has answered what it was asked before it was frozen.
+    sell_one().await?;
     world.verified().await?;
-    assert_eq!(world.stock(ProductId(product)).await?, 90, "once, by whomever");
+    assert_eq!(world.stock(ProductId(product)).await?, 90, "what was told holds");
     finish(world, [frozen, other]).await
 }
 

@@ -475,6 +475,7 @@ async fn nobody_hears_what_is_not_for_it() -> Result<()> {
         (">", vec![]),
         ("lomash.inventory.updated.*", vec![]),
         ("lomash.inventory.*.*", vec![]),
+        ("lomash.inventory.command-answered", vec![]),
         ("lomash.orders.created", vec![]),
         ("$JS.API.>", vec![]),
         ("$JS.ACK.>", vec![]),

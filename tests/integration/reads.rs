@@ -17,9 +17,9 @@ use lomash::rebuild::{self, Options};
 use lomash::stack::{Postgres, scratch};
 use lomash::verify::Show;
 use lomash_contract::{
-    ChangedField, ContentType, CountedBy, Envelope, EventId, FailedItem, FailureReason, InventoryCounted,
-    InventoryUpdateFailed, InventoryUpdated, LedgerEvent, OrderId, Payload, ProductDetails, ProductId,
-    ProductRegistered, ProductRevised, ProductUpdated, Sku, Timestamp, Trigger, UpdatedBy, codec,
+    ChangedField, CommandAnswered, ContentType, CountedBy, Envelope, EventId, FailedItem, FailureReason, Fingerprint,
+    InventoryCounted, InventoryUpdateFailed, InventoryUpdated, LedgerEvent, OrderId, Payload, ProductDetails,
+    ProductId, ProductRegistered, ProductRevised, ProductUpdated, Sku, Timestamp, Trigger, UpdatedBy, codec,
 };
 use lomash_ledger::{AppendError, BatchPosition, Carried, Ledger, Messages, NewMessage, ReadError, StoredMessage};
 use lomash_platform::Secret;
@@ -123,6 +123,7 @@ impl Books {
                 LedgerEvent::ProductRegistered(payload) => bytes(payload, id, at),
                 LedgerEvent::ProductRevised(payload) => bytes(payload, id, at),
                 LedgerEvent::ProductUpdated(payload) => bytes(payload, id, at),
+                LedgerEvent::CommandAnswered(payload) => bytes(payload, id, at),
             };
             messages.push(StoredMessage {
                 sequence: before + 1 + index as u64,
@@ -229,7 +230,17 @@ impl Books {
                     (Trigger::AdminUpdate, UpdatedBy::User(dice.uuid()), Some("found behind a shelf"))
                 };
                 let event = self.change(id, stock + 1 + dice.below(50), trigger, None, by);
-                self.store(dice, vec![event], reason);
+                // What was asked for under a key has its answer before it, which no read shows.
+                let answered = LedgerEvent::CommandAnswered(CommandAnswered {
+                    command_id: dice.uuid(),
+                    fingerprint: Fingerprint(7),
+                    product_id: ProductId(event.key()),
+                    requested_by: UpdatedBy::System,
+                    events: 1,
+                    refusal: None,
+                });
+                let events = if reason.is_some() { vec![answered, event] } else { vec![event] };
+                self.store(dice, events, reason);
             }
             5 => {
                 let order_id = OrderId(dice.uuid());
@@ -388,7 +399,7 @@ impl Oracle {
                 counted_by: counted.counted_by,
                 stored_at,
             }),
-            LedgerEvent::ProductUpdated(_) => {}
+            LedgerEvent::ProductUpdated(_) | LedgerEvent::CommandAnswered(_) => {}
         }
     }
 

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use futures::TryStreamExt;
 use lomash_contract::{
     EventId, FailureReason, InventoryUpdateFailed, InventoryUpdated, LedgerEvent, OrderId, ProductDetails, ProductId,
-    ProductRegistered, Trigger, UpdatedBy,
+    ProductRegistered, Timestamp, Trigger, UpdatedBy,
 };
 use lomash_ledger::{Ledger, NewMessage, streams};
 use lomash_tests::{Fate, PATIENCE, World, eventually, order, start_until_ready};
@@ -396,7 +396,7 @@ async fn a_large_state_is_small_quickly_copied_and_quickly_read() -> Result<()> 
         }))
     };
     for n in 0..PRODUCTS {
-        state.evolve(state.sequence() + 1, &registered(n), None);
+        state.evolve(state.sequence() + 1, Timestamp::now(), &registered(n), None);
     }
     println!("{PRODUCTS} products: {} MB", resident_mb() - before);
     let mut slowest = Duration::ZERO;
@@ -409,7 +409,7 @@ async fn a_large_state_is_small_quickly_copied_and_quickly_read() -> Result<()> 
         };
         let event = LedgerEvent::InventoryUpdateFailed(refused);
         let one = Instant::now();
-        state.evolve(state.sequence() + 1, &event, None);
+        state.evolve(state.sequence() + 1, Timestamp::now(), &event, None);
         slowest = slowest.max(one.elapsed());
     }
     println!(
@@ -438,7 +438,7 @@ async fn a_large_state_is_small_quickly_copied_and_quickly_read() -> Result<()> 
             };
             let event = LedgerEvent::InventoryUpdated(updated);
             let one = Instant::now();
-            state.evolve(state.sequence() + 1, &event, None);
+            state.evolve(state.sequence() + 1, Timestamp::now(), &event, None);
             slowest = slowest.max(one.elapsed());
             tokio::task::yield_now().await;
         }

@@ -356,6 +356,10 @@ impl StockMetrics {
                 return Folded::Skipped(foreign);
             }
         };
+        // For the product service alone: nothing happened.
+        if matches!(event, LedgerEvent::CommandAnswered(_)) {
+            return Folded::Taken;
+        }
         self.today().events += 1;
         match event {
             LedgerEvent::ProductRegistered(ProductRegistered(details)) => self.register(details),
@@ -365,7 +369,7 @@ impl StockMetrics {
             }),
             LedgerEvent::InventoryUpdated(updated) => self.update(&updated),
             LedgerEvent::InventoryUpdateFailed(failed) => self.refuse(&failed),
-            LedgerEvent::InventoryCounted(_) | LedgerEvent::ProductUpdated(_) => {}
+            LedgerEvent::InventoryCounted(_) | LedgerEvent::ProductUpdated(_) | LedgerEvent::CommandAnswered(_) => {}
         }
         Folded::Taken
     }

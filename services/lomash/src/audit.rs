@@ -11,7 +11,7 @@
 //!
 //! # Memory
 //! Event ids cost 17 bytes each at the table's best load and 35 at its worst, orders 41 to 82 bytes and 8 more a line,
-//! products some 300. Ten million one-line orders with as many events: 0.8 to 1.3 GB. Nothing grows with the size of
+//! products some 300, commands under a key 33 to 66. Ten million one-line orders with as many events: 0.8 to 1.3 GB. Nothing grows with the size of
 //! the payloads.
 
 use std::borrow::Cow;
@@ -19,11 +19,12 @@ use std::collections::VecDeque;
 use std::fmt;
 
 use hashbrown::{HashMap, HashSet};
-use lomash_contract::limits::OUT_OF_STOCK_THRESHOLD;
+use lomash_contract::id::EventRole;
+use lomash_contract::limits::{KEYS_KEPT, OUT_OF_STOCK_THRESHOLD};
 use lomash_contract::{
-    ChangedField, CountedBy, FailedItem, FailureReason, Foreign, InventoryCounted, InventoryUpdateFailed,
-    InventoryUpdated, LedgerEvent, OrderCreated, OrderId, ProductDetails, ProductId, ProductRegistered, ProductRevised,
-    ProductUpdated, Sku, Timestamp, Trigger, UpdatedBy,
+    Cause, ChangedField, CommandAnswered, CountedBy, EventId, FailedItem, FailureReason, Foreign, InventoryCounted,
+    InventoryUpdateFailed, InventoryUpdated, LedgerEvent, OrderCreated, OrderId, ProductDetails, ProductId,
+    ProductRegistered, ProductRevised, ProductUpdated, Sku, Timestamp, Trigger, UpdatedBy,
 };
 use lomash_ledger::StoredMessage;
 use serde::Serialize;
@@ -192,6 +193,8 @@ pub struct Totals {
     pub refused_product_inactive: u64,
     /// Published orders that nobody decided yet.
     pub orders_undecided: u64,
+    /// Commands under a key that were answered.
+    pub commands_answered: u64,
     /// Messages that are not ours.
     pub foreign: u64,
     /// Units of all first stocks.
@@ -700,6 +703,14 @@ struct OpenBatch {
     last: u64,
 }
 
+/// The events that a command under a key still owes in the batch that is being read.
+#[derive(Debug)]
+struct Owing {
+    answered: CommandAnswered,
+    sequence: u64,
+    left: u32,
+}
+
 /// What an order took in the batch that is being read.
 #[derive(Debug)]
 struct Allocation {
@@ -727,6 +738,9 @@ pub struct Audit {
     sequence: u64,
     /// Each with the sequence that it was first seen at.
     event_ids: HashMap<Uuid, u64>,
+    /// Commands under a key, and when each was answered last, in seconds since 1970.
+    commands: HashMap<Uuid, i64>,
+    owing: Option<Owing>,
     batch: Option<OpenBatch>,
     allocations: Vec<Allocation>,
     allocation_of: HashMap<OrderId, usize>,
@@ -764,6 +778,8 @@ impl Audit {
             acknowledged: 0,
             sequence: 0,
             event_ids: HashMap::new(),
+            commands: HashMap::new(),
+            owing: None,
             batch: None,
             allocations: Vec::new(),
             allocation_of: HashMap::new(),
@@ -978,6 +994,7 @@ impl Audit {
     }
 
     fn close_batch(&mut self) {
+        self.judge_owing(None);
         self.allocation_of.clear();
         for allocation in std::mem::take(&mut self.allocations) {
             self.judge_allocation(allocation);
@@ -1017,6 +1034,7 @@ impl Audit {
             self.present.violate(INVENTORY, sequence, problem);
         }
         let event = &envelope.payload;
+        self.judge_owing(Some(event));
         let of_product = !matches!(event, LedgerEvent::InventoryUpdateFailed(_));
         let place = of_product.then(|| self.places.get(&ProductId(event.key())).copied()).flatten();
         let stock = place.and_then(|place| self.registered(place)).map(|product| product.quantity);
@@ -1052,6 +1070,9 @@ impl Audit {
                 projected.count = Some(count_row(message, envelope.event_id.0, counted));
             }
             LedgerEvent::ProductUpdated(updated) => self.changed_fields(sequence, place, updated),
+            LedgerEvent::CommandAnswered(answered) => {
+                self.answered(sequence, envelope.event_id, envelope.timestamp, answered);
+            }
             LedgerEvent::InventoryUpdateFailed(failed) => {
                 projected.decision = self.refusal(message, failed);
             }
@@ -1062,6 +1083,55 @@ impl Audit {
             }
         }
         Ok(projected)
+    }
+
+    // ── 1: answers under a key ──
+
+    fn answered(&mut self, sequence: u64, event_id: EventId, at: Timestamp, answered: &CommandAnswered) {
+        let CommandAnswered { command_id, product_id, events, refusal, .. } = answered;
+        self.totals.commands_answered += 1;
+        let at = at.get().unix_timestamp();
+        let kept = i64::try_from(KEYS_KEPT.as_secs()).unwrap_or(i64::MAX);
+        if let Some(earlier) = self.commands.insert(*command_id, at)
+            && at - earlier < kept
+        {
+            let problem = || format!("command {command_id} was answered before, {} s ago", at - earlier);
+            self.present.violate(INVENTORY, sequence, problem);
+        }
+        let cause = Cause::KeyedCommand { command_id: *command_id, sequence: sequence - 1 };
+        if event_id != EventId::derive(&cause, EventRole::Answer, &product_id.0) {
+            let problem =
+                || format!("the id of command {command_id}'s answer is not the one that it has at this sequence");
+            self.present.violate(INVENTORY, sequence, problem);
+        }
+        if *events > 0 && refusal.is_some() {
+            let problem = || format!("command {command_id} was refused and brought about {events} events");
+            self.present.violate(INVENTORY, sequence, problem);
+        }
+        self.owing = (*events > 0).then(|| Owing { answered: answered.clone(), sequence, left: *events });
+    }
+
+    /// Looks whether the next event of the batch, or its end, is what the command before it owes.
+    fn judge_owing(&mut self, next: Option<&LedgerEvent>) {
+        let Some(owing) = &mut self.owing else { return };
+        let is_its = |event: &LedgerEvent| {
+            let is_of_command =
+                !matches!(event, LedgerEvent::CommandAnswered(_) | LedgerEvent::InventoryUpdateFailed(_));
+            is_of_command && event.key() == owing.answered.product_id.0
+        };
+        if next.is_some_and(is_its) {
+            owing.left -= 1;
+            if owing.left == 0 {
+                self.owing = None;
+            }
+            return;
+        }
+        let Owing { answered, sequence, left } = self.owing.take().expect("there is one");
+        let problem = || {
+            let CommandAnswered { command_id, events, .. } = &answered;
+            format!("command {command_id} brought about {events} events, and the last {left} of them do not follow")
+        };
+        self.present.violate(INVENTORY, sequence, problem);
     }
 
     /// The product of an event that `chains` let pass.
@@ -1431,7 +1501,11 @@ impl Audit {
             present.conclude(
                 1,
                 "every acknowledged write is present, unchanged, once",
-                &[("event ids", self.event_ids.len() as u64), ("acknowledged orders", self.acknowledged)],
+                &[
+                    ("event ids", self.event_ids.len() as u64),
+                    ("acknowledged orders", self.acknowledged),
+                    ("answers under a key", totals.commands_answered),
+                ],
             ),
             self.whole.conclude(
                 2,

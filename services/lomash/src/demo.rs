@@ -460,7 +460,7 @@ async fn read_ledger(context: &Context) -> anyhow::Result<Told> {
                 }
                 told.history.entry(ProductId(event.key())).or_default().push((message, event));
             }
-            LedgerEvent::InventoryCounted(_) => {}
+            LedgerEvent::InventoryCounted(_) | LedgerEvent::CommandAnswered(_) => {}
         }
     }
     Ok(told)

@@ -13,11 +13,13 @@ use lomash::audit::{
     TableReport, canonical_items, micros,
 };
 use lomash::dice::Dice;
+use lomash_contract::id::EventRole;
+use lomash_contract::limits::KEYS_KEPT;
 use lomash_contract::{
-    ChangedField, ContentType, CountedBy, Envelope, EventId, FailedItem, FailureReason, InventoryCounted,
-    InventoryUpdateFailed, InventoryUpdated, LedgerEvent, LineQuantity, OrderCreated, OrderId, OrderItem, OrderItems,
-    Payload, ProductDetails, ProductId, ProductRegistered, ProductRevised, ProductUpdated, Sku, Timestamp, Trigger,
-    UpdatedBy, codec,
+    Cause, ChangedField, CommandAnswered, ContentType, CountedBy, Envelope, EventId, FailedItem, FailureReason,
+    Fingerprint, InventoryCounted, InventoryUpdateFailed, InventoryUpdated, LedgerEvent, LineQuantity, OrderCreated,
+    OrderId, OrderItem, OrderItems, Payload, ProductDetails, ProductId, ProductRegistered, ProductRevised,
+    ProductUpdated, Sku, Timestamp, Trigger, UpdatedBy, codec,
 };
 use lomash_ledger::{BatchPosition, Carried, StoredMessage};
 use serde_json::{Value, json};
@@ -59,6 +61,7 @@ fn encoded(event: &LedgerEvent, id: EventId, at: OffsetDateTime) -> Bytes {
         LedgerEvent::ProductRegistered(payload) => bytes(payload, id, at),
         LedgerEvent::ProductRevised(payload) => bytes(payload, id, at),
         LedgerEvent::ProductUpdated(payload) => bytes(payload, id, at),
+        LedgerEvent::CommandAnswered(payload) => bytes(payload, id, at),
     }
 }
 
@@ -109,7 +112,13 @@ impl History {
         self.batches += 1;
         for (index, event) in std::mem::take(&mut self.pending).into_iter().enumerate() {
             let sequence = before + 1 + index as u64;
-            let event_id = EventId(Uuid::from_u128(0x9000_0000 + u128::from(sequence)));
+            let event_id = match &event {
+                LedgerEvent::CommandAnswered(CommandAnswered { command_id, product_id, .. }) => {
+                    let cause = Cause::KeyedCommand { command_id: *command_id, sequence: before + index as u64 };
+                    EventId::derive(&cause, EventRole::Answer, &product_id.0)
+                }
+                _ => EventId(Uuid::from_u128(0x9000_0000 + u128::from(sequence))),
+            };
             self.messages.push(StoredMessage {
                 sequence,
                 stored_at: instant(sequence),
@@ -173,6 +182,18 @@ impl History {
             updated_at: Timestamp::new(instant(0)),
         }));
         self.done();
+    }
+
+    /// A command under a key, answered before the events that it brings about.
+    fn answer(&mut self, command: u128, id: ProductId, events: u32) {
+        self.pending.push(LedgerEvent::CommandAnswered(CommandAnswered {
+            command_id: Uuid::from_u128(command),
+            fingerprint: Fingerprint(7),
+            product_id: id,
+            requested_by: UpdatedBy::System,
+            events,
+            refusal: None,
+        }));
     }
 
     fn count(&mut self, id: ProductId) {
@@ -419,6 +440,20 @@ fn decided_orders_that_left_the_orders_stream_are_noted() {
     assert!(report.invariant(4).unwrap().notes[0].contains("not in ORDERS any more"));
 }
 
+#[test]
+fn a_key_may_be_used_again_when_it_is_forgotten() {
+    let mut history = history();
+    history.answer(1, product(2), 0);
+    history.commit(); // 23
+    history.answer(1, product(2), 0);
+    history.commit(); // 24
+    let later = Timestamp::new(instant(23) + KEYS_KEPT);
+    history.edit(24, "/timestamp", json!(later));
+    let report = history.report();
+    assert!(report.is_clean(), "{}", show(&report));
+    assert_eq!(report.totals.commands_answered, 2);
+}
+
 fn random_history(seed: u64) -> History {
     let mut random = Dice(seed);
     let mut history = History { floor: Some(0), ..History::default() };
@@ -433,6 +468,20 @@ fn random_history(seed: u64) -> History {
             (1, Some(_)) => history.set(id, random.below(12) as u32, Trigger::ScheduledSync),
             (2, Some((_, active))) => history.revise(id, !active),
             (3, Some(_)) => history.count(id),
+            (6, Some((quantity, _))) => {
+                // Answered under a key of its own, and to the same quantity nothing follows.
+                let new = 1 + random.below(12) as u32;
+                let crosses = (quantity == 0) != (new == 0);
+                history.answer(
+                    history.messages.len() as u128 + history.pending.len() as u128,
+                    id,
+                    match quantity == new {
+                        true => 0,
+                        false => 1 + u32::from(crosses),
+                    },
+                );
+                history.set(id, new, Trigger::AdminUpdate);
+            }
             (4, _) => history.malformed(),
             (5, _) if !placed.is_empty() => {
                 let (id, lines) = placed[random.below(placed.len() as u64) as usize].clone();
@@ -536,6 +585,26 @@ fn each_corruption_is_named_with_its_sequence() {
                 history.letters.push((2, None));
             })
         },
+        case("a command is answered twice", 1, 25, "answered before, 0 s ago", |history| {
+            history.answer(1, product(2), 1);
+            history.set(product(2), 7, Trigger::AdminUpdate); // 23, 24
+            history.answer(1, product(2), 0);
+            history.commit(); // 25
+        }),
+        case("an event of a command is missing", 1, 23, "the last 1 of them do not follow", |history| {
+            history.answer(1, product(2), 2);
+            history.set(product(2), 7, Trigger::AdminUpdate);
+        }),
+        case("another product's event follows", 1, 23, "the last 1 of them do not follow", |history| {
+            history.answer(1, product(1), 1);
+            history.set(product(2), 7, Trigger::AdminUpdate);
+        }),
+        case("an answer in another's name", 1, 23, "is not the one that it has at this sequence", |history| {
+            history.answer(1, product(2), 0);
+            history.commit();
+            history.edit(23, "/eventId", json!(Uuid::from_u128(5)));
+            history.message(23).message_id = Some(Uuid::from_u128(5).to_string());
+        }),
         // 2
         case("a message of a batch is missing", 2, 12, "number 2 was due", |history| {
             history.message(12).batch.as_mut().unwrap().sequence = 3;

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use lomash_contract::id::EventRole;
-use lomash_contract::{Envelope, EventId, InventoryUpdated, LedgerEvent, ProductDetails, ProductId, chains};
+use lomash_contract::{Cause, Envelope, EventId, InventoryUpdated, LedgerEvent, ProductDetails, ProductId, chains};
 use lomash_platform::trace::TraceContext;
 use time::OffsetDateTime;
 
@@ -245,7 +245,7 @@ impl Books {
             occurred_at: event.timestamp.get(),
             stored_at: arrival.stored_at,
             trace: arrival.trace.clone(),
-            event_id: EventId::derive(&event.event_id.0, EventRole::Alert, &change.product_id.0),
+            event_id: EventId::derive(&Cause::Event(event.event_id), EventRole::Alert, &change.product_id.0),
             mail,
         });
     }

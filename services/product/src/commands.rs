@@ -224,19 +224,23 @@ impl Writer {
     ///
     /// # Errors
     /// [`CommandError`].
-    pub async fn submit(&self, command: ProductCommand, carried: Option<Arc<Carried>>) -> Answer {
+    pub async fn submit(&self, mut command: ProductCommand, carried: Option<Arc<Carried>>) -> Answer {
         let carried = observed::caused_here(carried);
         let asked =
             if self.writing.is_on() { Asked::Nobody } else { self.ask_the_writer(&command, carried.as_deref()).await };
         if let Asked::Answered(answer) = asked {
             return answer;
         }
+        // What it comes to is put on record here, also when it changes nothing: so the writer knows it when it gets to the
+        // command after all. What is not on record it would decide by the state of then.
+        command.is_second_try = matches!(asked, Asked::Silent);
+        let is_on_record = command.is_on_record();
         let answer = self.committer.submit(Command::Product(command), carried).await;
-        // What is stored here is known to the writer when it gets to the command after all. What is not stored here it
-        // would decide by the state of then.
         match (asked, answer) {
-            (Asked::Silent, Ok(Committed { outcome: Outcome::Unchanged, .. })) => Err(CommandError::Undecided),
-            (Asked::Silent, Err(CommandError::Rejected(rejection))) if !rejection.holds_for_ever() => {
+            (Asked::Silent, Ok(Committed { outcome: Outcome::Unchanged, .. })) if !is_on_record => {
+                Err(CommandError::Undecided)
+            }
+            (Asked::Silent, Err(CommandError::Rejected(rejection))) if !rejection.is_final(is_on_record) => {
                 Err(CommandError::Undecided)
             }
             (_, answer) => answer,

@@ -80,8 +80,8 @@ pub struct Committed {
     pub outcome: Outcome,
     /// The sequence of the stream that shows it: of the command's last event, or of the state it was settled on.
     pub sequence: u64,
-    /// What a product command stored. Empty for orders, and for what was found in the stream after its answer was lost:
-    /// `sequence` is then that of its first event, from where it can be read back.
+    /// What a product command stored, but for the record of its answer. Empty for orders, and for what was found in the stream
+    /// after its answer was lost: `sequence` is then that of its first event, from where it can be read back.
     pub events: Vec<Envelope<LedgerEvent>>,
 }
 
@@ -132,14 +132,18 @@ pub enum CommandError {
 /// The answer to a command.
 pub type Answer = Result<Committed, CommandError>;
 
+/// What a command came to: an outcome, or a refusal that is on record.
+type Settled = Result<Outcome, Rejection>;
+
 #[derive(Debug)]
 struct Submission {
     command: Command,
     carried: Option<Arc<Carried>>,
     reply: oneshot::Sender<Answer>,
     /// The first event id of each try whose outcome is unknown, by which a later look at the stream shows that it was
-    /// stored. Ids are deterministic, so there is one for each way in which the command could be decided.
-    tried: Vec<(EventId, Outcome)>,
+    /// stored. Ids are deterministic, so there is one for each way in which the command could be decided, and of a command
+    /// under a key one for each sequence that it was decided on.
+    tried: Vec<(EventId, Settled)>,
     /// Of deciding it, when it is traced.
     span: Span,
     /// What it was refused for alone.
@@ -159,26 +163,26 @@ struct Refused {
 }
 
 impl Submission {
-    fn note_try(&mut self, first_event: EventId, outcome: &Outcome) {
+    fn note_try(&mut self, first_event: EventId, settled: &Settled) {
         self.tried.retain(|(event, _)| *event != first_event);
-        self.tried.push((first_event, outcome.clone()));
+        self.tried.push((first_event, settled.clone()));
     }
 
     /// What the command came to, now that an event of one of its tries was found in the stream. The event says more than
     /// the try: an earlier try may be the one that was stored, and it had seen another stock.
-    fn outcome_of(&self, envelope: &Envelope<LedgerEvent>) -> Outcome {
-        let tried = self.tried.iter().find(|(event, _)| *event == envelope.event_id).map(|(_, outcome)| outcome);
+    fn outcome_of(&self, envelope: &Envelope<LedgerEvent>) -> Settled {
+        let tried = self.tried.iter().find(|(event, _)| *event == envelope.event_id).map(|(_, settled)| settled);
         match (&envelope.payload, tried) {
-            (LedgerEvent::InventoryUpdateFailed(failed), _) => Outcome::Refused { reason: failed.reason },
-            (LedgerEvent::InventoryUpdated(updated), Some(Outcome::StockChanged { shortfall, .. })) => {
-                Outcome::StockChanged {
+            (LedgerEvent::InventoryUpdateFailed(failed), _) => Ok(Outcome::Refused { reason: failed.reason }),
+            (LedgerEvent::InventoryUpdated(updated), Some(Ok(Outcome::StockChanged { shortfall, .. }))) => {
+                Ok(Outcome::StockChanged {
                     previous_quantity: updated.previous_quantity,
                     new_quantity: updated.new_quantity,
                     shortfall: *shortfall,
-                }
+                })
             }
-            (_, Some(outcome)) => outcome.clone(),
-            (_, None) => Outcome::Unchanged,
+            (_, Some(settled)) => settled.clone(),
+            (_, None) => Ok(Outcome::Unchanged),
         }
     }
 
@@ -265,7 +269,7 @@ pub async fn catch_up<L: Ledger>(
         match admitted {
             Ok(envelope) => {
                 let mark = message.carried.command.as_deref().and_then(CommandMark::parse);
-                state.evolve(message.sequence, &envelope.payload, mark);
+                state.evolve(message.sequence, envelope.timestamp, &envelope.payload, mark);
                 observe(&message, Some(&envelope));
             }
             Err(foreign) => {
@@ -366,21 +370,25 @@ impl Batch {
                 Verdict::Reject(CommandError::TooLarge { messages: facts.len(), limit: max_messages })
             }
             Decision::Store(facts, _) if self.facts.len() + facts.len() > max_messages => return false,
-            Decision::Store(facts, outcome) => {
-                draft.apply(&facts);
-                let first_event = facts.first().map(|fact| fact.event_id).expect("a decision stores something");
-                for fact in &facts {
-                    let payload = self.encoder.encode(&envelope(fact, self.decided_at));
-                    let message = message(fact, payload, submission.carried.clone());
-                    self.bytes += message.bytes();
-                    self.messages.push(message);
-                }
-                self.facts.extend(facts);
-                Verdict::Store { outcome, first_event, last_message: self.facts.len() }
-            }
+            Decision::Refuse(..) if self.facts.len() == max_messages => return false,
+            Decision::Store(facts, outcome) => self.store(draft, submission, facts, Ok(outcome)),
+            Decision::Refuse(fact, rejection) => self.store(draft, submission, vec![*fact], Err(rejection)),
         };
         self.verdicts.push(verdict);
         true
+    }
+
+    fn store(&mut self, draft: &mut Draft<'_>, submission: &Submission, facts: Vec<Fact>, settled: Settled) -> Verdict {
+        draft.apply(&facts, self.decided_at);
+        let first_event = facts.first().map(|fact| fact.event_id).expect("a decision stores something");
+        for fact in &facts {
+            let payload = self.encoder.encode(&envelope(fact, self.decided_at));
+            let message = message(fact, payload, submission.carried.clone());
+            self.bytes += message.bytes();
+            self.messages.push(message);
+        }
+        self.facts.extend(facts);
+        Verdict::Store { settled, first_event, last_message: self.facts.len() }
     }
 }
 
@@ -443,7 +451,7 @@ impl<'a> Ahead<'a> {
         let facts = &self.in_flight.facts[self.applied..];
         if !facts.is_empty() {
             let facts = &facts[..facts.len().min(AHEAD_AT_ONCE)];
-            self.draft.apply(facts);
+            self.draft.apply(facts, self.in_flight.decided_at);
             self.applied += facts.len();
             return;
         }
@@ -464,7 +472,7 @@ impl<'a> Ahead<'a> {
 }
 
 enum Verdict {
-    Store { outcome: Outcome, first_event: EventId, last_message: usize },
+    Store { settled: Settled, first_event: EventId, last_message: usize },
     Settled(Outcome),
     Reject(CommandError),
 }
@@ -573,7 +581,7 @@ impl<L: Ledger> Running<L> {
                 crash_point!("commit-after-ack");
                 debug!(messages = batch.facts.len(), commands = batch.verdicts.len(), last, "committed");
                 for (offset, fact) in batch.facts.iter().enumerate() {
-                    self.state.evolve(expected + 1 + offset as u64, &fact.event, fact.mark);
+                    self.state.evolve(expected + 1 + offset as u64, batch.decided_at, &fact.event, None);
                 }
                 self.known.send_replace(last);
                 self.isolation.settled(batch.verdicts.len());
@@ -589,8 +597,8 @@ impl<L: Ledger> Running<L> {
                 info!(%problem, expected, messages = batch.facts.len(), "not committed; catching up");
                 if matches!(problem, AppendError::Unknown(_) | AppendError::Incomplete(_)) {
                     for (submission, verdict) in waiting.iter_mut().zip(&batch.verdicts) {
-                        if let Verdict::Store { outcome, first_event, .. } = verdict {
-                            submission.note_try(*first_event, outcome);
+                        if let Verdict::Store { settled, first_event, .. } = verdict {
+                            submission.note_try(*first_event, settled);
                         }
                     }
                 }
@@ -810,19 +818,25 @@ impl<L: Ledger> Running<L> {
 
     /// Answers the commands of a batch that is stored from `expected + 1` on, or needed no storing.
     fn settle(&self, batch: Batch, waiting: &mut VecDeque<Submission>, expected: u64) {
-        let mut settled = 0;
+        let mut taken = 0;
         for verdict in batch.verdicts {
             let submission = waiting.pop_front().expect("there is a submission for each verdict");
             let answer = match verdict {
-                Verdict::Store { outcome, last_message, .. } => {
-                    let facts = &batch.facts[std::mem::replace(&mut settled, last_message)..last_message];
+                Verdict::Store { settled, last_message, .. } => {
+                    let facts = &batch.facts[std::mem::replace(&mut taken, last_message)..last_message];
+                    let told = |fact: &&Fact| !matches!(fact.event, LedgerEvent::CommandAnswered(_));
                     let events = match submission.command {
                         Command::Order(_) => Vec::new(),
-                        Command::Product(_) => {
-                            facts.iter().map(|fact| envelope(fact, batch.decided_at).map(Clone::clone)).collect()
-                        }
+                        Command::Product(_) => facts
+                            .iter()
+                            .filter(told)
+                            .map(|fact| envelope(fact, batch.decided_at).map(Clone::clone))
+                            .collect(),
                     };
-                    Ok(Committed { outcome, sequence: expected + last_message as u64, events })
+                    settled.map_err(Into::into).map(|outcome| {
+                        let sequence = expected + last_message as u64;
+                        Committed { outcome, sequence, events }
+                    })
                 }
                 Verdict::Settled(outcome) => {
                     Ok(Committed { outcome, sequence: self.state.sequence(), events: Vec::new() })
@@ -872,8 +886,8 @@ impl<L: Ledger> Running<L> {
                 match found.remove(&position) {
                     None => waiting.push_back(submission),
                     Some((envelope, sequence)) => {
-                        let outcome = submission.outcome_of(&envelope);
-                        submission.answer(Ok(Committed { outcome, sequence, events: Vec::new() }));
+                        let answer = submission.outcome_of(&envelope).map_err(CommandError::from);
+                        submission.answer(answer.map(|outcome| Committed { outcome, sequence, events: Vec::new() }));
                     }
                 }
             }
@@ -920,13 +934,6 @@ fn envelope(fact: &Fact, now: Timestamp) -> Envelope<&LedgerEvent> {
 }
 
 fn message(fact: &Fact, payload: Bytes, carried: Option<Arc<Carried>>) -> NewMessage {
-    let carried = match fact.mark {
-        None => carried,
-        Some(mark) => {
-            let beside = carried.as_deref().cloned().unwrap_or_default();
-            Some(Arc::new(Carried { command: Some(mark.to_string()), ..beside }))
-        }
-    };
     NewMessage { subject: fact.event.subject().to_string(), event_id: fact.event_id, payload, carried }
 }
 

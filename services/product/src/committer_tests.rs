@@ -145,7 +145,7 @@ async fn foreign_messages_are_skipped_and_do_not_stop_the_writer() {
         order_id: None,
         updated_by: UpdatedBy::System,
     });
-    let forged = Fact { event_id: Uuid::new_v4().into(), event, mark: None };
+    let forged = Fact { event_id: Uuid::new_v4().into(), event };
     let last = ledger.last_sequence().await.expect("readable");
     ledger.append(&[stored_as(&forged)], last).await.expect("a foreign message gets in");
     committer.submit(order(1, 1, 5), None).await.expect("the order is decided all the same");
@@ -175,7 +175,7 @@ async fn what_was_decided_ahead_falls_with_the_batch_before_it() {
         order_id: None,
         updated_by: UpdatedBy::System,
     });
-    let delivery = Fact { event_id: Uuid::new_v4().into(), event, mark: None };
+    let delivery = Fact { event_id: Uuid::new_v4().into(), event };
     let last = ledger.last_sequence().await.expect("readable");
     ledger.append(&[stored_as(&delivery)], last).await.expect("another writer's event");
     let submit = |n| {
@@ -562,6 +562,75 @@ proptest! {
             }
             let total: i64 = state.products().map(|(_, product)| i64::from(product.quantity)).sum();
             assert_eq!(total, registered + adjusted - sold);
+        });
+    }
+    /// Two committers, both given the same commands under keys among others, with answers getting lost: each acts once, and
+    /// whoever asks hears that it did, or of a refusal that it was refused.
+    #[test]
+    fn a_keyed_command_at_two_committers_acts_once(
+        steps in proptest::collection::vec((any_step(), 0_u128..6, any::<bool>()), 1..40),
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .start_paused(true)
+            .build()
+            .expect("a runtime");
+        runtime.block_on(async move {
+            let ledger = MemoryLedger::default();
+            let (first, _first_running) = start(&ledger);
+            let (second, _second_running) = start(&ledger);
+            first.submit(register(1, 10), None).await.expect("a registration");
+            let mut answers = Vec::new();
+            for (step, key, at_first) in steps {
+                match step {
+                    Step::First(other) | Step::Second(other) => {
+                        // Adds, takes away more than there may be, or changes nothing.
+                        let action = match key % 3 {
+                            0 => Action::Adjust { delta: 1 },
+                            1 => Action::Adjust { delta: -12 },
+                            _ => Action::SetQuantity { quantity: 7, expected_quantity: None },
+                        };
+                        let by = UpdatedBy::System;
+                        let keyed = ProductCommand::new(Uuid::from_u128(0xcafe + key), product_id(1), by, action);
+                        let keyed = Command::Product(ProductCommand { fingerprint: Some(7), ..keyed });
+                        for command in [other, keyed] {
+                            let committer = if at_first { first.clone() } else { second.clone() };
+                            answers.push(tokio::spawn(async move {
+                                (command.clone(), committer.submit(command, None).await)
+                            }));
+                        }
+                    }
+                    Step::Fault(fault) => ledger.inject([fault]),
+                    Step::Unreadable => ledger.make_unreadable(1),
+                }
+            }
+            let mut told = hashbrown::HashMap::<Uuid, Vec<bool>>::new();
+            for answer in answers {
+                let (command, answer) = answer.await.expect("no panic");
+                if let Command::Product(ProductCommand { command_id, fingerprint: Some(_), .. }) = command {
+                    assert!(
+                        matches!(
+                            answer,
+                            Ok(_) | Err(CommandError::Rejected(Rejection::BelowZero { .. }))
+                        ),
+                        "{answer:?}"
+                    );
+                    told.entry(command_id).or_default().push(answer.is_err());
+                }
+            }
+            fold(&ledger).await;
+            let mut answered = hashbrown::HashMap::new();
+            for message in ledger.messages() {
+                if let LedgerEvent::CommandAnswered(answer) = message.parse().expect("ours").payload {
+                    let command = answer.command_id;
+                    assert!(answered.insert(command, answer.refusal.is_some()).is_none(), "{command} is answered twice");
+                }
+            }
+            for (command, refused) in told {
+                // A repetition hears where its answer is, and reads there that it was refused.
+                let is_refused = answered[&command];
+                assert!(is_refused || refused.iter().all(|refused| !refused), "{command}: {refused:?}");
+            }
         });
     }
 }

@@ -8,9 +8,8 @@
 mod decided;
 pub mod frozen;
 mod products;
+mod remembered;
 
-use std::collections::VecDeque;
-use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,18 +17,21 @@ use hashbrown::hash_map::Entry;
 use hashbrown::{HashMap, HashSet};
 use lomash_contract::event::is_name;
 use lomash_contract::id::EventRole;
-use lomash_contract::limits::{MAX_NAME_CHARS, MAX_STOCK, OUT_OF_STOCK_THRESHOLD};
+use lomash_contract::limits::{KEYS_KEPT, MAX_NAME_CHARS, MAX_STOCK, OUT_OF_STOCK_THRESHOLD};
 use lomash_contract::text;
 use lomash_contract::{
-    ChangedField, CountedBy, EventId, FailedItem, FailureReason, Foreign, InventoryCounted, InventoryUpdateFailed,
-    InventoryUpdated, LedgerEvent, OrderId, ProductDetails, ProductId, ProductRegistered, ProductRevised,
-    ProductUpdated, Sku, Timestamp, Trigger, UpdatedBy,
+    Cause, ChangedField, CommandAnswered, CountedBy, EventId, FailedItem, FailureReason, Fingerprint, Foreign,
+    InventoryCounted, InventoryUpdateFailed, InventoryUpdated, LedgerEvent, OrderId, ProductDetails, ProductId,
+    ProductRegistered, ProductRevised, ProductUpdated, Sku, Timestamp, Trigger, UpdatedBy,
 };
 use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Map, Value};
 use uuid::Uuid;
 
 use self::decided::Decided;
 use self::products::Products;
+pub use self::remembered::{MAX_REMEMBERED_COMMANDS, MAX_REMEMBERED_OF_ONE};
+use self::remembered::{Remembered, RememberedCommand, caller, millis};
 
 // ── Commands ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -65,7 +67,7 @@ pub struct OrderLine {
 #[serde(rename_all = "camelCase")]
 pub struct ProductCommand {
     /// Identity of the command: its events' ids derive from it, so that a retry does not act twice within the stream's
-    /// de-duplication window.
+    /// de-duplication window. Of one under a key the caller and the key make it.
     pub command_id: Uuid,
     /// The product.
     pub product_id: ProductId,
@@ -74,10 +76,14 @@ pub struct ProductCommand {
     /// Versions of the product (see [`Product::version`]) of which one must be the present one; empty asks for none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub if_version: Vec<u64>,
-    /// A fingerprint of the request, for a command that may be sent again at any time: it is then remembered beyond the
-    /// stream's de-duplication window, as one of the newest [`MAX_REMEMBERED_COMMANDS`].
+    /// A fingerprint of the request, for a command under a key: its answer is then put on record, whatever it is, and
+    /// remembered for [`lomash_contract::limits::KEYS_KEPT`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fingerprint: Option<u64>,
+    /// Whether another replica was asked to carry it out and did not say what became of it. Its answer is then put on record
+    /// like that of a command under a key, so that whichever of the two comes later knows it, be it after hours.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_second_try: bool,
     /// What to do.
     pub action: Action,
 }
@@ -86,18 +92,39 @@ impl ProductCommand {
     /// A command without conditions that is not remembered.
     #[must_use]
     pub const fn new(command_id: Uuid, product_id: ProductId, by: UpdatedBy, action: Action) -> Self {
-        Self { command_id, product_id, by, if_version: Vec::new(), fingerprint: None, action }
+        Self { command_id, product_id, by, if_version: Vec::new(), fingerprint: None, is_second_try: false, action }
     }
 
-    /// What marks its events, when it is to be remembered.
+    /// By what its request is known, when its answer is to be put on record.
+    fn remembered_by(&self) -> Option<Fingerprint> {
+        self.fingerprint.or((self.is_second_try && self.is_once()).then_some(0)).map(Fingerprint)
+    }
+
+    /// Whether what it comes to is put on record.
     #[must_use]
-    pub fn mark(&self) -> Option<CommandMark> {
-        self.fingerprint.map(|fingerprint| CommandMark { command_id: self.command_id, fingerprint })
+    pub fn is_on_record(&self) -> bool {
+        self.remembered_by().is_some()
+    }
+
+    /// Whether its id is that of one request. That of a correction is the count's: it may be asked for again at any time, and
+    /// a count corrects once by itself.
+    const fn is_once(&self) -> bool {
+        self.fingerprint.is_some() || !matches!(self.action, Action::CorrectCount { .. })
+    }
+
+    /// What its events' ids derive from, when it is decided on top of `sequence`.
+    #[must_use]
+    pub fn cause(&self, sequence: u64) -> Cause {
+        match (&self.action, self.fingerprint) {
+            (_, Some(_)) => Cause::KeyedCommand { command_id: self.command_id, sequence },
+            (Action::CorrectCount { .. }, None) => Cause::Correction(self.command_id),
+            (_, None) => Cause::Command(self.command_id),
+        }
     }
 }
 
-/// What marks the events of a command that may be sent again; it travels in a header beside them, so that every replica
-/// knows the command, also after a restart.
+/// What marked the events of a command under a key in a header beside them, before an event of its own told its answer. It is
+/// read still, so that a key which was used on an older ledger holds, and never written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CommandMark {
     /// The command.
@@ -106,14 +133,8 @@ pub struct CommandMark {
     pub fingerprint: u64,
 }
 
-impl fmt::Display for CommandMark {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {:016x}", self.command_id.hyphenated(), self.fingerprint)
-    }
-}
-
 impl CommandMark {
-    /// Reads what `Display` wrote; `None` for anything else.
+    /// Reads an id and 16 hexadecimal digits; `None` for anything else.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
         let (id, fingerprint) = text.split_once(' ')?;
@@ -121,9 +142,6 @@ impl CommandMark {
         Some(Self { command_id, fingerprint: u64::from_str_radix(fingerprint, 16).ok()? })
     }
 }
-
-/// Remembered commands: some weeks of a large back office, in some 20 MB.
-pub const MAX_REMEMBERED_COMMANDS: usize = 250_000;
 
 /// How far the clock of whoever counted may be ahead of ours.
 pub const MAX_COUNT_SKEW: Duration = Duration::from_secs(300);
@@ -264,6 +282,8 @@ pub enum Decision {
     Settled(Outcome),
     /// The command is not acceptable; nothing is stored.
     Reject(Rejection),
+    /// The command is not acceptable, and this is put on record: it came under a key.
+    Refuse(Box<Fact>, Rejection),
 }
 
 /// An event to be stored, with its deterministic id.
@@ -273,8 +293,6 @@ pub struct Fact {
     pub event_id: EventId,
     /// What happened.
     pub event: LedgerEvent,
-    /// Of the command, when it is to be remembered.
-    pub mark: Option<CommandMark>,
 }
 
 /// What a command came to.
@@ -310,9 +328,9 @@ pub enum Outcome {
     CountRecorded,
     /// Nothing to change.
     Unchanged,
-    /// The command was carried out before.
+    /// The command was answered before.
     Replayed {
-        /// Sequence of its first event.
+        /// Where its answer is: of the event that tells it, or in an older ledger of the first event that it brought about.
         first_sequence: u64,
     },
 }
@@ -462,13 +480,69 @@ pub enum Rejection {
     /// The same command was stored before.
     #[error("this command was carried out before")]
     Repeated,
+    /// So many commands under a key are remembered that there is no room for another. None is forgotten before its time.
+    #[error(
+        "{} within {} hours; writes without an Idempotency-Key go on, with one when the oldest are forgotten",
+        if *of_caller {
+            format!("the caller used {MAX_REMEMBERED_OF_ONE} keys")
+        } else {
+            format!("{MAX_REMEMBERED_COMMANDS} keys were used")
+        },
+        KEYS_KEPT.as_secs() / 3_600
+    )]
+    TooManyKeys {
+        /// Whether the caller alone used that many.
+        of_caller: bool,
+    },
 }
 
 impl Rejection {
-    /// Whether every replica rejects the command so, now and later, whatever happens to the product.
+    /// Whether no replica decides otherwise later, whatever happens to the product. What the state of the ledger made so holds
+    /// when it is on record.
     #[must_use]
-    pub const fn holds_for_ever(&self) -> bool {
-        matches!(self, Self::BadText { .. } | Self::KeyReused | Self::Repeated)
+    pub const fn is_final(&self, is_on_record: bool) -> bool {
+        match self {
+            Self::BadText { .. } | Self::KeyReused | Self::Repeated => true,
+            Self::CountInFuture { .. } | Self::TooManyKeys { .. } => false,
+            _ => is_on_record,
+        }
+    }
+
+    /// Whether the state of the ledger made it so, and not the request alone: only then it is put on record under a key. A
+    /// request that is wrong by itself may be mended and sent again under the same key.
+    const fn is_by_rule(&self, action: &Action) -> bool {
+        match self {
+            Self::UnknownProduct
+            | Self::AlreadyRegistered
+            | Self::SkuTaken { .. }
+            | Self::BelowZero { .. }
+            | Self::UnexpectedQuantity { .. }
+            | Self::VersionMismatch { .. }
+            | Self::CountSuperseded { .. } => true,
+            // More than a stock can be: of what is there and what is to be added.
+            Self::OutOfRange { .. } => matches!(action, Action::Adjust { .. } | Action::CorrectCount { .. }),
+            Self::BadText { .. }
+            | Self::CountInFuture { .. }
+            | Self::KeyReused
+            | Self::Repeated
+            | Self::TooManyKeys { .. } => false,
+        }
+    }
+
+    /// As `command-answered` has it.
+    fn to_refusal(&self) -> Box<Map<String, Value>> {
+        match serde_json::to_value(self) {
+            Ok(Value::Object(refusal)) => Box::new(refusal),
+            other => unreachable!("a rejection is an object: {other:?}"),
+        }
+    }
+
+    /// Reads the refusal of a `command-answered`.
+    ///
+    /// # Errors
+    /// When it is none that this program knows.
+    pub fn of_refusal(refusal: &Map<String, Value>) -> Result<Self, serde_json::Error> {
+        Self::deserialize(Value::Object(refusal.clone()))
     }
 }
 
@@ -498,38 +572,6 @@ pub struct CountOnRecord {
     pub corrected: bool,
 }
 
-/// The newest commands that may be sent again. What is forgotten is forgotten in the order of the stream, so that every
-/// fold of the same stream remembers the same.
-#[derive(Clone, Debug, Default, PartialEq)]
-struct Remembered {
-    commands: HashMap<Uuid, RememberedCommand>,
-    in_order: VecDeque<Uuid>,
-}
-
-/// A command that was carried out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct RememberedCommand {
-    fingerprint: u64,
-    first_sequence: u64,
-}
-
-impl Remembered {
-    fn note(&mut self, mark: CommandMark, sequence: u64) {
-        let CommandMark { command_id, fingerprint } = mark;
-        let command = RememberedCommand { fingerprint, first_sequence: sequence };
-        // Its further events change nothing.
-        if let Entry::Vacant(place) = self.commands.entry(command_id) {
-            place.insert(command);
-            self.in_order.push_back(command_id);
-            if self.in_order.len() > MAX_REMEMBERED_COMMANDS
-                && let Some(oldest) = self.in_order.pop_front()
-            {
-                self.commands.remove(&oldest);
-            }
-        }
-    }
-}
-
 /// The fold of the ledger up to a sequence.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct State {
@@ -545,7 +587,13 @@ trait View {
     fn product(&self, id: &ProductId) -> Option<&Product>;
     fn sku_owner(&self, sku: &Sku) -> Option<ProductId>;
     fn is_decided(&self, order: &OrderId) -> bool;
+    /// The last sequence before what is decided next.
+    fn sequence(&self) -> u64;
     fn remembered(&self, command_id: &Uuid) -> Option<RememberedCommand>;
+    /// How many commands are remembered, and how many of them by this caller.
+    fn remembered_commands(&self, caller: &Uuid) -> (usize, u32);
+    /// The command that is forgotten next.
+    fn oldest_remembered(&self) -> Option<&RememberedCommand>;
 }
 
 impl State {
@@ -584,10 +632,16 @@ impl State {
         self.decided.len()
     }
 
-    /// Whether a command that may be sent again was carried out and is remembered.
+    /// Whether a command was answered under a key and is remembered.
     #[must_use]
     pub fn remembers(&self, command_id: &Uuid) -> bool {
-        self.remembered.commands.contains_key(command_id)
+        self.remembered.get(command_id).is_some()
+    }
+
+    /// How many commands are remembered.
+    #[must_use]
+    pub fn remembered_commands(&self) -> usize {
+        self.remembered.len()
     }
 
     /// Whether `event` continues the ledger; the rule all readers share, see `lomash_contract::admission`.
@@ -599,14 +653,23 @@ impl State {
         lomash_contract::chains(event, stock)
     }
 
-    /// Records what happened; never refuses.
+    /// Records what happened at `at`, by the event's own words; never refuses. `mark` is what its header said, in an older
+    /// ledger.
     ///
     /// # Panics
     /// When `sequence` is not the next one: a fold with a gap is worthless.
-    pub fn evolve(&mut self, sequence: u64, event: &LedgerEvent, mark: Option<CommandMark>) {
+    pub fn evolve(&mut self, sequence: u64, at: Timestamp, event: &LedgerEvent, mark: Option<CommandMark>) {
         self.advance(sequence);
-        if let Some(mark) = mark {
-            self.remembered.note(mark, sequence);
+        if !self.remembered.is_empty() {
+            self.remembered.forget_before(millis(at));
+        }
+        if let Some(CommandMark { command_id, fingerprint }) = mark {
+            let at_ms = millis(at);
+            // Its further events change nothing.
+            if self.remembered.get(&command_id).is_none_or(|known| known.is_over(at_ms)) {
+                let by = Uuid::nil();
+                self.remembered.note(RememberedCommand { command_id, fingerprint, sequence, at_ms, by });
+            }
         }
         if let Some(order) = decided_order(event) {
             self.decided.insert(order);
@@ -626,6 +689,9 @@ impl State {
                 if let Some(product) = self.products.get_mut(product_id) {
                     product.evolve(sequence, event);
                 }
+            }
+            LedgerEvent::CommandAnswered(answered) => {
+                self.remembered.note(RememberedCommand::by(answered, sequence, millis(at)));
             }
             LedgerEvent::InventoryUpdateFailed(_) | LedgerEvent::ProductUpdated(_) => {}
         }
@@ -673,8 +739,16 @@ impl Product {
             }
             LedgerEvent::ProductRegistered(_)
             | LedgerEvent::InventoryUpdateFailed(_)
-            | LedgerEvent::ProductUpdated(_) => {}
+            | LedgerEvent::ProductUpdated(_)
+            | LedgerEvent::CommandAnswered(_) => {}
         }
+    }
+}
+
+impl RememberedCommand {
+    fn by(answered: &CommandAnswered, sequence: u64, at_ms: i64) -> Self {
+        let CommandAnswered { command_id, fingerprint, requested_by, .. } = answered;
+        Self { command_id: *command_id, fingerprint: fingerprint.0, sequence, at_ms, by: caller(*requested_by) }
     }
 }
 
@@ -707,8 +781,20 @@ impl View for State {
         self.decided.contains(order)
     }
 
+    fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
     fn remembered(&self, command_id: &Uuid) -> Option<RememberedCommand> {
-        self.remembered.commands.get(command_id).copied()
+        self.remembered.get(command_id)
+    }
+
+    fn remembered_commands(&self, caller: &Uuid) -> (usize, u32) {
+        (self.remembered.len(), self.remembered.of(caller))
+    }
+
+    fn oldest_remembered(&self) -> Option<&RememberedCommand> {
+        self.remembered.oldest()
     }
 }
 
@@ -719,6 +805,8 @@ pub struct Draft<'s> {
     /// The sequence of the last fact taken in, if the batch is stored: it is stored right behind the state or not at all.
     sequence: u64,
     remembered: HashMap<Uuid, RememberedCommand>,
+    /// How many of those are by each caller.
+    by_caller: HashMap<Uuid, u32>,
     products: HashMap<ProductId, Product>,
     skus: HashMap<Sku, ProductId>,
     decided: HashSet<OrderId>,
@@ -732,19 +820,22 @@ impl<'s> Draft<'s> {
             state,
             sequence: state.sequence,
             remembered: HashMap::new(),
+            by_caller: HashMap::new(),
             products: HashMap::new(),
             skus: HashMap::new(),
             decided: HashSet::new(),
         }
     }
 
-    /// Takes the facts of a decision in, so that the next command is decided after it.
-    pub fn apply(&mut self, facts: &[Fact]) {
-        for Fact { event, mark, .. } in facts {
+    /// Takes the facts of a decision at `at` in, so that the next command is decided after it.
+    pub fn apply(&mut self, facts: &[Fact], at: Timestamp) {
+        for Fact { event, .. } in facts {
             self.sequence += 1;
-            if let Some(CommandMark { command_id, fingerprint }) = *mark {
-                let first_sequence = self.sequence;
-                self.remembered.entry(command_id).or_insert(RememberedCommand { fingerprint, first_sequence });
+            if let LedgerEvent::CommandAnswered(answered) = event {
+                let command = RememberedCommand::by(answered, self.sequence, millis(at));
+                self.remembered.insert(command.command_id, command);
+                *self.by_caller.entry(command.by).or_default() += 1;
+                continue;
             }
             let id = ProductId(event.key());
             if let Some(sku) = registered_sku(event) {
@@ -754,7 +845,12 @@ impl<'s> Draft<'s> {
                 self.decided.insert(order);
             }
             match (event, self.products.entry(id)) {
-                (LedgerEvent::InventoryUpdateFailed(_) | LedgerEvent::ProductUpdated(_), _) => {}
+                (
+                    LedgerEvent::InventoryUpdateFailed(_)
+                    | LedgerEvent::ProductUpdated(_)
+                    | LedgerEvent::CommandAnswered(_),
+                    _,
+                ) => {}
                 (LedgerEvent::ProductRegistered(ProductRegistered(details)), place) => {
                     place.insert(Product::registered(details, self.sequence));
                 }
@@ -788,6 +884,20 @@ impl View for Draft<'_> {
     fn remembered(&self, command_id: &Uuid) -> Option<RememberedCommand> {
         self.remembered.get(command_id).copied().or_else(|| self.state.remembered(command_id))
     }
+
+    fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
+    fn remembered_commands(&self, caller: &Uuid) -> (usize, u32) {
+        let (all, of_caller) = View::remembered_commands(self.state, caller);
+        let here = self.by_caller.get(caller).copied().unwrap_or(0);
+        (all + self.remembered.len(), of_caller + here)
+    }
+
+    fn oldest_remembered(&self) -> Option<&RememberedCommand> {
+        self.state.remembered.oldest()
+    }
 }
 
 // ── Deciding ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -797,7 +907,7 @@ impl View for Draft<'_> {
 pub fn decide(draft: &Draft<'_>, command: &Command, now: Timestamp) -> Decision {
     match command {
         Command::Order(order) => decide_order(draft, order, now),
-        Command::Product(command) => decide_product(draft, command, now).unwrap_or_else(Decision::Reject),
+        Command::Product(command) => decide_product(draft, command, now),
     }
 }
 
@@ -829,9 +939,9 @@ fn decide_order(view: &impl View, order: &Order, now: Timestamp) -> Decision {
     for reason in gravest_first {
         let items = failing(reason);
         if !items.is_empty() {
-            let event_id = EventId::derive(&order.order_id.0, EventRole::Refusal, &order.order_id.0);
+            let event_id = EventId::derive(&Cause::Order(order.order_id), EventRole::Refusal, &order.order_id.0);
             let failed = InventoryUpdateFailed { order_id: order.order_id, reason, items };
-            let fact = Fact { event_id, event: LedgerEvent::InventoryUpdateFailed(failed), mark: None };
+            let fact = Fact { event_id, event: LedgerEvent::InventoryUpdateFailed(failed) };
             return Decision::Store(vec![fact], Outcome::Refused { reason });
         }
     }
@@ -839,12 +949,11 @@ fn decide_order(view: &impl View, order: &Order, now: Timestamp) -> Decision {
     for line in &order.lines {
         let product = view.product(&line.product_id).expect("a line of an unknown product was refused above");
         let change = StockChange {
-            cause: order.order_id.0,
+            cause: Cause::Order(order.order_id),
             new_quantity: product.quantity - line.quantity,
             trigger: Trigger::OrderConfirmed,
             order_id: Some(order.order_id),
             by: UpdatedBy::System,
-            mark: None,
         };
         change.record(&product.details, product.quantity, now, &mut facts);
     }
@@ -853,12 +962,11 @@ fn decide_order(view: &impl View, order: &Order, now: Timestamp) -> Decision {
 
 /// A change of stock and all that belongs to it.
 struct StockChange {
-    cause: Uuid,
+    cause: Cause,
     new_quantity: u32,
     trigger: Trigger,
     order_id: Option<OrderId>,
     by: UpdatedBy,
-    mark: Option<CommandMark>,
 }
 
 impl StockChange {
@@ -876,11 +984,10 @@ impl StockChange {
                 order_id: self.order_id,
                 updated_by: self.by,
             }),
-            mark: self.mark,
         });
         if is_available(previous_quantity) != is_available(self.new_quantity) {
             let changed = vec![ChangedField::StockQuantity, ChangedField::IsAvailable];
-            facts.push(product_updated(&self.cause, self.mark, product_id, changed, now));
+            facts.push(product_updated(&self.cause, product_id, changed, now));
         }
     }
 }
@@ -891,31 +998,73 @@ pub const fn is_available(quantity: u32) -> bool {
     quantity > OUT_OF_STOCK_THRESHOLD
 }
 
-fn product_updated(
-    cause: &Uuid,
-    mark: Option<CommandMark>,
-    product_id: ProductId,
-    changed_fields: Vec<ChangedField>,
-    now: Timestamp,
-) -> Fact {
+fn product_updated(cause: &Cause, product_id: ProductId, changed_fields: Vec<ChangedField>, now: Timestamp) -> Fact {
     Fact {
-        mark,
         event_id: EventId::derive(cause, EventRole::ChangedFields, &product_id.0),
         event: LedgerEvent::ProductUpdated(ProductUpdated { product_id, changed_fields, updated_at: now }),
     }
 }
 
-fn decide_product(view: &impl View, command: &ProductCommand, now: Timestamp) -> Result<Decision, Rejection> {
-    if let Some(mark) = command.mark()
-        && let Some(known) = view.remembered(&command.command_id)
-    {
-        let RememberedCommand { fingerprint, first_sequence } = known;
-        return if fingerprint == mark.fingerprint {
-            Ok(Decision::Settled(Outcome::Replayed { first_sequence }))
-        } else {
-            Err(Rejection::KeyReused)
+/// A command under a key is answered once; what it was answered is put on record before the events that it brings about, and
+/// also when it brings about none.
+fn decide_product(view: &impl View, command: &ProductCommand, now: Timestamp) -> Decision {
+    let now_ms = millis(now);
+    let known = if command.is_once() { view.remembered(&command.command_id) } else { None };
+    if let Some(known) = known.filter(|known| !known.is_over(now_ms)) {
+        return match command.fingerprint {
+            Some(fingerprint) if fingerprint != known.fingerprint => Decision::Reject(Rejection::KeyReused),
+            _ => Decision::Settled(Outcome::Replayed { first_sequence: known.sequence }),
         };
     }
+    let decided = decide_new(view, command, now);
+    let Some(fingerprint) = command.remembered_by() else { return decided.unwrap_or_else(Decision::Reject) };
+    if decided.as_ref().is_err_and(|rejection| !rejection.is_by_rule(&command.action)) {
+        return decided.unwrap_or_else(Decision::Reject);
+    }
+    if let Some(rejection) = no_room(view, command, now_ms) {
+        return Decision::Reject(rejection);
+    }
+    let answered = |events: usize, refusal: Option<&Rejection>| {
+        // Its own id says when it was decided, also where those of the events do not: found again, it tells exactly what.
+        let cause = Cause::KeyedCommand { command_id: command.command_id, sequence: view.sequence() };
+        let event = CommandAnswered {
+            command_id: command.command_id,
+            fingerprint,
+            product_id: command.product_id,
+            requested_by: command.by,
+            events: u32::try_from(events).expect("a command has a handful of events"),
+            refusal: refusal.map(Rejection::to_refusal),
+        };
+        let event_id = EventId::derive(&cause, EventRole::Answer, &command.product_id.0);
+        Fact { event_id, event: LedgerEvent::CommandAnswered(event) }
+    };
+    match decided {
+        Ok(Decision::Store(mut facts, outcome)) => {
+            facts.insert(0, answered(facts.len(), None));
+            Decision::Store(facts, outcome)
+        }
+        Ok(Decision::Settled(outcome)) => Decision::Store(vec![answered(0, None)], outcome),
+        Ok(other) => other,
+        Err(rejection) => Decision::Refuse(Box::new(answered(0, Some(&rejection))), rejection),
+    }
+}
+
+/// Why another command cannot be remembered, if it cannot: none is forgotten before its time.
+fn no_room(view: &impl View, command: &ProductCommand, now_ms: i64) -> Option<Rejection> {
+    let (all, of_caller) = view.remembered_commands(&caller(command.by));
+    let of_caller = of_caller >= MAX_REMEMBERED_OF_ONE;
+    if all < MAX_REMEMBERED_COMMANDS && !of_caller {
+        return None;
+    }
+    // What is over is forgotten with the next event, which is this one.
+    if view.oldest_remembered().is_some_and(|oldest| oldest.is_over(now_ms)) {
+        return None;
+    }
+    Some(Rejection::TooManyKeys { of_caller })
+}
+
+fn decide_new(view: &impl View, command: &ProductCommand, now: Timestamp) -> Result<Decision, Rejection> {
+    let cause = command.cause(view.sequence());
     let product = view.product(&command.product_id);
     if let Some(product) =
         product.filter(|product| !command.if_version.is_empty() && !command.if_version.contains(&product.version))
@@ -923,21 +1072,23 @@ fn decide_product(view: &impl View, command: &ProductCommand, now: Timestamp) ->
         return Err(Rejection::VersionMismatch { actual: product.version });
     }
     match &command.action {
-        Action::Register { details, initial_quantity } => register(view, command, details, *initial_quantity, now),
+        Action::Register { details, initial_quantity } => {
+            register(view, command, &cause, details, *initial_quantity, now)
+        }
         Action::Revise { details } => {
             let product = product.ok_or(Rejection::UnknownProduct)?;
-            revise(view, command, product, details.clone(), now)
+            revise(view, command, &cause, product, details.clone(), now)
         }
         Action::Amend(amendment) => {
             let product = product.ok_or(Rejection::UnknownProduct)?;
-            revise(view, command, product, amendment.of(&product.details), now)
+            revise(view, command, &cause, product, amendment.of(&product.details), now)
         }
         Action::SetQuantity { quantity, expected_quantity } => {
             let product = product.ok_or(Rejection::UnknownProduct)?;
             if let Some(expected) = expected_quantity.filter(|expected| *expected != product.quantity) {
                 return Err(Rejection::UnexpectedQuantity { expected, actual: product.quantity });
             }
-            change_stock(command, product, i64::from(*quantity), Trigger::AdminUpdate, 0, Vec::new(), now)
+            change_stock(command, &cause, product, i64::from(*quantity), Trigger::AdminUpdate, 0, Vec::new(), now)
         }
         Action::Adjust { delta } => {
             let product = product.ok_or(Rejection::UnknownProduct)?;
@@ -945,13 +1096,15 @@ fn decide_product(view: &impl View, command: &ProductCommand, now: Timestamp) ->
             if new < 0 {
                 return Err(Rejection::BelowZero { quantity: product.quantity, taken: delta.unsigned_abs() });
             }
-            change_stock(command, product, new, Trigger::AdminUpdate, 0, Vec::new(), now)
+            change_stock(command, &cause, product, new, Trigger::AdminUpdate, 0, Vec::new(), now)
         }
         Action::RecordCount(count) => {
             let product = product.ok_or(Rejection::UnknownProduct)?;
             match look_at(product, count, now)? {
                 OnRecord::Corrected | OnRecord::Recorded => Ok(Decision::Settled(Outcome::Unchanged)),
-                OnRecord::New => Ok(Decision::Store(vec![counted(command, product, count)], Outcome::CountRecorded)),
+                OnRecord::New => {
+                    Ok(Decision::Store(vec![counted(command, &cause, product, count)], Outcome::CountRecorded))
+                }
             }
         }
         Action::CorrectCount { count, stock_at_count } => {
@@ -960,11 +1113,11 @@ fn decide_product(view: &impl View, command: &ProductCommand, now: Timestamp) ->
             match look_at(product, count, now)? {
                 OnRecord::Corrected => return Ok(Decision::Settled(Outcome::Unchanged)),
                 OnRecord::Recorded => {}
-                OnRecord::New => facts.push(counted(command, product, count)),
+                OnRecord::New => facts.push(counted(command, &cause, product, count)),
             }
             let new = i64::from(product.quantity) + i64::from(count.quantity) - i64::from(*stock_at_count);
             let shortfall = u32::try_from(-new).unwrap_or(0);
-            change_stock(command, product, new.max(0), Trigger::ScheduledSync, shortfall, facts, now)
+            change_stock(command, &cause, product, new.max(0), Trigger::ScheduledSync, shortfall, facts, now)
         }
     }
 }
@@ -992,10 +1145,10 @@ fn look_at(product: &Product, count: &Count, now: Timestamp) -> Result<OnRecord,
     }
 }
 
-fn counted(command: &ProductCommand, product: &Product, count: &Count) -> Fact {
+fn counted(command: &ProductCommand, cause: &Cause, product: &Product, count: &Count) -> Fact {
     let Count { quantity, counted_at, counted_by } = *count;
     Fact {
-        event_id: EventId::derive(&command.command_id, EventRole::Count, &command.product_id.0),
+        event_id: EventId::derive(cause, EventRole::Count, &command.product_id.0),
         event: LedgerEvent::InventoryCounted(InventoryCounted {
             product_id: command.product_id,
             sku: product.details.sku.clone(),
@@ -1003,13 +1156,13 @@ fn counted(command: &ProductCommand, product: &Product, count: &Count) -> Fact {
             counted_at,
             counted_by,
         }),
-        mark: command.mark(),
     }
 }
 
 /// Changes the stock, after `facts` that belong to the same decision.
 fn change_stock(
     command: &ProductCommand,
+    cause: &Cause,
     product: &Product,
     new_quantity: i64,
     trigger: Trigger,
@@ -1025,14 +1178,7 @@ fn change_stock(
         let settled = facts.is_empty();
         return Ok(if settled { Decision::Settled(outcome) } else { Decision::Store(facts, outcome) });
     }
-    let change = StockChange {
-        cause: command.command_id,
-        new_quantity,
-        trigger,
-        order_id: None,
-        by: command.by,
-        mark: command.mark(),
-    };
+    let change = StockChange { cause: *cause, new_quantity, trigger, order_id: None, by: command.by };
     change.record(&product.details, previous_quantity, now, &mut facts);
     Ok(Decision::Store(facts, outcome))
 }
@@ -1040,6 +1186,7 @@ fn change_stock(
 fn register(
     view: &impl View,
     command: &ProductCommand,
+    cause: &Cause,
     details: &Details,
     initial_quantity: u32,
     now: Timestamp,
@@ -1055,18 +1202,16 @@ fn register(
         return Err(Rejection::SkuTaken { owner });
     }
     let mut facts = vec![Fact {
-        event_id: EventId::derive(&command.command_id, EventRole::Details, &command.product_id.0),
+        event_id: EventId::derive(cause, EventRole::Details, &command.product_id.0),
         event: LedgerEvent::ProductRegistered(ProductRegistered(wanted.clone())),
-        mark: command.mark(),
     }];
     if initial_quantity > 0 {
         let change = StockChange {
-            cause: command.command_id,
+            cause: *cause,
             new_quantity: initial_quantity,
             trigger: Trigger::AdminUpdate,
             order_id: None,
             by: command.by,
-            mark: command.mark(),
         };
         change.record(&wanted, 0, now, &mut facts);
     }
@@ -1076,6 +1221,7 @@ fn register(
 fn revise(
     view: &impl View,
     command: &ProductCommand,
+    cause: &Cause,
     product: &Product,
     details: Details,
     now: Timestamp,
@@ -1094,12 +1240,10 @@ fn revise(
     let changes = Change::between(current, &wanted);
     let changed_fields = changes.iter().map(Change::field).collect();
     let revised = Fact {
-        event_id: EventId::derive(&command.command_id, EventRole::Details, &command.product_id.0),
+        event_id: EventId::derive(cause, EventRole::Details, &command.product_id.0),
         event: LedgerEvent::ProductRevised(ProductRevised(wanted)),
-        mark: command.mark(),
     };
-    let (cause, mark) = (&command.command_id, command.mark());
-    let facts = vec![revised, product_updated(cause, mark, command.product_id, changed_fields, now)];
+    let facts = vec![revised, product_updated(cause, command.product_id, changed_fields, now)];
     Ok(Decision::Store(facts, Outcome::Revised { changes }))
 }
 

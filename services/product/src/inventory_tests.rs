@@ -52,6 +52,12 @@ fn keyed(command: &Command, fingerprint: u64) -> Command {
     Command::Product(ProductCommand { fingerprint: Some(fingerprint), ..command.clone() })
 }
 
+/// The same command, which another replica was asked for and did not answer.
+fn second_try(command: &Command) -> Command {
+    let Command::Product(command) = command else { panic!("orders are tried where they are delivered") };
+    Command::Product(ProductCommand { is_second_try: true, ..command.clone() })
+}
+
 /// The same command, if the product is at one of these versions.
 fn if_at(command: &Command, versions: &[u64]) -> Command {
     let Command::Product(command) = command else { panic!("orders have no versions") };
@@ -63,14 +69,25 @@ fn decide_on(state: &State, command: &Command) -> Decision {
     decide(&Draft::new(state), command, now())
 }
 
+/// What a decision stores.
+fn stored(decision: Decision) -> Vec<Fact> {
+    match decision {
+        Decision::Store(facts, _) => facts,
+        Decision::Refuse(fact, _) => vec![*fact],
+        Decision::Settled(_) | Decision::Reject(_) => Vec::new(),
+    }
+}
+
+fn evolve(state: &mut State, fact: &Fact, at: Timestamp) {
+    state.evolve(state.sequence() + 1, at, &fact.event, None);
+}
+
 fn given(history: &[Command]) -> State {
     let mut state = State::default();
     for command in history {
-        if let Decision::Store(facts, _) = decide_on(&state, command) {
-            for fact in facts {
-                state.admits(&fact.event).expect("our own events chain");
-                state.evolve(state.sequence() + 1, &fact.event, fact.mark);
-            }
+        for fact in stored(decide_on(&state, command)) {
+            state.admits(&fact.event).expect("our own events chain");
+            evolve(&mut state, &fact, now());
         }
     }
     state
@@ -90,6 +107,10 @@ fn told(decision: &Decision) -> String {
         LedgerEvent::ProductRegistered(_) => "registered".to_owned(),
         LedgerEvent::ProductRevised(_) => "revised".to_owned(),
         LedgerEvent::InventoryCounted(_) => "counted".to_owned(),
+        LedgerEvent::CommandAnswered(answered) => match &answered.refusal {
+            None => format!("answered {}", answered.events),
+            Some(refusal) => format!("answered {}", refusal["type"]),
+        },
     };
     match decision {
         Decision::Store(facts, outcome) => {
@@ -97,6 +118,7 @@ fn told(decision: &Decision) -> String {
         }
         Decision::Settled(outcome) => format!("=> {outcome:?}"),
         Decision::Reject(rejection) => format!("=> {rejection}"),
+        Decision::Refuse(fact, rejection) => format!("{} => {rejection}", event(fact)),
     }
 }
 
@@ -320,6 +342,91 @@ fn every_outcome_of_every_command() {
             keyed(&product(1, set(4, None)), 8),
             "=> the key was used for another request before; use a new key",
         ),
+        (
+            "under a key the answer comes first",
+            stocked,
+            keyed(&product(1, Action::Adjust { delta: -10 }), 7),
+            "answered 2, 10→0 ADMIN_UPDATE, [StockQuantity, IsAvailable] => StockChanged { previous_quantity: 10, \
+             new_quantity: 0, shortfall: 0 }",
+        ),
+        (
+            "what changes nothing is on record under a key",
+            stocked,
+            keyed(&product(1, set(10, None)), 7),
+            "answered 0 => Unchanged",
+        ),
+        (
+            "and again it changes nothing, whatever was sold since",
+            &[register(1, 40), keyed(&product(1, set(40, None)), 7), order(1, &[(1, 5)])],
+            keyed(&product(1, set(40, None)), 7),
+            "=> Replayed { first_sequence: 4 }",
+        ),
+        (
+            "a refusal is on record under a key",
+            stocked,
+            keyed(&product(1, Action::Adjust { delta: -11 }), 7),
+            "answered \"belowZero\" => the stock is 10; taking 11 away would leave less than nothing",
+        ),
+        (
+            "and it stays one when there is enough",
+            &[register(1, 10), keyed(&product(1, Action::Adjust { delta: -11 }), 7), product(1, set(90, None))],
+            keyed(&product(1, Action::Adjust { delta: -11 }), 7),
+            "=> Replayed { first_sequence: 4 }",
+        ),
+        (
+            "another request after a refusal",
+            &[register(1, 10), keyed(&product(1, Action::Adjust { delta: -11 }), 7)],
+            keyed(&product(1, Action::Adjust { delta: -11 }), 8),
+            "=> the key was used for another request before; use a new key",
+        ),
+        (
+            "another version than was seen, under a key",
+            stocked,
+            keyed(&if_at(&product(1, set(9, None)), &[1]), 7),
+            "answered \"versionMismatch\" => the product is at version 2, not at the expected one; read it again",
+        ),
+        (
+            "another stock than was expected, under a key",
+            stocked,
+            keyed(&product(1, set(12, Some(11))), 7),
+            "answered \"unexpectedQuantity\" => the stock is 10, not the expected 11",
+        ),
+        (
+            "an unknown product under a key",
+            &[],
+            keyed(&product(1, set(12, None)), 7),
+            "answered \"unknownProduct\" => the product is not registered",
+        ),
+        (
+            "more than a stock can be, by what is there",
+            stocked,
+            keyed(&product(1, Action::Adjust { delta: i64::from(MAX_STOCK) }), 7),
+            "answered \"outOfRange\" => the quantity must be from 0 to 1000000000",
+        ),
+        (
+            "what is wrong by itself leaves its key free",
+            stocked,
+            keyed(&product(1, set(MAX_STOCK + 1, None)), 7),
+            "=> the quantity must be from 0 to 1000000000",
+        ),
+        (
+            "a second try of a command without a key is on record too",
+            stocked,
+            second_try(&product(1, set(10, None))),
+            "answered 0 => Unchanged",
+        ),
+        (
+            "but not of a correction, which may be asked for again at any time",
+            once,
+            second_try(&product(1, count(6, 6))),
+            "counted => Unchanged",
+        ),
+        (
+            "so that the first try finds it",
+            &[register(1, 10), second_try(&product(1, set(40, None))), order(1, &[(1, 5)])],
+            product(1, set(40, None)),
+            "=> Replayed { first_sequence: 4 }",
+        ),
     ];
     for (what, history, command, expected) in table {
         assert_eq!(told(&decide_on(&given(history), command)), *expected, "{what}");
@@ -339,7 +446,7 @@ fn a_draft_frees_the_unit_that_it_takes_away() {
     let mut draft = Draft::new(&state);
     let renamed = product(1, Action::Revise { details: details("NEW") });
     let Decision::Store(facts, _) = decide(&draft, &renamed, now()) else { panic!("a revision is stored") };
-    draft.apply(&facts);
+    draft.apply(&facts, now());
     let heir = product(2, Action::Register { details: details("SKU-1"), initial_quantity: 0 });
     assert!(matches!(decide(&draft, &heir, now()), Decision::Store(_, Outcome::Registered)));
     let late = product(3, Action::Register { details: details("NEW"), initial_quantity: 0 });
@@ -354,7 +461,7 @@ fn of_two_who_saw_the_same_version_one_wins_also_within_a_batch() {
     let Decision::Store(facts, _) = decide(&draft, &if_at(&product(1, set_to(4)), &[version]), now()) else {
         panic!("the first wins")
     };
-    draft.apply(&facts);
+    draft.apply(&facts, now());
     let second = decide(&draft, &if_at(&product(1, set_to(5)), &[version]), now());
     assert_eq!(second, Decision::Reject(Rejection::VersionMismatch { actual: state.sequence() + 1 }));
 }
@@ -365,7 +472,7 @@ fn a_keyed_command_twice_in_a_batch_is_carried_out_once() {
     let mut draft = Draft::new(&state);
     let command = keyed(&product(1, Action::Adjust { delta: 1 }), 7);
     let Decision::Store(facts, _) = decide(&draft, &command, now()) else { panic!("the first is carried out") };
-    draft.apply(&facts);
+    draft.apply(&facts, now());
     let first_sequence = state.sequence() + 1;
     assert_eq!(decide(&draft, &command, now()), Decision::Settled(Outcome::Replayed { first_sequence }));
 }
@@ -373,7 +480,7 @@ fn a_keyed_command_twice_in_a_batch_is_carried_out_once() {
 #[test]
 fn a_mark_survives_its_header_and_nothing_else_is_one() {
     let mark = CommandMark { command_id: Uuid::from_u128(7), fingerprint: 0xfe };
-    assert_eq!(CommandMark::parse(&mark.to_string()), Some(mark));
+    assert_eq!(CommandMark::parse("00000000-0000-0000-0000-000000000007 00000000000000fe"), Some(mark));
     for text in ["", " ", "7 fe", "00000000-0000-0000-0000-000000000007", "00000000-0000-0000-0000-000000000007 x"] {
         assert_eq!(CommandMark::parse(text), None, "{text}");
     }
@@ -436,19 +543,16 @@ proptest! {
         let mut batched = Vec::new();
         for command in &commands {
             let decision = decide(&draft, command, now());
-            if let Decision::Store(facts, _) = &decision {
-                draft.apply(facts);
-                batched.extend(facts.clone());
-            }
+            let facts = stored(decision);
+            draft.apply(&facts, now());
+            batched.extend(facts);
         }
         let mut one_by_one = State::default();
         let mut single = Vec::new();
         for command in &commands {
-            if let Decision::Store(facts, _) = decide_on(&one_by_one, command) {
-                for fact in facts {
-                    one_by_one.evolve(one_by_one.sequence() + 1, &fact.event, fact.mark);
-                    single.push(fact);
-                }
+            for fact in stored(decide_on(&one_by_one, command)) {
+                evolve(&mut one_by_one, &fact, now());
+                single.push(fact);
             }
         }
         prop_assert_eq!(&batched, &single);
@@ -456,7 +560,7 @@ proptest! {
         for fact in &batched {
             // The chain holds and nothing is negative: every reader would admit it.
             prop_assert_eq!(folded.admits(&fact.event), Ok(()));
-            folded.evolve(folded.sequence() + 1, &fact.event, fact.mark);
+            evolve(&mut folded, fact, now());
         }
         prop_assert_eq!(folded, one_by_one);
     }
@@ -483,7 +587,7 @@ proptest! {
             return Err(TestCaseError::fail("a new order is always decided"));
         };
         for fact in facts {
-            after.evolve(after.sequence() + 1, &fact.event, fact.mark);
+            evolve(&mut after, &fact, now());
         }
         for (product, quantity) in wanted {
             let stock = |state: &State| state.product(&id(product)).map(|product| product.quantity);
@@ -517,7 +621,7 @@ proptest! {
         let mut events: Vec<Option<Fact>> = Vec::new();
         let mut copies = vec![whole.freeze()];
         for (number, command) in commands.iter().enumerate() {
-            let Decision::Store(facts, _) = decide_on(&whole, command) else { continue };
+            let facts = stored(decide_on(&whole, command));
             let skipped = (number % 5 == foreign).then_some(None);
             for event in facts.into_iter().map(Some).chain(skipped) {
                 fold(&mut whole, event.as_ref());
@@ -546,7 +650,204 @@ proptest! {
 /// The next message of a ledger: an event of ours, or something foreign.
 fn fold(state: &mut State, event: Option<&Fact>) {
     match event {
-        Some(fact) => state.evolve(state.sequence() + 1, &fact.event, fact.mark),
+        Some(fact) => evolve(state, fact, now()),
         None => state.skip(state.sequence() + 1),
+    }
+}
+
+// ── Keys ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/// So long after [`now`].
+fn after(duration: Duration) -> Timestamp {
+    Timestamp::new(now().get() + duration)
+}
+
+/// Decides at `at`, and folds what is stored in.
+fn decided_at(state: &mut State, command: &Command, at: Timestamp) -> Decision {
+    let decision = decide(&Draft::new(state), command, at);
+    for fact in stored(decision.clone()) {
+        evolve(state, &fact, at);
+    }
+    decision
+}
+
+#[test]
+fn a_key_holds_as_long_as_it_is_kept_and_then_acts_anew_under_new_ids() {
+    assert!(KEYS_KEPT >= Duration::from_secs(24 * 3_600), "as is promised");
+    let five_more = keyed(&product(1, Action::Adjust { delta: 5 }), 7);
+    let mut state = given(&[register(1, 10)]);
+    let first = stored(decided_at(&mut state, &five_more, now()));
+    let at_last = after(KEYS_KEPT);
+    assert!(matches!(decided_at(&mut state, &five_more, at_last), Decision::Settled(Outcome::Replayed { .. })));
+    // Nothing else was written meanwhile, so it is remembered still; and yet it is too old.
+    let over = after(KEYS_KEPT + Duration::from_millis(1));
+    let second = stored(decided_at(&mut state, &five_more, over));
+    assert_eq!(state.product(&id(1)).expect("registered").quantity, 20, "carried out as new");
+    for fact in &second {
+        assert!(first.iter().all(|earlier| earlier.event_id != fact.event_id), "{fact:?} has an id of then");
+    }
+    assert_eq!((first.len(), second.len()), (2, 2));
+    // From now on the new answer holds, and the old one is forgotten.
+    assert_eq!(state.remembered_commands(), 1);
+    assert_eq!(
+        decided_at(&mut state, &five_more, over),
+        Decision::Settled(Outcome::Replayed { first_sequence: state.sequence() - 1 })
+    );
+}
+
+#[test]
+fn what_is_forgotten_is_forgotten_by_the_ledger_s_own_time() {
+    let mut state = given(&[register(1, 10), keyed(&product(1, set_to(4)), 7), keyed(&product(1, set_to(4)), 8)]);
+    let Command::Product(command) = product(1, set_to(4)) else { panic!("a product command") };
+    assert!(state.remembers(&command.command_id));
+    // An order, much later: whatever is stored tells the time.
+    decided_at(&mut state, &order(1, &[(1, 1)]), after(KEYS_KEPT));
+    assert!(state.remembers(&command.command_id));
+    decided_at(&mut state, &order(2, &[(1, 1)]), after(KEYS_KEPT + Duration::from_millis(1)));
+    assert_eq!(state.remembered_commands(), 0);
+}
+
+#[test]
+fn a_command_without_a_key_takes_no_room() {
+    let commands: Vec<_> = (0..50).map(|n| product(1, set_to(n))).collect();
+    let state = given(&[&[register(1, 10)], &commands[..]].concat());
+    assert_eq!(state.remembered_commands(), 0);
+    assert!(given(&[register(1, 10), product(1, set_to(10))]).sequence() == 3, "and nothing is stored of a no-op");
+}
+
+#[test]
+fn keys_of_an_older_ledger_hold() {
+    let mut state = given(&[register(1, 10)]);
+    let Command::Product(command) = keyed(&product(1, Action::Adjust { delta: -10 }), 7) else { panic!("a product's") };
+    let unkeyed = Command::Product(ProductCommand { fingerprint: None, ..command.clone() });
+    let mark = CommandMark { command_id: command.command_id, fingerprint: 7 };
+    let first_sequence = state.sequence() + 1;
+    for fact in stored(decide_on(&state, &unkeyed)) {
+        state.evolve(state.sequence() + 1, now(), &fact.event, Some(mark));
+    }
+    assert_eq!(state.remembered_commands(), 1);
+    assert_eq!(
+        decide_on(&state, &Command::Product(command.clone())),
+        Decision::Settled(Outcome::Replayed { first_sequence })
+    );
+    let other = Command::Product(ProductCommand { fingerprint: Some(8), ..command });
+    assert_eq!(decide_on(&state, &other), Decision::Reject(Rejection::KeyReused));
+}
+
+/// A state that remembers so many commands of each caller.
+fn remembering(of_each: &[(Uuid, usize)]) -> State {
+    let mut state = given(&[register(1, 10)]);
+    for (caller, commands) in of_each {
+        for n in 0..*commands {
+            let command_id = Uuid::from_u128(caller.as_u128() + 1 + n as u128);
+            let (by, at_ms) = (*caller, millis(now()));
+            state.remembered.note(RememberedCommand { command_id, fingerprint: 1, sequence: 1, at_ms, by });
+        }
+    }
+    state
+}
+
+#[test]
+fn no_key_is_forgotten_before_its_time_for_want_of_room() {
+    let (greedy, other) = (Uuid::from_u128(1 << 100), Uuid::from_u128(2 << 100));
+    let by = |user: Uuid, fingerprint: Option<u64>| {
+        let command = ProductCommand::new(Uuid::from_u128(3), id(1), UpdatedBy::User(user), set_to(3));
+        Command::Product(ProductCommand { fingerprint, ..command })
+    };
+    // One caller alone takes half of the room at most.
+    let mut state = remembering(&[(greedy, MAX_REMEMBERED_OF_ONE as usize)]);
+    let full = Decision::Reject(Rejection::TooManyKeys { of_caller: true });
+    assert_eq!(decide_on(&state, &by(greedy, Some(7))), full);
+    assert!(matches!(decide_on(&state, &by(greedy, None)), Decision::Store(..)), "a write without a key goes on");
+    assert!(matches!(decide_on(&state, &by(other, Some(7))), Decision::Store(..)), "and so does whoever else");
+    assert!(state.remembers(&Uuid::from_u128(greedy.as_u128() + 1)), "nothing was forgotten");
+    let over = after(KEYS_KEPT + Duration::from_millis(1));
+    assert!(matches!(decided_at(&mut state, &by(greedy, Some(7)), over), Decision::Store(..)), "until it is over");
+    assert_eq!(state.remembered_commands(), 1);
+
+    let most = MAX_REMEMBERED_COMMANDS - MAX_REMEMBERED_OF_ONE as usize;
+    let third = Uuid::from_u128(3 << 100);
+    let state = remembering(&[(greedy, most), (third, MAX_REMEMBERED_OF_ONE as usize)]);
+    let full = Decision::Reject(Rejection::TooManyKeys { of_caller: false });
+    assert_eq!(decide_on(&state, &by(other, Some(7))), full);
+    assert!(matches!(decide_on(&state, &by(other, None)), Decision::Store(..)));
+}
+
+#[test]
+fn room_is_counted_within_a_batch() {
+    let caller = Uuid::from_u128(1 << 100);
+    let state = remembering(&[(caller, MAX_REMEMBERED_OF_ONE as usize - 1)]);
+    let mut draft = Draft::new(&state);
+    let by = |n: u128| {
+        let command = ProductCommand::new(Uuid::from_u128(n), id(1), UpdatedBy::User(caller), set_to(n as u32));
+        Command::Product(ProductCommand { fingerprint: Some(7), ..command })
+    };
+    let last = stored(decide(&draft, &by(3), now()));
+    draft.apply(&last, now());
+    assert_eq!(decide(&draft, &by(4), now()), Decision::Reject(Rejection::TooManyKeys { of_caller: true }));
+}
+
+#[test]
+fn an_order_under_the_id_of_a_command_has_ids_of_its_own() {
+    let state = given(&[register(1, 10)]);
+    let ids = |command: &Command| {
+        let facts = stored(decide_on(&state, command));
+        facts.into_iter().map(|fact| fact.event_id).collect::<HashSet<_>>()
+    };
+    let Command::Product(command) = product(1, set_to(0)) else { panic!("a product command") };
+    let count = counted(1, 2);
+    let correction = Action::CorrectCount { count, stock_at_count: 12 };
+    let causes = [
+        Command::Product(command.clone()),
+        keyed(&Command::Product(command.clone()), 7),
+        Command::Product(ProductCommand { action: correction, ..command.clone() }),
+        Command::Order(Order {
+            order_id: OrderId(command.command_id),
+            lines: vec![OrderLine { product_id: id(1), quantity: 10 }],
+        }),
+    ];
+    let all: Vec<_> = causes.iter().flat_map(ids).collect();
+    let distinct: HashSet<_> = all.iter().collect();
+    assert_eq!((all.len(), distinct.len()), (2 + 3 + 3 + 2, all.len()));
+}
+
+proptest! {
+    /// However often and between whatever a command comes under its key, it acts once, and is answered as at first.
+    #[test]
+    fn a_keyed_command_any_number_of_times_acts_once(
+        others in proptest::collection::vec(any_command(), 0..40),
+        again in proptest::collection::vec(any::<bool>(), 40),
+        action in prop_oneof![
+            (0_u32..50).prop_map(set_to),
+            (-20_i64..20).prop_map(|delta| Action::Adjust { delta }),
+        ],
+    ) {
+        let command = Command::Product(ProductCommand {
+            fingerprint: Some(7),
+            ..ProductCommand::new(Uuid::from_u128(u128::MAX), id(1), UpdatedBy::System, action)
+        });
+        let mut state = State::default();
+        let first = decided_at(&mut state, &command, now());
+        prop_assert!(matches!(first, Decision::Refuse(..)), "{:?}", first);
+        let command = Command::Product(ProductCommand {
+            command_id: Uuid::from_u128(u128::MAX - 1),
+            ..match command { Command::Product(command) => command, Command::Order(_) => unreachable!() }
+        });
+        decided_at(&mut state, &register(1, 10), now());
+        let first_sequence = state.sequence() + 1;
+        let effect = stored(decided_at(&mut state, &command, now())).len();
+        let mut without = state.clone();
+        for (other, again) in others.iter().zip(again) {
+            decided_at(&mut state, other, now());
+            decided_at(&mut without, other, now());
+            if again {
+                prop_assert_eq!(
+                    decided_at(&mut state, &command, now()),
+                    Decision::Settled(Outcome::Replayed { first_sequence })
+                );
+            }
+        }
+        prop_assert!(effect >= 1);
+        prop_assert_eq!(state, without);
     }
 }

@@ -45,7 +45,7 @@ pub const DEFAULT_AFTER_EVENTS: u64 = 100_000;
 pub const KEPT_SNAPSHOTS: usize = 3;
 
 /// What bytes mean. Another number is another layout: such a snapshot is not read.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// How often a writer says that it is at work; a third of the consumer's `ack_wait`.
 const IN_PROGRESS_EVERY: Duration = Duration::from_secs(10);

@@ -9,8 +9,8 @@ use uuid::Uuid;
 use crate::codec::{self, ContentType, DecodeError};
 use crate::envelope::Envelope;
 use crate::event::{
-    InventoryCounted, InventoryUpdateFailed, InventoryUpdated, LedgerEvent, ProductRegistered, ProductRevised,
-    ProductUpdated,
+    CommandAnswered, InventoryCounted, InventoryUpdateFailed, InventoryUpdated, LedgerEvent, ProductRegistered,
+    ProductRevised, ProductUpdated,
 };
 use crate::id::EventId;
 use crate::limits::MAX_STOCK;
@@ -78,6 +78,9 @@ pub fn parse_stored(subject: &str, message_id: Option<&str>, bytes: &[u8]) -> Re
         }
         Topic::ProductsRevised => codec::decode::<ProductRevised>(json, bytes)?.map(LedgerEvent::ProductRevised),
         Topic::ProductsUpdated => codec::decode::<ProductUpdated>(json, bytes)?.map(LedgerEvent::ProductUpdated),
+        Topic::InventoryCommandAnswered => {
+            codec::decode::<CommandAnswered>(json, bytes)?.map(LedgerEvent::CommandAnswered)
+        }
         Topic::OrdersCreated | Topic::NotificationsLowStock => {
             return Err(InvalidSubject(subject.to_owned()).into());
         }
@@ -102,7 +105,9 @@ pub fn parse_stored(subject: &str, message_id: Option<&str>, bytes: &[u8]) -> Re
 /// [`Foreign`] when the event cannot have been written by us.
 pub fn chains(event: &LedgerEvent, stock: Option<u32>) -> Result<(), Foreign> {
     match (event, stock) {
-        (LedgerEvent::InventoryUpdateFailed(_), _) | (LedgerEvent::ProductRegistered(_), None) => Ok(()),
+        // Neither needs a product that is there: an unknown one is refused, too.
+        (LedgerEvent::InventoryUpdateFailed(_) | LedgerEvent::CommandAnswered(_), _)
+        | (LedgerEvent::ProductRegistered(_), None) => Ok(()),
         (LedgerEvent::ProductRegistered(_), Some(_)) => Err(Foreign::RegisteredTwice),
         (_, None) => Err(Foreign::UnknownProduct),
         (LedgerEvent::InventoryUpdated(updated), Some(stock)) => {

@@ -74,6 +74,8 @@ pub enum EventType {
     ProductUpdated,
     /// Stock is low.
     LowStock,
+    /// A command under a key was answered.
+    CommandAnswered,
 }
 
 impl EventType {
@@ -89,6 +91,7 @@ impl EventType {
             Self::ProductRevised => "product-revised",
             Self::ProductUpdated => "product-updated",
             Self::LowStock => "low-stock",
+            Self::CommandAnswered => "command-answered",
         }
     }
 }

@@ -1,9 +1,11 @@
 //! The events of the contract, one type each, with the fields and names that other services read.
 
 use std::fmt;
+use std::str::FromStr;
 
 use serde::de::{self, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::{Map, Value};
 use uuid::Uuid;
 
 use crate::envelope::{EventType, Payload};
@@ -392,6 +394,78 @@ pub struct LowStock {
     pub caused_by: EventId,
 }
 
+/// A command under an `Idempotency-Key` was answered: stored right before the events that it brought about, in their batch,
+/// so that the same request under the same key is answered again and not carried out again, also when it brought about
+/// none. Changes nothing for readers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CommandAnswered {
+    /// The command, which the caller and the key make.
+    pub command_id: Uuid,
+    /// Of its request: the same command with another one is another request under a used key.
+    pub fingerprint: Fingerprint,
+    /// The product that it is about, registered or not.
+    pub product_id: ProductId,
+    /// Who asked.
+    pub requested_by: UpdatedBy,
+    /// How many events it brought about: those that follow in its batch.
+    pub events: u32,
+    /// Why it was refused, in the product service's own words; null when it was not.
+    #[serde(default)]
+    pub refusal: Option<Box<Map<String, Value>>>,
+}
+
+/// A fingerprint of a request: 16 hexadecimal digits on the wire, for a number of 64 bits is not safe in every JSON reader.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Fingerprint(pub u64);
+
+impl fmt::Display for Fingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+impl FromStr for Fingerprint {
+    type Err = InvalidFingerprint;
+
+    fn from_str(text: &str) -> Result<Self, InvalidFingerprint> {
+        let digits = text.len() == 16 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        if !digits {
+            return Err(InvalidFingerprint);
+        }
+        u64::from_str_radix(text, 16).map(Self).map_err(|_| InvalidFingerprint)
+    }
+}
+
+/// Why a text is not a [`Fingerprint`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a fingerprint has 16 hexadecimal digits")]
+pub struct InvalidFingerprint;
+
+impl Serialize for Fingerprint {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Fingerprint {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct FingerprintVisitor;
+        impl Visitor<'_> for FingerprintVisitor {
+            type Value = Fingerprint;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("16 hexadecimal digits")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Fingerprint, E> {
+                text.parse().map_err(|_| E::invalid_value(de::Unexpected::Str(text), &self))
+            }
+        }
+        deserializer.deserialize_str(FingerprintVisitor)
+    }
+}
+
 macro_rules! payload {
     ($($name:ident => $topic:ident),* $(,)?) => {
         $(impl Payload for $name {
@@ -410,6 +484,7 @@ payload! {
     ProductRevised => ProductsRevised,
     ProductUpdated => ProductsUpdated,
     LowStock => NotificationsLowStock,
+    CommandAnswered => InventoryCommandAnswered,
 }
 
 /// An event of the `INVENTORY` stream: everything that the ledger holds.
@@ -428,6 +503,8 @@ pub enum LedgerEvent {
     ProductRevised(ProductRevised),
     /// Names of changed fields.
     ProductUpdated(ProductUpdated),
+    /// A command under a key was answered.
+    CommandAnswered(CommandAnswered),
 }
 
 impl LedgerEvent {
@@ -441,6 +518,7 @@ impl LedgerEvent {
             Self::ProductRegistered(_) => Topic::ProductsRegistered,
             Self::ProductRevised(_) => Topic::ProductsRevised,
             Self::ProductUpdated(_) => Topic::ProductsUpdated,
+            Self::CommandAnswered(_) => Topic::InventoryCommandAnswered,
         }
     }
 
@@ -453,7 +531,8 @@ impl LedgerEvent {
             | Self::InventoryCounted(InventoryCounted { product_id, .. })
             | Self::ProductRegistered(ProductRegistered(ProductDetails { product_id, .. }))
             | Self::ProductRevised(ProductRevised(ProductDetails { product_id, .. }))
-            | Self::ProductUpdated(ProductUpdated { product_id, .. }) => product_id.0,
+            | Self::ProductUpdated(ProductUpdated { product_id, .. })
+            | Self::CommandAnswered(CommandAnswered { product_id, .. }) => product_id.0,
         }
     }
 

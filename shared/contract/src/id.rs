@@ -8,7 +8,7 @@ use std::str::FromStr;
 
 use serde::de::{self, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use uuid::Uuid;
+use uuid::{Uuid, uuid};
 
 use crate::limits::{MAX_LINE_QUANTITY, MAX_SKU_CHARS};
 
@@ -106,16 +106,63 @@ uuid_id!(
 );
 
 impl EventId {
-    /// The id of the event that `cause` (an order or a command) brings about in `subject`, in the role `role`.
+    /// The id of the event that `cause` brings about in `subject`, in the role `role`.
     ///
-    /// A UUIDv5, so that a retry of the same cause repeats the same ids.
+    /// A UUIDv5, so that a retry of the same cause repeats the same ids. Two causes never share an id, not even when their
+    /// own ids are the same or one was chosen to meet the other: of an order 33 bytes are hashed (its id, role, subject), of
+    /// every other cause 58, which begin with [`EVENTS`] and name the kind.
     #[must_use]
-    pub fn derive(cause: &Uuid, role: EventRole, subject: &Uuid) -> Self {
+    pub fn derive(cause: &Cause, role: EventRole, subject: &Uuid) -> Self {
+        let (kind, id, sequence) = match cause {
+            Cause::Order(order) => return Self::derive_by_order(&order.0, role, subject),
+            Cause::Command(command) => (1, command, 0),
+            Cause::KeyedCommand { command_id, sequence } => (2, command_id, *sequence),
+            Cause::Correction(correction) => (3, correction, 0),
+            Cause::Event(event) => (4, &event.0, 0),
+        };
+        let mut name = [0_u8; 42];
+        name[0] = kind;
+        name[1..17].copy_from_slice(id.as_bytes());
+        name[17..25].copy_from_slice(&sequence.to_be_bytes());
+        name[25] = role as u8;
+        name[26..].copy_from_slice(subject.as_bytes());
+        Self(Uuid::new_v5(&EVENTS, &name))
+    }
+
+    /// How the ids of an order's events are derived, and how those of every other cause were before they had a space of
+    /// their own: for finding those again in a ledger of then.
+    #[must_use]
+    pub fn derive_by_order(cause: &Uuid, role: EventRole, subject: &Uuid) -> Self {
         let mut name = [0_u8; 17];
         name[0] = role as u8;
         name[1..].copy_from_slice(subject.as_bytes());
         Self(Uuid::new_v5(cause, &name))
     }
+}
+
+/// The namespace of the events of all causes but orders: the UUIDv5 of `lomash-events` among object ids. Never changes.
+pub const EVENTS: Uuid = uuid!("96b8fdf8-291f-5451-b84d-c7013fd4d8af");
+
+/// What brings an event about. Ids of different kinds come from different places, and some of them from outside: so each kind
+/// has a space of its own, and a further kind takes a further number in [`EventId::derive`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Cause {
+    /// An order, by the id that its publisher chose.
+    Order(OrderId),
+    /// A command whose id is used once.
+    Command(Uuid),
+    /// A command under a key, and the sequence of the ledger that it was decided on: a key that was forgotten may be used
+    /// again, and must not repeat the ids of then.
+    KeyedCommand {
+        /// The command.
+        command_id: Uuid,
+        /// The last sequence before its events.
+        sequence: u64,
+    },
+    /// The correction of a product by a count.
+    Correction(Uuid),
+    /// An event that others follow from, such as an alert.
+    Event(EventId),
 }
 
 /// What an event is to its cause: keeps the ids apart of several events of one cause about one product.
@@ -134,6 +181,8 @@ pub enum EventRole {
     Count = 5,
     /// A low-stock alert.
     Alert = 6,
+    /// A command was answered.
+    Answer = 7,
 }
 
 /// A stock-keeping unit: 1 to 64 visible characters, no white space at either end, as the warehouse prints it.

@@ -19,10 +19,10 @@ pub use admission::{Foreign, chains, parse_stored};
 pub use codec::{ContentType, DecodeError};
 pub use envelope::{Envelope, EventType, Payload, Version};
 pub use event::{
-    ChangedField, CountedBy, FailedItem, FailureReason, InventoryCounted, InventoryUpdateFailed, InventoryUpdated,
-    LedgerEvent, LowStock, OrderCreated, OrderItem, OrderItems, ProductDetails, ProductRegistered, ProductRevised,
-    ProductUpdated, Trigger, UpdatedBy,
+    ChangedField, CommandAnswered, CountedBy, FailedItem, FailureReason, Fingerprint, InventoryCounted,
+    InventoryUpdateFailed, InventoryUpdated, LedgerEvent, LowStock, OrderCreated, OrderItem, OrderItems,
+    ProductDetails, ProductRegistered, ProductRevised, ProductUpdated, Trigger, UpdatedBy,
 };
-pub use id::{CustomerId, EventId, LineQuantity, OrderId, ProductId, Sku};
+pub use id::{Cause, CustomerId, EventId, LineQuantity, OrderId, ProductId, Sku};
 pub use subject::{KeyedSubject, Topic};
 pub use timestamp::Timestamp;

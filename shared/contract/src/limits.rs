@@ -1,5 +1,7 @@
 //! The numbers of the contract: what a message may hold and the stock thresholds.
 
+use std::time::Duration;
+
 /// Most lines one order may have (before duplicate products are merged). Real orders reach 674.
 pub const MAX_ORDER_ITEMS: usize = 1_000;
 
@@ -36,3 +38,6 @@ const MAX_ENVELOPE_BYTES: usize = 1_024;
 pub const MAX_EVENT_BYTES: usize = MAX_ENVELOPE_BYTES + MAX_ORDER_ITEMS * MAX_FAILED_ITEM_BYTES;
 
 const _: () = assert!(MAX_ENVELOPE_BYTES + MAX_CHAR_BYTES * (MAX_SKU_CHARS + 2 * MAX_NAME_CHARS) <= MAX_EVENT_BYTES);
+
+/// How long the answer to a command under a key is kept: the 24 hours that are promised, and one more for clocks that differ.
+pub const KEYS_KEPT: Duration = Duration::from_secs(25 * 3_600);

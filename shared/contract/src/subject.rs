@@ -29,11 +29,13 @@ pub enum Topic {
     ProductsUpdated,
     /// Stock is low.
     NotificationsLowStock,
+    /// A command under a key was answered: for the product service itself, readers pass over it.
+    InventoryCommandAnswered,
 }
 
 impl Topic {
     /// Every topic.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::OrdersCreated,
         Self::InventoryUpdated,
         Self::InventoryUpdateFailed,
@@ -42,6 +44,7 @@ impl Topic {
         Self::ProductsRevised,
         Self::ProductsUpdated,
         Self::NotificationsLowStock,
+        Self::InventoryCommandAnswered,
     ];
 
     /// The topic as services publish and subscribe it.
@@ -56,6 +59,7 @@ impl Topic {
             Self::ProductsRevised => "lomash.products.revised",
             Self::ProductsUpdated => "lomash.products.updated",
             Self::NotificationsLowStock => "lomash.notifications.low-stock",
+            Self::InventoryCommandAnswered => "lomash.inventory.command-answered",
         }
     }
 
@@ -71,6 +75,7 @@ impl Topic {
             Self::ProductsRevised => EventType::ProductRevised,
             Self::ProductsUpdated => EventType::ProductUpdated,
             Self::NotificationsLowStock => EventType::LowStock,
+            Self::InventoryCommandAnswered => EventType::CommandAnswered,
         }
     }
 }

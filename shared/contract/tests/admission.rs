@@ -14,13 +14,14 @@ use messages::{GOLDEN, golden, golden_value};
 use serde_json::{Value, json};
 
 /// The topics that the `INVENTORY` stream stores.
-const STORED: [Topic; 6] = [
+const STORED: [Topic; 7] = [
     Topic::InventoryUpdated,
     Topic::InventoryUpdateFailed,
     Topic::InventoryCounted,
     Topic::ProductsRegistered,
     Topic::ProductsRevised,
     Topic::ProductsUpdated,
+    Topic::InventoryCommandAnswered,
 ];
 
 /// The key token and the message id that belong to a golden message.

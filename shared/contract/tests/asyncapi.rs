@@ -194,6 +194,8 @@ fn limits_are_the_code_s() {
         ("OrderCreatedPayload/properties/items/maxItems", MAX_ORDER_ITEMS as u64),
         ("OrderItem/properties/quantity/minimum", 1),
         ("OrderItem/properties/quantity/maximum", u64::from(MAX_LINE_QUANTITY)),
+        ("CommandAnsweredPayload/properties/events/minimum", 0),
+        ("CommandAnsweredPayload/properties/events/maximum", u64::from(u32::MAX)),
         ("FailedItem/properties/requested/minimum", 1),
         ("FailedItem/properties/requested/maximum", u64::from(MAX_STOCK)),
     ];
@@ -339,6 +341,7 @@ fn required_fields_are_those_that_the_code_needs() {
         "product-registered/payload/lowStockThreshold",
         "product-revised/payload/category",
         "product-revised/payload/lowStockThreshold",
+        "command-answered/payload/refusal",
     ];
     assert_eq!(optional, expected.map(str::to_owned).into());
 }

@@ -6,18 +6,20 @@
 
 mod messages;
 
+use std::collections::HashMap;
 use std::fmt::Debug;
 
 use lomash_contract::codec::{decode, encode};
-use lomash_contract::id::EventRole;
+use lomash_contract::id::{EVENTS, EventRole};
 use lomash_contract::{
-    ChangedField, ContentType, CountedBy, CustomerId, Envelope, EventId, FailedItem, FailureReason, InventoryCounted,
-    InventoryUpdateFailed, InventoryUpdated, LineQuantity, LowStock, OrderCreated, OrderId, OrderItem, OrderItems,
-    Payload, ProductDetails, ProductId, ProductRegistered, ProductRevised, ProductUpdated, Timestamp, Topic, Trigger,
-    UpdatedBy,
+    Cause, ChangedField, CommandAnswered, ContentType, CountedBy, CustomerId, Envelope, EventId, FailedItem,
+    FailureReason, Fingerprint, InventoryCounted, InventoryUpdateFailed, InventoryUpdated, LineQuantity, LowStock,
+    OrderCreated, OrderId, OrderItem, OrderItems, Payload, ProductDetails, ProductId, ProductRegistered,
+    ProductRevised, ProductUpdated, Timestamp, Topic, Trigger, UpdatedBy,
 };
 use messages::{GOLDEN, compact, golden, golden_value};
 use serde_json::{Value, json};
+use uuid::Uuid;
 
 fn cabinet() -> ProductId {
     "2c7e43a4-9d0b-5b52-8f7a-6b1d3f5c0e11".parse().unwrap()
@@ -159,6 +161,24 @@ fn low_stock_is_golden() {
 }
 
 #[test]
+fn command_answered_is_golden() {
+    is_golden(&event(
+        "9f2d7b1c-5a3e-5c4f-8d60-2b7e9a1c3d5f",
+        CommandAnswered {
+            command_id: "c3a9e1d7-4b2f-5e68-9d0c-7f1b3a5c8e24".parse().unwrap(),
+            fingerprint: Fingerprint(0x00c0_ffee_1234_5678),
+            product_id: cabinet(),
+            requested_by: UpdatedBy::User("d4735e3a-265e-46ee-a03f-59718b9b5d03".parse().unwrap()),
+            events: 2,
+            refusal: None,
+        },
+    ));
+    for bad in ["", "c0ffee", "00c0ffee1234567g", "00c0ffee123456789", "+0c0ffee12345678"] {
+        assert!(bad.parse::<Fingerprint>().is_err(), "{bad}");
+    }
+}
+
+#[test]
 fn there_is_one_golden_file_for_each_event_and_no_other() {
     let mut files: Vec<String> = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden"))
         .unwrap()
@@ -291,7 +311,7 @@ fn instants_are_read_with_any_offset_and_precision_and_written_as_utc_millisecon
 
 #[test]
 fn ids_derived_from_a_cause_never_change() {
-    let derived = |role| EventId::derive(&order().0, role, &cabinet().0).to_string();
+    let derived = |role| EventId::derive(&Cause::Order(order()), role, &cabinet().0).to_string();
     // Written down once: a retry after an upgrade must still name the same events.
     let written_down = [
         (EventRole::Stock, "a224c01e-b093-56c8-bf5a-85045ef5f66c"),
@@ -304,4 +324,59 @@ fn ids_derived_from_a_cause_never_change() {
     for (role, expected) in written_down {
         assert_eq!(derived(role), expected, "{role:?}");
     }
+}
+
+/// Causes of every kind, whose own ids are all `id`.
+fn causes(id: Uuid) -> [Cause; 6] {
+    [
+        Cause::Order(OrderId(id)),
+        Cause::Command(id),
+        Cause::KeyedCommand { command_id: id, sequence: 0 },
+        Cause::KeyedCommand { command_id: id, sequence: 41 },
+        Cause::Correction(id),
+        Cause::Event(EventId(id)),
+    ]
+}
+
+const ROLES: [EventRole; 7] = [
+    EventRole::Stock,
+    EventRole::Refusal,
+    EventRole::ChangedFields,
+    EventRole::Details,
+    EventRole::Count,
+    EventRole::Alert,
+    EventRole::Answer,
+];
+
+/// Whoever publishes an order chooses its id: also that of a command, of an event, or of a namespace.
+#[test]
+fn no_two_causes_share_an_event_id_whatever_their_own_ids_are() {
+    let mut chosen = vec![order().0, Uuid::nil(), Uuid::max(), EVENTS, cabinet().0];
+    for cause in causes(order().0) {
+        chosen.extend(ROLES.map(|role| EventId::derive(&cause, role, &cabinet().0).0));
+    }
+    let mut ids = HashMap::new();
+    for (cause, role) in chosen.iter().flat_map(|id| causes(*id)).flat_map(|cause| ROLES.map(|role| (cause, role))) {
+        for subject in [cabinet().0, bed().0, order().0, EVENTS] {
+            let id = EventId::derive(&cause, role, &subject);
+            let earlier = ids.insert(id, (cause, role, subject));
+            assert!(earlier.is_none_or(|earlier| earlier == (cause, role, subject)), "{cause:?} {role:?}: {earlier:?}");
+        }
+    }
+    assert!(ids.len() > 6_000, "{}", ids.len());
+}
+
+#[test]
+fn ids_of_other_causes_never_change_either() {
+    assert_eq!(EVENTS, Uuid::new_v5(&Uuid::NAMESPACE_OID, b"lomash-events"));
+    let derived = causes(order().0).map(|cause| EventId::derive(&cause, EventRole::Stock, &cabinet().0).to_string());
+    let written_down = [
+        "a224c01e-b093-56c8-bf5a-85045ef5f66c",
+        "e80b2796-e429-59d7-96fa-ede6d399f017",
+        "2e49ec15-0678-5020-a0a9-33f5f034a134",
+        "aeaa9c4f-328e-5a35-ba5e-3ea557ada3a4",
+        "263ee076-dc2a-555d-af32-6727ac7d343e",
+        "eacdf191-ce25-5fe7-bd24-e12b6afba3ed",
+    ];
+    assert_eq!(derived, written_down);
 }

@@ -91,7 +91,8 @@ const REMEMBERED: Duration = Duration::from_micros(2);
 pub mod header {
     /// Why an admin changed something, in the admin's words.
     pub const REASON: &str = "Lomash-Reason";
-    /// Which command an event comes of and a fingerprint of its request, for commands that may be sent again.
+    /// Which command an event comes of and a fingerprint of its request: in older ledgers. Nothing writes it any more, for it was
+    /// republished to everybody who listens.
     pub const COMMAND: &str = "Lomash-Command";
     /// W3C trace context.
     pub const TRACEPARENT: &str = "traceparent";
@@ -108,7 +109,7 @@ pub struct Carried {
     pub trace: Option<TraceContext>,
     /// Why an admin did it.
     pub reason: Option<String>,
-    /// The command it comes of, when that may be sent again; see `header::COMMAND`.
+    /// The command it comes of, in an older ledger; see `header::COMMAND`.
     pub command: Option<String>,
 }
 

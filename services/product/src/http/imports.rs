@@ -564,6 +564,7 @@ impl Import {
         let decided = self.commands(&row, product_id).map(|command| {
             match inventory::decide(draft, &Command::Product(command), Timestamp::now()) {
                 Decision::Store(_, outcome) | Decision::Settled(outcome) => Ok((outcome, None)),
+                Decision::Refuse(_, rejection) => Err(rejection.into()),
                 Decision::Reject(rejection) => Err(CommandError::Rejected(rejection)),
             }
         });
@@ -811,7 +812,7 @@ impl Known {
                     active: product.active,
                 };
                 let event = LedgerEvent::ProductRegistered(ProductRegistered(details));
-                state.evolve(state.sequence() + 1, &event, None);
+                state.evolve(state.sequence() + 1, Timestamp::now(), &event, None);
             }
         }
         state

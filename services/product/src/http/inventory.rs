@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::Api;
 use super::problems::WriteProblems;
-use super::writes::{Write, Written, carry_out};
+use super::writes::{KEY_DESCRIPTION, Write, Written, carry_out};
 use crate::inventory::{Action, Count, is_available};
 
 /// Set the stock of a product to a figure.
@@ -110,7 +110,7 @@ pub(super) struct CountRecorded {
     summary = "Set the stock of a product",
     params(
         ("productId" = Uuid, Path, description = "The product"),
-        ("Idempotency-Key" = Option<String>, Header, description = "Same key and body: same answer, carried out once"),
+        ("Idempotency-Key" = Option<String>, Header, description = KEY_DESCRIPTION),
         ("If-Match" = Option<String>, Header, description = "Only if the product is at this version"),
     ),
     request_body = SetQuantity,
@@ -136,7 +136,7 @@ pub(super) async fn set_quantity(
     summary = "Add to the stock of a product, or take away",
     params(
         ("productId" = Uuid, Path, description = "The product"),
-        ("Idempotency-Key" = Option<String>, Header, description = "Same key and body: same answer, carried out once"),
+        ("Idempotency-Key" = Option<String>, Header, description = KEY_DESCRIPTION),
         ("If-Match" = Option<String>, Header, description = "Only if the product is at this version"),
     ),
     request_body = Adjust,
@@ -164,7 +164,7 @@ pub(super) async fn adjust(
     summary = "Put a count of a product on record",
     params(
         ("productId" = Uuid, Path, description = "The product"),
-        ("Idempotency-Key" = Option<String>, Header, description = "Same key and body: same answer, carried out once"),
+        ("Idempotency-Key" = Option<String>, Header, description = KEY_DESCRIPTION),
     ),
     request_body = RecordCount,
     responses((status = 201, description = "On record", body = CountRecorded), WriteProblems)

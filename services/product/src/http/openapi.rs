@@ -38,10 +38,12 @@ fn headers_of(path: &str, operation: &mut Operation) {
                 let told = "The product's version, when the answer is about it; send it as If-Match or If-None-Match";
                 add(response, "ETag", Type::String, told);
             }
-            if takes_key {
-                let told = "`true` when this is the answer to an earlier request with the same key";
-                add(response, "Idempotent-Replayed", Type::String, told);
-            }
+        }
+        // Refusals by a rule are remembered under a key like what was carried out.
+        if takes_key && (!response.content.contains_key(MEDIA_TYPE) || matches!(status.as_str(), "404" | "409" | "412"))
+        {
+            let told = "`true` when this is the answer to an earlier request with the same key";
+            add(response, "Idempotent-Replayed", Type::String, told);
         }
         tell_usual_headers(status, response);
     }

@@ -64,11 +64,14 @@ problem_types! {
         "The message cannot be brought back where it came from; the letter stays. `detail` says what to do instead.");
     /// 422: the key was used for another request.
     IDEMPOTENCY_KEY_REUSED = ("idempotency-key-reused", UNPROCESSABLE_ENTITY, "Idempotency key reused",
-        "The `Idempotency-Key` was used for another request before. Use a new key for a new request.");
+        "The `Idempotency-Key` was used for another request (another body, route, product or `If-Match`) within the time that keys are kept, at least 24 hours. Use a new key for a new request.");
     /// 503: no decision in time.
     OUTCOME_UNKNOWN = ("outcome-unknown", SERVICE_UNAVAILABLE, "Outcome unknown",
         "The write was not decided in time. It may yet be carried out: repeat it under the same `Idempotency-Key`, which tells.");
 }
+
+/// Seconds after which keys may be forgotten and others taken: they are counted by the day.
+const KEYS_RETRY_SECONDS: u64 = 600;
 
 /// What a command that was not carried out is answered with.
 pub(super) fn refused(error: &CommandError) -> Problem {
@@ -99,6 +102,8 @@ pub(super) fn refused(error: &CommandError) -> Problem {
             Problem::new(&COUNT_SUPERSEDED, detail).with("newest", newest.to_string())
         }
         Rejection::CountInFuture { .. } => Problem::invalid_field("/countedAt", detail),
+        Rejection::TooManyKeys { of_caller: true } => Problem::too_many_requests(detail, KEYS_RETRY_SECONDS),
+        Rejection::TooManyKeys { of_caller: false } => Problem::unavailable(detail, KEYS_RETRY_SECONDS),
         Rejection::Repeated => Problem::new(&ALREADY_CARRIED_OUT, detail),
     }
 }
@@ -136,7 +141,7 @@ problem_responses! {
         PreconditionFailed = 412, "The product is not at a version of If-Match";
         TooLarge = 413, "The body is too large";
         UnsupportedMediaType = 415, "The body is not of a type that is taken";
-        Unprocessable = 422, "The Idempotency-Key was used for another request";
+        Unprocessable = 422, "The Idempotency-Key was used for another request within the last 24 hours";
         TooManyRequests = 429, "The caller's share is used up";
         Unavailable = 503, "Not now; the outcome may be unknown";
         Timeout = 504, "It took too long";

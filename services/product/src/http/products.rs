@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::Api;
 use super::problems::WriteProblems;
-use super::writes::{Write, Written, carry_out};
+use super::writes::{KEY_DESCRIPTION, Write, Written, carry_out};
 use crate::catalogue;
 use crate::inventory::{Action, Amendment, Details, given, is_available};
 
@@ -145,7 +145,7 @@ pub(super) struct WrittenDetails {
 #[utoipa::path(
     post, path = "/v1/products", tag = "products", operation_id = "registerProduct",
     summary = "Register a product, with stock if it has some",
-    params(("Idempotency-Key" = Option<String>, Header, description = "Same key and body: same answer, carried out once")),
+    params(("Idempotency-Key" = Option<String>, Header, description = KEY_DESCRIPTION)),
     request_body = Register,
     responses(
         (status = 201, description = "Registered", body = ProductWritten),
@@ -176,7 +176,7 @@ pub(super) async fn register(
     summary = "Change details of a product",
     params(
         ("productId" = Uuid, Path, description = "The product"),
-        ("Idempotency-Key" = Option<String>, Header, description = "Same key and body: same answer, carried out once"),
+        ("Idempotency-Key" = Option<String>, Header, description = KEY_DESCRIPTION),
         ("If-Match" = Option<String>, Header, description = "Only if the product is at this version"),
     ),
     request_body = Amend,

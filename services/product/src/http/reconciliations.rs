@@ -97,7 +97,7 @@ pub(super) struct Approval {
     summary = "Start a reconciliation run",
     description = "Compares counts with the stock at the moment of each count, and corrects today's stock by the \
                    difference. One run is at work at a time; this one begins when those before it are done.",
-    params(("Idempotency-Key" = Option<String>, Header, description = "Same key and body: the same run")),
+    params(("Idempotency-Key" = Option<String>, Header, description = "The same request under the same key is the same run, as long as its report is kept; another request under it is refused with 422")),
     request_body = Request,
     responses((status = 202, description = "Asked for; watch it at Location", body = Report), WriteProblems)
 )]

@@ -12,7 +12,7 @@ use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use futures::{Stream, StreamExt};
-use lomash_contract::{ContentType, ProductId, codec};
+use lomash_contract::{ContentType, LedgerEvent, ProductId, codec};
 use lomash_ledger::{Ledger, StoredMessage};
 use lomash_web::extract::single_header;
 use lomash_web::{Problem, Query, Viewer};
@@ -108,6 +108,10 @@ pub(super) async fn stream(
 /// A stored message as an event for the client; none when it is not ours, or not about the product asked for.
 fn told(message: &StoredMessage, product_id: Option<ProductId>) -> Option<Event> {
     let envelope = message.parse().ok()?;
+    // For this service alone: it changes nothing.
+    if matches!(envelope.payload, LedgerEvent::CommandAnswered(_)) {
+        return None;
+    }
     if product_id.is_some_and(|id| envelope.payload.key() != id.0) {
         return None;
     }

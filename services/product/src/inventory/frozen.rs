@@ -14,10 +14,8 @@ use uuid::Uuid;
 
 use super::decided::PAGE_ORDERS;
 use super::products::{PAGE_PRODUCTS, Page};
-use super::{CommandMark, CountOnRecord, Product, State};
-
-/// Remembered commands of a part.
-const PART_COMMANDS: usize = 16_384;
+use super::remembered::{PAGE_COMMANDS, RememberedCommand};
+use super::{CountOnRecord, Product, State};
 
 /// Most bytes of a part: 512 products with the longest texts, or the ids of 65,536 orders, and room to spare.
 pub const MAX_PART_BYTES: usize = 4 << 20;
@@ -28,7 +26,7 @@ const ID_BYTES: usize = 16;
 /// Fewest bytes of a product: its id, and a byte for each other field.
 const LEAST_PRODUCT_BYTES: usize = ID_BYTES + 8;
 
-const _: () = assert!(PAGE_ORDERS * ID_BYTES * 2 <= MAX_PART_BYTES && PART_COMMANDS * 40 <= MAX_PART_BYTES);
+const _: () = assert!(PAGE_ORDERS * ID_BYTES * 2 <= MAX_PART_BYTES && PAGE_COMMANDS * 80 <= MAX_PART_BYTES);
 const _: () = assert!(PAGE_PRODUCTS * 4_096 <= MAX_PART_BYTES, "a sku and two names of 200 characters take 2 kB");
 
 /// A copy of a [`State`] that does not change any more.
@@ -38,7 +36,9 @@ pub struct Frozen {
     skipped: u64,
     products: Vec<Arc<Page>>,
     orders: Vec<Arc<Vec<OrderId>>>,
-    commands: Vec<SavedCommand>,
+    commands: Vec<Arc<Vec<RememberedCommand>>>,
+    /// How many commands at the front of the first page are forgotten.
+    forgotten: usize,
 }
 
 /// What a snapshot says of itself: where in the ledger it was taken, and how much there must be.
@@ -79,9 +79,16 @@ struct SavedProduct {
     count: Option<(u32, Timestamp, bool)>,
 }
 
-/// A remembered command: its id, the fingerprint of its request, the sequence of its first event.
+/// A remembered command: its id, the fingerprint of its request, where its answer is, when it was answered, by whom.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-struct SavedCommand(Uuid, u64, u64);
+struct SavedCommand(Uuid, u64, u64, i64, Uuid);
+
+impl From<&RememberedCommand> for SavedCommand {
+    fn from(command: &RememberedCommand) -> Self {
+        let RememberedCommand { command_id, fingerprint, sequence, at_ms, by } = *command;
+        Self(command_id, fingerprint, sequence, at_ms, by)
+    }
+}
 
 /// Ids of orders, one behind the other in one string of bytes.
 struct Ids(Vec<OrderId>);
@@ -138,21 +145,18 @@ impl From<SavedProduct> for Product {
 }
 
 impl State {
-    /// A copy for a snapshot. It takes a moment whatever the state's size: at most a page of ids and the remembered
+    /// A copy for a snapshot. It takes a moment whatever the state's size: at most a page of ids and a page of remembered
     /// commands are copied, all else is shared until it changes.
     #[must_use]
     pub fn freeze(&self) -> Frozen {
-        let remembered = &self.remembered;
-        let saved = |id: &Uuid| {
-            let command = remembered.commands.get(id)?;
-            Some(SavedCommand(*id, command.fingerprint, command.first_sequence))
-        };
+        let (commands, forgotten) = self.remembered.pages();
         Frozen {
             sequence: self.sequence,
             skipped: self.skipped,
             products: self.products.pages(),
             orders: self.decided.pages(),
-            commands: remembered.in_order.iter().filter_map(saved).collect(),
+            commands,
+            forgotten,
         }
     }
 }
@@ -166,7 +170,7 @@ impl Frozen {
             skipped: self.skipped,
             products: self.products.iter().map(|page| page.products().count() as u64).sum(),
             orders: self.orders.iter().map(|page| page.len() as u64).sum(),
-            commands: self.commands.len() as u64,
+            commands: (self.commands.iter().map(|page| page.len()).sum::<usize>() - self.forgotten) as u64,
         }
     }
 
@@ -174,10 +178,10 @@ impl Frozen {
     pub fn into_parts(self) -> impl Iterator<Item = Vec<u8>> + Send {
         let products = self.products.into_iter().map(|page| Part::Products(page.products().map(Into::into).collect()));
         let orders = self.orders.into_iter().map(|page| Part::Orders(Ids(page.to_vec())));
-        let commands = self.commands;
-        let commands = (0..commands.len().div_ceil(PART_COMMANDS)).map(move |part| {
-            let from = part * PART_COMMANDS;
-            Part::Commands(commands[from..commands.len().min(from + PART_COMMANDS)].to_vec())
+        let mut forgotten = self.forgotten;
+        let commands = self.commands.into_iter().map(move |page| {
+            let kept = &page[std::mem::take(&mut forgotten)..];
+            Part::Commands(kept.iter().map(Into::into).collect())
         });
         let parts = products.chain(orders).chain(commands);
         parts.map(|part| rmp_serde::to_vec(&part).expect("the types of a state are always MessagePack"))
@@ -251,11 +255,12 @@ impl Thawing {
                 }
             }
             Part::Commands(commands) => {
-                for SavedCommand(command_id, fingerprint, first_sequence) in commands {
-                    if state.remembers(&command_id) {
+                for SavedCommand(command_id, fingerprint, sequence, at_ms, by) in commands {
+                    // One id may be there twice: answered, forgotten by then, and answered again.
+                    if state.remembered.get(&command_id).is_some_and(|known| known.sequence >= sequence) {
                         return Err(Damaged::Twice { what: "command", id: command_id });
                     }
-                    state.remembered.note(CommandMark { command_id, fingerprint }, first_sequence);
+                    state.remembered.note(RememberedCommand { command_id, fingerprint, sequence, at_ms, by });
                 }
             }
         }
@@ -271,7 +276,7 @@ impl Thawing {
         for (what, found, expected) in [
             ("products", state.products.len(), head.products),
             ("orders", state.decided.len(), head.orders),
-            ("commands", state.remembered.in_order.len(), head.commands),
+            ("commands", state.remembered.len(), head.commands),
         ] {
             let found = found as u64;
             if found != expected {
@@ -314,9 +319,14 @@ mod tests {
             };
             state.products.put(product.into());
         }
-        for n in 0..(PART_COMMANDS + 7) as u128 {
-            state.remembered.note(CommandMark { command_id: Uuid::from_u128(n), fingerprint: u64::MAX }, 5);
+        for n in 0..(PAGE_COMMANDS + 7) as u64 {
+            let (command_id, by) = (Uuid::from_u128(n.into()), Uuid::max());
+            let at_ms = i64::try_from(n).expect("a small number");
+            let command = RememberedCommand { command_id, fingerprint: u64::MAX, sequence: 5 + n, at_ms, by };
+            state.remembered.note(command);
         }
+        // Some of the first page are forgotten.
+        state.remembered.forget_before(lomash_contract::limits::KEYS_KEPT.as_millis() as i64 + 3);
         state
     }
 

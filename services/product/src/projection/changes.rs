@@ -74,7 +74,9 @@ impl Products {
         let mut unknown: Vec<Uuid> = batch
             .iter()
             .flatten()
-            .filter(|envelope| !matches!(envelope.payload, LedgerEvent::InventoryUpdateFailed(_)))
+            .filter(|envelope| {
+                !matches!(envelope.payload, LedgerEvent::InventoryUpdateFailed(_) | LedgerEvent::CommandAnswered(_))
+            })
             .map(|envelope| envelope.payload.key())
             .filter(|key| self.of(ProductId(*key)).is_none())
             .collect();
@@ -210,7 +212,7 @@ impl<'m> Changes<'m> {
             LedgerEvent::InventoryCounted(counted) => {
                 self.counts.push(Count { message, event_id: envelope.event_id.0, counted });
             }
-            LedgerEvent::ProductUpdated(_) => {}
+            LedgerEvent::ProductUpdated(_) | LedgerEvent::CommandAnswered(_) => {}
         }
     }
 

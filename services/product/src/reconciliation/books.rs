@@ -17,7 +17,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
 use uuid::Uuid;
 
-use super::run::correction_id;
+use super::run::correction_events;
 use super::{Catalogue, Figure, KnownProduct, MAX_FIGURES, RecordedCount, Source, Unreadable};
 use crate::inventory::Count;
 use crate::projection::PROJECTION;
@@ -221,8 +221,8 @@ impl Snapshot<'_> {
                 counted_at: Timestamp::new(row.get(3)),
                 counted_by: by.map_or(CountedBy::Warehouse, CountedBy::User),
             };
-            let of_a_run = EventId::derive(&correction_id(product_id, &count), EventRole::Count, &product_id.0);
-            (row.get::<_, Uuid>(5) != of_a_run.0).then_some(Ok(Figure {
+            let of_a_run = correction_events(product_id, &count, EventRole::Count);
+            (!of_a_run.contains(&EventId(row.get(5)))).then_some(Ok(Figure {
                 source: Source::Counts,
                 position,
                 sku: None,

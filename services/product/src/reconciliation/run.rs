@@ -11,7 +11,7 @@ use async_nats::jetstream::Context;
 use deadpool_postgres::Pool;
 use futures::{StreamExt, stream};
 use lomash_contract::id::EventRole;
-use lomash_contract::{EventId, ProductId, Timestamp, UpdatedBy};
+use lomash_contract::{Cause, EventId, ProductId, Timestamp, UpdatedBy};
 use lomash_ledger::receive::{Delivery, Settle};
 use lomash_ledger::{Carried, JetStreamLedger, Ledger, ReadError, crash_point};
 use tokio_util::sync::CancellationToken;
@@ -426,8 +426,12 @@ async fn still_due(snapshot: &Snapshot<'_>, planned: Vec<Row>) -> Result<(Vec<Ro
     let counts: Vec<_> = planned.iter().filter_map(count_of).collect();
     let instants: Vec<_> = counts.iter().map(|(product_id, count)| (*product_id, count.counted_at)).collect();
     let stocks = snapshot.stock_at_counts(&instants).await?;
-    let corrections: Vec<_> =
-        counts.iter().map(|(product_id, count)| (*product_id, correction_event(*product_id, count))).collect();
+    let corrections: Vec<_> = counts
+        .iter()
+        .flat_map(|(product_id, count)| {
+            correction_events(*product_id, count, EventRole::Stock).map(|event| (*product_id, event))
+        })
+        .collect();
     let made = snapshot.corrections(&corrections).await?;
 
     let (mut due, mut settled) = (Vec::with_capacity(planned.len()), Vec::new());
@@ -472,9 +476,11 @@ fn is_corrected(newest: Option<RecordedCount>, count: &Count) -> bool {
     })
 }
 
-/// The id of the event by which a count changes the stock.
-fn correction_event(product_id: ProductId, count: &Count) -> EventId {
-    EventId::derive(&correction_id(product_id, count), EventRole::Stock, &product_id.0)
+/// The ids that the event in this role may have by which a count corrects: the one it is given, and the one it was given before
+/// corrections had a space of their own.
+pub(super) fn correction_events(product_id: ProductId, count: &Count, role: EventRole) -> [EventId; 2] {
+    let id = correction_id(product_id, count);
+    [EventId::derive(&Cause::Correction(id), role, &product_id.0), EventId::derive_by_order(&id, role, &product_id.0)]
 }
 
 fn count_of(row: &Row) -> Option<(ProductId, Count)> {

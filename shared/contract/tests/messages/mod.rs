@@ -6,12 +6,12 @@
 
 use lomash_contract::codec::{decode, encode};
 use lomash_contract::{
-    ContentType, DecodeError, InventoryCounted, InventoryUpdateFailed, InventoryUpdated, LowStock, OrderCreated,
-    Payload, ProductRegistered, ProductRevised, ProductUpdated, Topic,
+    CommandAnswered, ContentType, DecodeError, InventoryCounted, InventoryUpdateFailed, InventoryUpdated, LowStock,
+    OrderCreated, Payload, ProductRegistered, ProductRevised, ProductUpdated, Topic,
 };
 
 /// The golden message of each topic, in the order of [`Topic::ALL`].
-pub const GOLDEN: [(Topic, &str); 8] = [
+pub const GOLDEN: [(Topic, &str); 9] = [
     (Topic::OrdersCreated, include_str!("../golden/order-created.json")),
     (Topic::InventoryUpdated, include_str!("../golden/inventory-updated.json")),
     (Topic::InventoryUpdateFailed, include_str!("../golden/inventory-update-failed.json")),
@@ -20,6 +20,7 @@ pub const GOLDEN: [(Topic, &str); 8] = [
     (Topic::ProductsRevised, include_str!("../golden/product-revised.json")),
     (Topic::ProductsUpdated, include_str!("../golden/product-updated.json")),
     (Topic::NotificationsLowStock, include_str!("../golden/low-stock.json")),
+    (Topic::InventoryCommandAnswered, include_str!("../golden/command-answered.json")),
 ];
 
 /// The golden message of one topic.
@@ -61,6 +62,7 @@ pub fn decode_as(topic: Topic, content_type: ContentType, bytes: &[u8]) -> Resul
         Topic::ProductsRevised => through::<ProductRevised>,
         Topic::ProductsUpdated => through::<ProductUpdated>,
         Topic::NotificationsLowStock => through::<LowStock>,
+        Topic::InventoryCommandAnswered => through::<CommandAnswered>,
     };
     through(content_type, bytes)
 }
