@@ -24,6 +24,7 @@ use lomash_web::Role;
 use lomash_web::config::{DEVELOPMENT_AUDIENCE, DEVELOPMENT_ISSUER};
 use lomash_web::problem::SHARED_TYPES;
 use product_service::http::PROBLEM_TYPES;
+use product_service::inventory::Action;
 use reqwest::Method;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};

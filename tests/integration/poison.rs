@@ -240,7 +240,8 @@ async fn an_order_whose_event_id_is_taken_is_a_letter_and_stops_no_other() -> Re
     let id = {
         use lomash_contract::EventId;
         use lomash_contract::id::EventRole;
-        EventId::derive(&clashes.payload.order_id.0, EventRole::Stock, &product.0)
+        let cause = lomash_contract::Cause::Order(clashes.payload.order_id);
+        EventId::derive(&cause, EventRole::Stock, &product.0)
     };
     let (_, last) = events.last().context("a registration")?;
     let mut updated = events

@@ -792,7 +792,7 @@ impl<L: Ledger> Running<L> {
             changed_fields: Vec::new(),
             updated_at: (self.clock)(),
         });
-        let fact = Fact { event_id: EventId(uuid::Uuid::new_v4()), event, mark: None };
+        let fact = Fact { event_id: EventId(uuid::Uuid::new_v4()), event };
         let payload = Encoder::default().encode(&envelope(&fact, (self.clock)()));
         let probe = message(&fact, payload, None);
         match self.ledger.append(&[probe], self.state.sequence() + PROBE_BEYOND).await {
