@@ -47,6 +47,16 @@ const MAX_SEGMENT_BYTES: u64 = (SEGMENT_BYTES + (4 << 20)) as u64;
 /// Largest manifest that is believed: some hundred thousand segments.
 const MAX_MANIFEST_BYTES: u64 = 256 << 20;
 
+/// Largest number that is believed of a sequence: whoever forges a manifest writes its digest too. No server reaches it, and a few of
+/// them can be added without a thought.
+const MAX_SEQUENCE: u64 = 1 << 60;
+
+/// Longest file of a segment that is believed: what cannot be compressed gets a little longer.
+const MAX_SEGMENT_FILE_BYTES: u64 = 2 * MAX_SEGMENT_BYTES;
+
+// A segment takes more than a hundred bytes of the manifest, so the lengths of all of them can be added up.
+const _: () = assert!((MAX_MANIFEST_BYTES / 100).checked_mul(MAX_SEGMENT_FILE_BYTES).is_some());
+
 /// How hard segments are compressed. The hardest takes several times as long for a tenth less.
 const LEVEL: u32 = 1;
 
@@ -229,9 +239,21 @@ impl Manifest {
             self.format,
             self.program
         );
+        let believed = |what: &str, name: &str, sequence: u64| -> Result<()> {
+            ensure!(sequence <= MAX_SEQUENCE, "the manifest's {what} of {name} is {sequence}, which no server reaches");
+            Ok(())
+        };
+        believed("sequence", "the ledger", self.ledger_sequence)?;
+        for (projection, checkpoint) in self.checkpoints.iter().flatten() {
+            believed("checkpoint", projection, *checkpoint)?;
+        }
         let mut names = BTreeSet::new();
         for stream in &self.streams {
             let name = &stream.name;
+            believed("last sequence", name, stream.last_sequence)?;
+            if let Some(last) = &stream.last_message {
+                believed("last message", name, last.sequence)?;
+            }
             // It becomes a folder's name and a subject.
             let is_plain =
                 !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-'));
@@ -240,11 +262,16 @@ impl Manifest {
             for consumer in &stream.consumers {
                 let plain = consumer.name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-'));
                 ensure!(plain && !consumer.name.is_empty(), "`{}` is no name of a consumer", consumer.name);
+                believed("acknowledgement", &consumer.name, consumer.ack_floor.stream_sequence)?;
+                believed("delivery", &consumer.name, consumer.ack_floor.consumer_sequence)?;
             }
             let (mut seen, mut messages) = (0, 0);
             for segment in &stream.segments {
                 let is_digest = segment.sha256.len() == 64 && segment.sha256.chars().all(|c| c.is_ascii_hexdigit());
                 ensure!(is_digest, "a segment of {name} in the manifest has no SHA-256");
+                believed("segment", name, segment.last)?;
+                let is_short = segment.bytes <= MAX_SEGMENT_FILE_BYTES;
+                ensure!(is_short, "the manifest's segment of {name} after {seen} is longer than any");
                 let span = (segment.last + 1).saturating_sub(segment.first);
                 let fits = segment.first > seen && segment.messages > 0 && segment.messages <= span;
                 ensure!(fits, "the manifest's segments of {name} do not follow each other after {seen}");
@@ -399,7 +426,9 @@ impl Archive {
         };
         let mut compressed = Vec::new();
         let file = File::open(&path).with_context(|| damaged("it cannot be opened"))?;
-        file.take(segment.bytes + 1).read_to_end(&mut compressed).with_context(|| damaged("it cannot be read"))?;
+        file.take(segment.bytes.saturating_add(1))
+            .read_to_end(&mut compressed)
+            .with_context(|| damaged("it cannot be read"))?;
         ensure!(compressed.len() as u64 == segment.bytes, damaged("it has another length"));
         ensure!(hex(Sha256::digest(&compressed)) == segment.sha256, damaged("its SHA-256 is another one"));
         let mut plain = Vec::new();
@@ -696,6 +725,57 @@ mod tests {
             }),
         ] {
             wrong.check().expect_err(what);
+        }
+    }
+
+    /// Whoever forges a manifest writes its digest too: no number in it may stop the program, whatever is done with it then.
+    #[test]
+    fn no_number_of_a_forged_manifest_is_added_up_unseen() {
+        const OVERFLOWING: [u64; 4] = [u64::MAX, u64::MAX - 1, 1 << 63, MAX_SEQUENCE + 1];
+        let honest = || {
+            let last = LastMessage { sequence: 9, sha256: String::new() };
+            let segment = |first, last, messages| Segment { first, last, messages, bytes: 1, sha256: "0".repeat(64) };
+            let mut honest = manifest(vec![stream(vec![segment(1, 4, 2), segment(6, 9, 4)], last)]);
+            honest.streams[0].consumers.push(ConsumerEntry {
+                name: "product-orders".to_owned(),
+                created: String::new(),
+                config: Map::new(),
+                ack_floor: Floor::default(),
+            });
+            honest.checkpoints = Some(BTreeMap::from([("inventory".to_owned(), 7)]));
+            honest
+        };
+        honest().check().expect("as it should be");
+        type Forge = fn(&mut Manifest, u64);
+        let numbers: [(&str, Forge); 11] = [
+            ("ledgerSequence", |forged, number| forged.ledger_sequence = number),
+            ("checkpoints", |forged, number| {
+                forged.checkpoints = Some(BTreeMap::from([("inventory".to_owned(), number)]));
+            }),
+            ("lastSequence", |forged, number| forged.streams[0].last_sequence = number),
+            ("messages", |forged, number| forged.streams[0].messages = number),
+            ("lastMessage", |forged, number| {
+                forged.streams[0].last_message = Some(LastMessage { sequence: number, sha256: String::new() });
+            }),
+            ("first", |forged, number| forged.streams[0].segments[1].first = number),
+            ("last", |forged, number| {
+                forged.streams[0].segments[1].last = number;
+                forged.streams[0].last_sequence = number;
+            }),
+            ("messages of a segment", |forged, number| {
+                forged.streams[0].segments[1].messages = number;
+                forged.streams[0].messages = 2_u64.wrapping_add(number);
+            }),
+            ("bytes", |forged, number| forged.streams[0].segments[1].bytes = number),
+            ("consumerSequence", |forged, number| forged.streams[0].consumers[0].ack_floor.consumer_sequence = number),
+            ("streamSequence", |forged, number| forged.streams[0].consumers[0].ack_floor.stream_sequence = number),
+        ];
+        for (what, forge) in numbers {
+            for number in OVERFLOWING {
+                let mut forged = honest();
+                forge(&mut forged, number);
+                forged.check().expect_err(&format!("{what} {number}"));
+            }
         }
     }
 }
