@@ -14,7 +14,7 @@ use async_nats::jetstream::consumer::{AckPolicy, Info, PullConsumer, pull};
 use futures::StreamExt;
 use lomash::stack::Service;
 use lomash_contract::{Envelope, OrderCreated, ProductId};
-use lomash_ledger::dead_letter::{self, DeadLetter, Filter, Letter, Letters, LettersError, Past, Way};
+use lomash_ledger::dead_letter::{self, DeadLetter, Filter, Letter, Letters, LettersError, MAX_SCANNED, Past, Way};
 use lomash_ledger::receive::{self, Delivery, Receive, Settle};
 use lomash_ledger::{header, streams, suspects};
 use lomash_tests::http::Caller;
@@ -541,6 +541,41 @@ async fn beyond_the_window_the_order_id_decides() -> Result<()> {
     assert_eq!(world.stock(product).await?, 7, "decided once");
     world.verified().await?;
     service.stop().await?;
+    world.close();
+    Ok(())
+}
+
+/// A search looks at so many letters and no more, and says where to go on.
+#[tokio::test]
+async fn a_search_is_bounded_and_goes_on_where_it_ended() -> Result<()> {
+    let world = World::without_postgres().await?;
+    let mut stored = futures::stream::iter(0..=MAX_SCANNED)
+        .map(|number| {
+            let (context, mut headers) = (world.context.clone(), async_nats::HeaderMap::new());
+            headers.insert(dead_letter::REASON, if number == MAX_SCANNED { "wanted" } else { "another" });
+            async move {
+                Ok::<_, anyhow::Error>(
+                    context.publish_with_headers("lomash.dlq.somebody", headers, "".into()).await?.await?.sequence,
+                )
+            }
+        })
+        .buffered(500);
+    let mut last = 0;
+    while let Some(sequence) = stored.next().await {
+        last = sequence?;
+    }
+    drop(stored);
+    let letters = letters(&world);
+    let filter = Filter { reason: Some("wanted".to_owned()), ..Filter::default() };
+    let first = letters.page(&filter, 0, 10).await?;
+    assert_eq!((first.letters.len(), first.next, first.as_of), (0, Some(last - 1), last), "it looked at {MAX_SCANNED}");
+    let second = letters.page(&filter, first.next.unwrap(), 10).await?;
+    assert_eq!((second.letters.len(), second.letters[0].sequence, second.next), (1, last, None));
+    // A page without a search is as long as it was asked to be, and knows whether there are more.
+    let page = letters.page(&Filter::default(), 0, 10).await?;
+    assert_eq!((page.letters.len(), page.next), (10, Some(page.letters[9].sequence)));
+    let rest = letters.page(&Filter::default(), last - 3, 3).await?;
+    assert_eq!((rest.letters.len(), rest.next), (3, None));
     world.close();
     Ok(())
 }

@@ -216,10 +216,16 @@ fn table() -> Vec<Row> {
         row("lomash.dlq.analytics", "{}", &[Analytics]),
         row("lomash.dlq.notification", "{}", &[Notification]),
         row("lomash.jobs.reconciliation", "{}", &[Product]),
-        // Suspects, to be tried alone: each service its own, and whoever redrives a letter.
-        row("lomash.suspects.ORDERS.product-orders", "{}", &[Product, Operator]),
-        row("lomash.suspects.INVENTORY.analytics", "{}", &[Product, Operator, Analytics]),
-        row("lomash.suspects.INVENTORY.notification", "{}", &[Product, Operator, Notification]),
+        row("lomash.dlq.reconciliation", "{}", &[Product]),
+        row("lomash.dlq.invented", "{}", &[]),
+        // Suspects, to be tried alone: those of whoever hears them.
+        row("lomash.suspects.ORDERS.product-orders", "{}", &[Product]),
+        row("lomash.suspects.JOBS.reconciliation", "{}", &[Product]),
+        row("lomash.suspects.INVENTORY.analytics", "{}", &[]),
+        row("lomash.suspects.INVENTORY.notification", "{}", &[]),
+        row("lomash.suspects.ORDERS.invented", "{}", &[]),
+        row("$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.ORDERS.product-orders", "{}", &[]),
+        row("$JS.API.CONSUMER.MSG.NEXT.ADVISORIES.analytics", r#"{"batch":1,"no_wait":true}"#, &[]),
         // Nobody may say live what only the stream may say.
         row("lomash.inventory.updated", "{}", &[]),
         row("lomash.products.updated", "{}", &[]),
@@ -381,6 +387,96 @@ async fn each_identity_may_do_what_it_needs_and_nothing_else() -> Result<()> {
             assert_eq!(secured.last_sequence().await?, 1, "{} on {topic}", who.name());
         }
     }
+    Ok(())
+}
+
+/// What each can fill, filled: the column *can fill* of SECURITY.md.
+#[tokio::test]
+async fn what_each_can_fill_is_bounded_and_takes_nobody_elses_room() -> Result<()> {
+    /// Messages that are on their way at once.
+    const AT_ONCE: usize = 500;
+    let secured = Secured::start().await?;
+    let defined = |stream: &str, field: &str| {
+        let definition = streams::definitions().into_iter().find(|definition| definition.name == stream);
+        definition.and_then(|found| found.config[field].as_u64()).with_context(|| format!("{field} of {stream}"))
+    };
+    let letters = async |subject: &str| -> Result<u64> {
+        let asked = json!({ "subjects_filter": subject });
+        let info: Value = secured.admin.request(format!("STREAM.INFO.{}", dead_letter::STREAM), &asked).await?;
+        Ok(info["state"]["subjects"][subject].as_u64().unwrap_or(0))
+    };
+    // A letter of the product service is there before, and after.
+    let product = jetstream::new(secured.client(Who::Product).await?);
+    product.publish("lomash.dlq.product-orders", "a letter".into()).await?.await?;
+    let room = defined(dead_letter::STREAM, "max_msgs_per_subject")?;
+    for (who, subject) in [(Who::Analytics, "lomash.dlq.analytics"), (Who::Notification, "lomash.dlq.notification")] {
+        let context = jetstream::new(secured.client(who).await?);
+        let mut confirmed = futures::stream::iter(0..room + 100)
+            .map(|number| {
+                let context = context.clone();
+                async move { anyhow::Ok(context.publish(subject, format!("letter {number}").into()).await?.await?) }
+            })
+            .buffer_unordered(AT_ONCE);
+        while let Some(confirmed) = confirmed.next().await {
+            confirmed?;
+        }
+        assert_eq!(letters(subject).await?, room, "{}: its oldest make room for its newest", who.name());
+    }
+    assert_eq!(letters("lomash.dlq.product-orders").await?, 1, "nothing of another's room is taken");
+    product.publish("lomash.dlq.product-orders", "another letter".into()).await?.await?;
+
+    // Sizes. The client refuses what its server announces as too large; a stream refuses what it is not defined for.
+    for who in [Who::Analytics, Who::Notification] {
+        let client = secured.client(who).await?;
+        let most = client.max_payload();
+        assert_eq!(most, 256 << 10, "{}", who.name());
+        let subject = format!("lomash.dlq.{}", who.name());
+        client.publish(subject, vec![0; most + 1].into()).await.expect_err("more than its account may send");
+    }
+    let shop = jetstream::new(secured.client(Who::Orders).await?);
+    let most = usize::try_from(defined(streams::ORDERS, "max_msg_size")?)?;
+    shop.publish("lomash.orders.created", vec![b' '; most].into()).await?.await.context("the largest is taken")?;
+    let refused = shop.publish("lomash.orders.created", vec![b' '; most + 1].into()).await?.await;
+    assert!(refused.is_err_and(|problem| problem.to_string().contains("message size exceeds")), "one byte more");
+    // How many: until the stream is full. Then publishers are refused, and the ledger has room.
+    let config: Value = secured.admin.request(format!("STREAM.INFO.{}", streams::ORDERS), &json!({})).await?;
+    assert_eq!(
+        (&config["config"]["max_bytes"], &config["config"]["discard"]),
+        (&json!(defined(streams::ORDERS, "max_bytes")?), &json!("new"))
+    );
+    let full = json!({ "max_bytes": (most as u64) * 3 });
+    let mut smaller = config["config"].clone();
+    smaller.as_object_mut().context("a configuration")?.extend(full.as_object().cloned().unwrap_or_default());
+    let _: Value = secured.admin.request(format!("STREAM.UPDATE.{}", streams::ORDERS), &smaller).await?;
+    let mut taken = 0;
+    let refused = loop {
+        match shop.publish("lomash.orders.created", vec![b' '; most].into()).await?.await {
+            Ok(_) => taken += 1,
+            Err(problem) => break problem.to_string(),
+        }
+        assert!(taken < 10, "it is never full");
+    };
+    assert!(refused.contains("maximum bytes exceeded"), "{refused}");
+    let before = secured.last_sequence().await?;
+    let event = lomash_ledger::NewMessage {
+        subject: ledger_subject(),
+        event_id: lomash_contract::EventId(Uuid::new_v4()),
+        payload: "{}".into(),
+        carried: None,
+    };
+    JetStreamLedger::new(product, streams::INVENTORY).append(&[event], before).await.context("the ledger goes on")?;
+
+    // Connections: as many as an account has, and then no more of it; the others come in.
+    let (mut held, mut refused) = (Vec::new(), None);
+    for _ in 0..=64 {
+        match secured.client(Who::Analytics).await {
+            Ok(client) => held.push(client),
+            Err(problem) => refused = Some(format!("{problem:#}")),
+        }
+    }
+    assert!(held.len() <= 64 && refused.is_some(), "{} connections: {refused:?}", held.len());
+    secured.client(Who::Product).await.context("the product service comes in")?;
+    secured.client(Who::Orders).await.context("and a shop")?;
     Ok(())
 }
 

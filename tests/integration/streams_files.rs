@@ -141,6 +141,31 @@ fn the_services_apply_exactly_the_files() -> Result<()> {
     Ok(())
 }
 
+/// A stream of letters that is full stops orders. So the rooms of all who may write there must fit into it together.
+#[test]
+fn the_rooms_of_all_consumers_fit_into_the_stream_of_letters() {
+    /// What an account may send at once, and the largest letter of the product service, see `dead_letter.rs`.
+    const OF_ACCOUNTS: u64 = 256 << 10;
+    const OF_ORDERS: u64 = 600 << 10;
+    /// A job has 64 KiB at most, and a letter's own headers beside it.
+    const OF_JOBS: u64 = 128 << 10;
+    /// What the server keeps beside a message.
+    const OVERHEAD: u64 = 256;
+    let letters = streams::definitions().into_iter().find(|definition| definition.name == "DEAD_LETTERS").unwrap();
+    let number = |field: &str| letters.config[field].as_u64().unwrap();
+    let accounts = include_str!("../../deploy/nats/accounts.conf");
+    let may_write: std::collections::BTreeSet<&str> =
+        accounts.lines().filter_map(|line| line.trim().strip_prefix("\"lomash.dlq.")?.strip_suffix('"')).collect();
+    assert_eq!(
+        may_write.into_iter().collect::<Vec<_>>(),
+        ["analytics", "notification", "product-orders", "reconciliation"]
+    );
+    assert_eq!(accounts.matches("max_payload: 256KB").count(), 2, "of analytics and notification");
+    let most = number("max_msgs_per_subject") * (2 * OF_ACCOUNTS + OF_ORDERS + OF_JOBS + 4 * OVERHEAD);
+    assert!(most < number("max_bytes"), "{most}");
+    assert_eq!(letters.config.get("discard_new_per_subject"), None, "a room that is full stops nobody");
+}
+
 /// What a consumer gives up is told to nobody, unless the consumer of its name in `ADVISORIES` hears of it.
 #[test]
 fn whatever_can_be_given_up_is_heard() -> Result<()> {

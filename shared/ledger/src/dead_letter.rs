@@ -18,7 +18,9 @@ use async_nats::jetstream::Context;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-pub use self::letters::{Cut, Filter, Letter, Letters, LettersError, MAX_SCANNED, Origin, Page, Redriven, Way, Whole};
+pub use self::letters::{
+    Cut, Filter, Letter, Letters, LettersError, MAX_SCANNED, MAX_SCANNED_BYTES, Origin, Page, Redriven, Way, Whole,
+};
 use crate::jetstream::header_text;
 
 /// The stream that holds the letters.

@@ -66,6 +66,37 @@ pub fn read(
     read_as(context, stream, filter, after, upto)
 }
 
+/// The same in answers of `at_once` messages: for whoever wants a few, and may go on.
+#[must_use]
+pub fn read_some(
+    context: &Context,
+    stream: &str,
+    filter: &str,
+    after: u64,
+    upto: u64,
+    at_once: u64,
+) -> BoxStream<'static, Result<Held, ReadError>> {
+    read_in(context, stream, Some(filter), after, upto, at_once.clamp(1, BATCH_MESSAGES))
+}
+
+/// One answer of at most some `max_bytes`: what comes after `after`, up to `upto`. Nothing is asked for ahead of it.
+pub(crate) async fn pull<T: From<Answered>>(
+    context: &Context,
+    stream: &str,
+    after: u64,
+    upto: u64,
+    max_bytes: usize,
+) -> Result<Vec<T>, ReadError> {
+    let over = after >= upto;
+    let (context, messages) = (context.clone(), BATCH_MESSAGES);
+    let mut reader =
+        Reader { context, stream: stream.into(), filter: None, seen: after, upto, messages, max_bytes, over };
+    if over {
+        return Ok(Vec::new());
+    }
+    Ok(reader.next().await?.into_iter().map(T::from).collect())
+}
+
 /// The same in the form that the reader wants.
 pub(crate) fn read_as<T: From<Answered> + Send + 'static>(
     context: &Context,
@@ -74,12 +105,25 @@ pub(crate) fn read_as<T: From<Answered> + Send + 'static>(
     after: u64,
     upto: u64,
 ) -> BoxStream<'static, Result<T, ReadError>> {
+    read_in(context, stream, filter, after, upto, BATCH_MESSAGES)
+}
+
+fn read_in<T: From<Answered> + Send + 'static>(
+    context: &Context,
+    stream: &str,
+    filter: Option<&str>,
+    after: u64,
+    upto: u64,
+    messages: u64,
+) -> BoxStream<'static, Result<T, ReadError>> {
     let reader = Reader {
         context: context.clone(),
         stream: stream.into(),
         filter: filter.map(Into::into),
         seen: after,
         upto,
+        messages,
+        max_bytes: BATCH_BYTES,
         over: after >= upto,
     };
     let (sender, answers) = mpsc::channel(ANSWERS_AHEAD);
@@ -130,6 +174,10 @@ struct Reader {
     /// Nothing at or below it is wanted any more.
     seen: u64,
     upto: u64,
+    /// Messages of one answer.
+    messages: u64,
+    /// Bytes of one answer; a message may go over it.
+    max_bytes: usize,
     over: bool,
 }
 
@@ -147,8 +195,8 @@ impl Reader {
 
     /// The messages of one answer that are wanted.
     async fn next(&mut self) -> Result<Vec<Answered>, ReadError> {
-        let batch = (self.upto - self.seen).min(BATCH_MESSAGES);
-        let mut request = json!({ "seq": self.seen + 1, "batch": batch, "max_bytes": BATCH_BYTES });
+        let batch = (self.upto - self.seen).min(self.messages);
+        let mut request = json!({ "seq": self.seen + 1, "batch": batch, "max_bytes": self.max_bytes });
         if let Some(filter) = &self.filter {
             request["next_by_subj"] = json!(&**filter);
         }

@@ -166,8 +166,8 @@ impl JetStreamLedger {
         consumer.messages().await.map_err(unavailable)
     }
 
-    /// What is stored after `after`, in large pulls by a consumer of its own.
-    async fn range(&self, after: u64) -> Result<Messages, ReadError> {
+    /// What is stored after `after`, in pulls of this size by a consumer of its own.
+    async fn range(&self, after: u64, at_once: usize, bytes_at_once: usize) -> Result<Messages, ReadError> {
         let stream = self.context.get_stream_no_info(&*self.stream).await.map_err(unavailable)?;
         let consumer = stream
             .create_consumer(pull::Config {
@@ -180,7 +180,33 @@ impl JetStreamLedger {
             })
             .await
             .map_err(unavailable)?;
-        pull_all(&consumer, after).await
+        pull_all(&consumer, after, at_once, bytes_at_once).await
+    }
+
+    /// What is stored after `after` and comes later, with at most so much on its way at once. Unlike [`Ledger::follow`] it ends
+    /// when a delivery is lost.
+    ///
+    /// # Errors
+    /// [`ReadError`], also as an item when it happens on the way.
+    pub async fn tail(&self, after: u64, at_once: usize, bytes_at_once: usize) -> Result<Messages, ReadError> {
+        self.range(after, at_once, bytes_at_once).await
+    }
+
+    /// What is stored after `after` up to `upto`, some `max_bytes` of it: one question, and nothing is asked for ahead.
+    ///
+    /// # Errors
+    /// [`ReadError`]; also when nothing comes although something must be there.
+    pub async fn pull(&self, after: u64, upto: u64, max_bytes: usize) -> Result<Vec<StoredMessage>, ReadError> {
+        let pulled: Vec<StoredMessage> = direct::pull(&self.context, &self.stream, after, upto, max_bytes).await?;
+        if pulled.is_empty() && after < upto {
+            return Err(ReadError::Unavailable(format!("nothing comes after {after}, before {upto}")));
+        }
+        for (due, message) in (after + 1..).zip(&pulled) {
+            if message.sequence != due {
+                return Err(ReadError::Gap { after: due - 1, found: message.sequence });
+            }
+        }
+        Ok(pulled)
     }
 
     /// The same by the durable consumer `name`.
@@ -192,14 +218,19 @@ impl JetStreamLedger {
             return Err(ReadError::Unavailable(format!("the consumer {name} keeps somebody's place")));
         }
         stream.reset_consumer(name, Some(after + 1)).await.map_err(unavailable)?;
-        pull_all(&consumer, after).await
+        pull_all(&consumer, after, READ_AT_ONCE, READ_AT_ONCE_BYTES).await
     }
 }
 
 /// What a consumer delivers that begins after `after`. Unlike an ordered consumer it is not made anew when a delivery is lost:
 /// the range ends there, and whoever reads it begins another where this one ended.
-async fn pull_all(consumer: &PullConsumer, after: u64) -> Result<Messages, ReadError> {
-    let pulls = consumer.stream().max_messages_per_batch(READ_AT_ONCE).max_bytes_per_batch(READ_AT_ONCE_BYTES);
+async fn pull_all(
+    consumer: &PullConsumer,
+    after: u64,
+    at_once: usize,
+    bytes_at_once: usize,
+) -> Result<Messages, ReadError> {
+    let pulls = consumer.stream().max_messages_per_batch(at_once).max_bytes_per_batch(bytes_at_once);
     let messages = pulls.messages().await.map_err(unavailable)?;
     let due = messages.enumerate().map(|(before, item)| due(before as u64 + 1, delivered(item.map_err(unavailable)?)?));
     Ok(contiguous(after, due))
@@ -363,7 +394,7 @@ impl Ledger for JetStreamLedger {
         let is_long = last - after > FEW_MESSAGES;
         let mut shared = None;
         let by_consumer = match &self.reading {
-            Reading::OwnConsumer if is_long => Some(self.range(after).await?),
+            Reading::OwnConsumer if is_long => Some(self.range(after, READ_AT_ONCE, READ_AT_ONCE_BYTES).await?),
             Reading::Through { consumer, failed } if is_long && !failed.load(Ordering::Relaxed) => {
                 let opened = self.range_through(consumer, after).await;
                 if let Err(problem) = &opened {

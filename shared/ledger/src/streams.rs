@@ -204,6 +204,15 @@ fn matches(pattern: &str, subject: &str) -> bool {
     tokens.next().is_none()
 }
 
+/// Whether the files define `consumer`, and not as one of this stream. Consumers that they do not define may be anybody's.
+#[must_use]
+pub fn is_read_by_another(stream: &str, consumer: &str) -> bool {
+    let readers =
+        definitions().into_iter().filter(|definition| definition.consumers.iter().any(|(name, _)| name == consumer));
+    let streams: Vec<String> = readers.map(|definition| definition.name).collect();
+    !streams.is_empty() && !streams.iter().any(|name| name == stream)
+}
+
 /// Whether the files define this stream as a work queue: what is settled is gone from it.
 #[must_use]
 pub fn is_work_queue(stream: &str) -> bool {
@@ -234,10 +243,15 @@ pub(crate) async fn actual(
     name: &str,
 ) -> Result<Option<Map<String, Value>>, StreamsError> {
     let answer = call(context, subject, &json!({})).await?;
+    config_of(name, &answer)
+}
+
+/// The configuration in what the server says of a stream or consumer; nothing when there is none.
+pub(crate) fn config_of(name: &str, answer: &Value) -> Result<Option<Map<String, Value>>, StreamsError> {
     if answer.pointer("/error/code").and_then(Value::as_u64) == Some(NOT_FOUND) {
         return Ok(None);
     }
-    if let Some(error) = refusal(name, &answer) {
+    if let Some(error) = refusal(name, answer) {
         return Err(error);
     }
     Ok(answer.get("config").and_then(Value::as_object).cloned())

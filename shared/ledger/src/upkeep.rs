@@ -5,12 +5,12 @@
 //! [`harm`], which knows each field that may be changed. What it does not know is refused.
 
 use async_nats::jetstream::Context;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::streams::{
-    Definition, Difference, INVENTORY, StreamsError, actual, call, consumer_create_subject, definitions, differences,
-    refusal,
+    Definition, Difference, INVENTORY, StreamsError, actual, call, config_of, consumer_create_subject, definitions,
+    differences, refusal,
 };
 
 /// What is to be done about one stream or consumer.
@@ -60,28 +60,59 @@ pub async fn plan(context: &Context, replicas: u32) -> Result<Vec<Step>, Streams
     let mut steps = Vec::new();
     for Definition { name, mut config, consumers } in definitions() {
         config.insert("num_replicas".to_owned(), replicas.into());
-        let found = actual(context, format!("STREAM.INFO.{name}"), &name).await?;
+        let found = found(context, format!("STREAM.INFO.{name}"), &name).await?;
         let has_stream = found.is_some();
-        steps.push(step(name.clone(), config, found));
+        let (found, held) = found.unzip();
+        steps.push(step(name.clone(), config, found, held.flatten()));
         for (consumer, config) in consumers {
             let label = format!("{name}/{consumer}");
             let found = match has_stream {
                 true => actual(context, format!("CONSUMER.INFO.{name}.{consumer}"), &label).await?,
                 false => None,
             };
-            steps.push(step(label, config, found));
+            steps.push(step(label, config, found, None));
         }
     }
     Ok(steps)
 }
 
-fn step(name: String, defined: Map<String, Value>, found: Option<Map<String, Value>>) -> Step {
+/// How a stream is configured, and what it holds; nothing when there is none.
+async fn found(
+    context: &Context,
+    subject: String,
+    name: &str,
+) -> Result<Option<(Map<String, Value>, Option<Held>)>, StreamsError> {
+    let answer = call(context, subject, &json!({})).await?;
+    let held = answer.get("state").and_then(|state| Held::deserialize(state).ok());
+    Ok(config_of(name, &answer)?.map(|config| (config, held)))
+}
+
+/// What a stream holds now.
+#[derive(Clone, Copy, Debug, Deserialize)]
+struct Held {
+    messages: u64,
+    bytes: u64,
+}
+
+impl Held {
+    /// Whether the stream is within a limit of this field, so that setting it deletes nothing.
+    fn fits(self, field: &str, limit: u64) -> bool {
+        match field {
+            // None of its subjects can have more than all.
+            "max_msgs" | "max_msgs_per_subject" => self.messages <= limit,
+            "max_bytes" => self.bytes <= limit,
+            _ => false,
+        }
+    }
+}
+
+fn step(name: String, defined: Map<String, Value>, found: Option<Map<String, Value>>, held: Option<Held>) -> Step {
     let Some(found) = found else {
         return Step { name, action: Action::Create, changes: Vec::new(), refused: Vec::new(), config: defined };
     };
     let (mut changes, mut refused) = (Vec::new(), Vec::new());
     for difference in differences(&name, &defined, &found) {
-        match harm(&difference, &defined) {
+        match harm(&difference, &defined, held) {
             None => changes.push(difference),
             Some(why) => refused.push(Refused { difference, why }),
         }
@@ -123,10 +154,10 @@ pub async fn carry_out(context: &Context, step: &Step) -> Result<(), StreamsErro
 }
 
 /// What a change would do that nobody does by the way, or `None` when it does no harm.
-fn harm(difference: &Difference, definition: &Map<String, Value>) -> Option<String> {
+fn harm(difference: &Difference, definition: &Map<String, Value>, held: Option<Held>) -> Option<String> {
     let Difference { name, field, defined, actual } = difference;
     match name.split_once('/') {
-        None => harm_to_stream(name, field, defined, actual, definition),
+        None => harm_to_stream(name, field, defined, actual, definition, held),
         Some((stream, consumer)) => harm_to_consumer(stream, consumer, field),
     }
 }
@@ -137,6 +168,7 @@ fn harm_to_stream(
     defined: &Value,
     actual: &Value,
     definition: &Map<String, Value>,
+    held: Option<Held>,
 ) -> Option<String> {
     let by_hand =
         format!("if you mean it, back the stream up and run `nats stream edit {name} --config streams/{name}.json`");
@@ -146,6 +178,12 @@ fn harm_to_stream(
         "num_replicas" => None,
         // How long it keeps messages, and how many. Widening takes nothing away.
         "max_age" | "max_msgs" | "max_bytes" | "max_msgs_per_subject" if limit(defined) >= limit(actual) => None,
+        // Nor does a limit that the stream is within: what is over it from then on is refused or makes room.
+        "max_msgs" | "max_bytes" | "max_msgs_per_subject"
+            if held.is_some_and(|held| held.fits(field, limit(defined))) =>
+        {
+            None
+        }
         "max_age" | "max_msgs" | "max_bytes" | "max_msgs_per_subject" => {
             Some(format!("the server would delete what is over the new limit at once; {by_hand}"))
         }
@@ -153,6 +191,8 @@ fn harm_to_stream(
         "max_msg_size" | "max_consumers" => None,
         "duplicate_window" | "compression" | "republish" => None,
         "allow_direct" | "allow_atomic" => None,
+        // Concerns what is published from now on: it is refused, or makes room.
+        "discard_new_per_subject" if set(defined) => None,
         // A stream that is full refuses instead of forgetting.
         "discard" if defined == "new" => None,
         "discard" => {
@@ -249,7 +289,7 @@ mod tests {
         ] {
             let mut found = defined();
             found.insert(field.to_owned(), actual.clone());
-            let step = step(INVENTORY.to_owned(), defined(), Some(found));
+            let step = step(INVENTORY.to_owned(), defined(), Some(found), None);
             match refused {
                 None => {
                     assert_eq!((step.action, step.refused.len()), (Action::Update, 0), "{field} {actual}: {step:?}");
@@ -269,10 +309,23 @@ mod tests {
     #[test]
     fn a_limit_that_would_delete_is_refused() {
         let letters = definitions().into_iter().find(|definition| definition.name == "DEAD_LETTERS").expect("there");
-        let mut found = letters.config.clone();
-        found.insert("max_bytes".to_owned(), json!(-1));
-        let step = step(letters.name, letters.config, Some(found));
-        assert_eq!(step.action, Action::Leave);
-        assert!(step.refused[0].why.starts_with("the server would delete"), "{:?}", step.refused);
+        for (field, held, refused) in [
+            ("max_bytes", None, true),
+            ("max_bytes", Some(Held { messages: 1, bytes: u64::MAX }), true),
+            ("max_bytes", Some(Held { messages: u64::MAX, bytes: 1_000 }), false),
+            ("max_msgs_per_subject", Some(Held { messages: 4_001, bytes: 1_000 }), true),
+            // Whatever the letters are about, none has more.
+            ("max_msgs_per_subject", Some(Held { messages: 4_000, bytes: u64::MAX }), false),
+        ] {
+            let mut found = letters.config.clone();
+            found.insert(field.to_owned(), json!(-1));
+            let step = step(letters.name.clone(), letters.config.clone(), Some(found), held);
+            if refused {
+                assert_eq!(step.action, Action::Leave, "{field} {held:?}");
+                assert!(step.refused[0].why.starts_with("the server would delete"), "{:?}", step.refused);
+            } else {
+                assert_eq!((step.action, step.refused.len()), (Action::Update, 0), "{field} {held:?}: {step:?}");
+            }
+        }
     }
 }

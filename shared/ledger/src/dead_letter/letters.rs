@@ -19,15 +19,17 @@ use async_nats::jetstream::{Context, ErrorCode};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
+use futures::StreamExt;
 use lomash_contract::{Timestamp, subject};
 use lomash_platform::trace::TraceContext;
 use serde::Serialize;
 
 use super::{
-    CONSUMER, DELIVERIES, HEADER_BYTES, MAX_MESSAGE_ID_CHARS, ORIGIN_MESSAGE_ID, ORIGIN_SEQUENCE, ORIGIN_STREAM,
+    DELIVERIES, HEADER_BYTES, MAX_MESSAGE_ID_CHARS, ORIGIN_MESSAGE_ID, ORIGIN_SEQUENCE, ORIGIN_STREAM,
     ORIGIN_SUBJECT, OWN_HEADER_BYTES, PAYLOAD_BYTES, Past, REASON, SERVER_HEADER_BYTES, STREAM, bounded, header_bytes,
     publisher_headers,
 };
+use crate::direct::{self, Held};
 use crate::header;
 use crate::streams::{self, INVENTORY};
 use crate::suspects::{self, Case};
@@ -35,6 +37,9 @@ use crate::suspects::{self, Case};
 /// Letters that one page looks at, whether they fit its filter or not. A page may therefore be short, or empty, and not the
 /// last one.
 pub const MAX_SCANNED: usize = 2_000;
+
+/// And bytes of their payloads, the largest of which have half a megabyte.
+pub const MAX_SCANNED_BYTES: usize = 64 * 1024 * 1024;
 
 /// How long a republication may take to be confirmed.
 pub const REPUBLISH_TIMEOUT: Duration = Duration::from_secs(5);
@@ -169,7 +174,8 @@ impl Letter {
         let StreamMessage { subject, sequence, headers, payload, time } = message;
         let text = |name: &str| headers.get(name).map(|value| value.as_str().to_owned());
         let number = |name: &str| text(name).and_then(|text| text.parse().ok());
-        let consumer = text(CONSUMER).unwrap_or_else(|| subject.rsplit('.').next().unwrap_or_default().to_owned());
+        // Whoever wrote it may publish on this subject; the header is only its word.
+        let consumer = subject.rsplit('.').next().unwrap_or_default().to_owned();
         let origin = match (text(ORIGIN_STREAM), text(ORIGIN_SUBJECT), number(ORIGIN_SEQUENCE)) {
             (Some(stream), Some(subject), Some(sequence)) => {
                 Some(Origin { stream, subject, sequence, message_id: text(ORIGIN_MESSAGE_ID) })
@@ -295,7 +301,8 @@ pub enum LettersError {
     },
 }
 
-/// The letters in `DEAD_LETTERS`, as the stream's leader has them.
+/// The letters in `DEAD_LETTERS`. Pages are read by batched direct gets, which may be a moment behind the leader; what is done to
+/// a letter is done to the leader's.
 #[derive(Clone, Debug)]
 pub struct Letters {
     context: Context,
@@ -331,31 +338,25 @@ impl Letters {
             Some(name) if is_token(name) => subject::dead_letter(name),
             Some(_) => return Ok(page),
         };
-        let mut after = after;
-        for _ in 0..MAX_SCANNED {
-            if after >= page.as_of {
+        let is_searched = filter.reason.is_some() || filter.subject.is_some() || filter.since.is_some();
+        // One more tells whether there are more.
+        let at_once = if is_searched { MAX_SCANNED } else { limit.saturating_add(1) };
+        let at_once = u64::try_from(at_once).unwrap_or(u64::MAX);
+        let mut found = direct::read_some(&self.context, STREAM, &subject, after, page.as_of, at_once);
+        let (mut after, mut scanned, mut bytes) = (after, 0, 0);
+        while let Some(held) = found.next().await {
+            let held = held.map_err(|problem| LettersError::Unavailable(problem.to_string()))?;
+            if page.letters.len() == limit || scanned == MAX_SCANNED || bytes >= MAX_SCANNED_BYTES {
+                page.next = Some(after);
                 return Ok(page);
             }
-            let asked = stream.raw_message_builder().sequence(after + 1).next_by_subject(subject.as_str());
-            let message = match asked.send().await {
-                Ok(message) => message,
-                Err(problem) if problem.kind() == RawMessageErrorKind::NoMessageFound => return Ok(page),
-                Err(problem) => return Err(LettersError::Unavailable(problem.to_string())),
-            };
-            // Letters that came while this was read belong to the next look.
-            if message.sequence > page.as_of {
-                return Ok(page);
-            }
-            if page.letters.len() == limit {
-                break;
-            }
-            after = message.sequence;
-            let letter = Letter::of(message);
+            (after, scanned, bytes) = (held.sequence, scanned + 1, bytes + held.payload.len());
+            let Held { sequence, stored_at: time, subject, headers, payload } = held;
+            let letter = Letter::of(StreamMessage { subject: subject.into(), sequence, headers, payload, time });
             if filter.fits(&letter) {
                 page.letters.push(letter);
             }
         }
-        page.next = Some(after);
         Ok(page)
     }
 
@@ -516,7 +517,10 @@ fn way_back(letter: &Letter) -> Result<WayBack<'_>, LettersError> {
             ))
         };
     }
-    if streams::takes(stream, &origin.subject) {
+    // Whoever may write letters of one consumer must not have a say in what another is given to do.
+    if streams::is_read_by_another(stream, consumer) {
+        none(format!("{consumer} does not read {stream}: the letter is not what it says; discard it"))
+    } else if streams::takes(stream, &origin.subject) {
         Ok(WayBack::Republish(origin))
     } else {
         none(format!("{stream} takes nothing on the subject `{}`; discard it", origin.subject))
@@ -532,15 +536,16 @@ mod tests {
     use super::*;
 
     const TRACEPARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
-    use crate::dead_letter::{HISTORY, MAX_HISTORY, MAX_HISTORY_CHARS, REDRIVES};
+    use crate::dead_letter::{CONSUMER, HISTORY, MAX_HISTORY, MAX_HISTORY_CHARS, REDRIVES};
 
     fn letter(headers: &[(&str, &str)]) -> Letter {
         let mut map = HeaderMap::new();
         for (name, value) in headers {
             map.append(*name, *value);
         }
+        let consumer = map.get(CONSUMER).map_or("product-orders", |consumer| consumer.as_str());
         Letter::of(StreamMessage {
-            subject: "lomash.dlq.product-orders".into(),
+            subject: format!("lomash.dlq.{consumer}").into(),
             sequence: 4,
             headers: map,
             payload: Bytes::from_static(b"\xff{}"),
@@ -583,12 +588,25 @@ mod tests {
             ("ORDERS", "", "product-orders"),
             ("INVENTORY", "lomash.inventory.updated.x", "somebody"),
             ("ELSEWHERE", "lomash.orders.created", "product-orders"),
+            // A letter of one service that would become an order.
+            ("ORDERS", "lomash.orders.created", "analytics"),
+            ("JOBS", "lomash.jobs.reconciliation", "notification"),
         ] {
             let problem = way(stream, subject, consumer).expect_err("no way back");
             assert!(matches!(problem, LettersError::NoWayBack { letter: 4, .. }), "{problem}");
         }
         let none = Letters::preview(&letter(&[])).expect_err("no way back").to_string();
         assert!(none.contains("does not say where it came from"), "{none}");
+    }
+
+    #[test]
+    fn a_letter_is_of_the_consumer_that_may_write_it() {
+        let mut headers = HeaderMap::new();
+        headers.insert(CONSUMER, "product-orders");
+        let (subject, payload) = ("lomash.dlq.analytics".into(), Bytes::new());
+        let time = time::OffsetDateTime::UNIX_EPOCH;
+        let letter = Letter::of(StreamMessage { subject, sequence: 4, headers, payload, time });
+        assert_eq!(letter.consumer, "analytics");
     }
 
     #[test]
