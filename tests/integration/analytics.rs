@@ -35,18 +35,21 @@ const PROGRAM: &str = "analytics-service-under-test";
 struct Analytics {
     service: Service,
     url: String,
+    health_url: String,
 }
 
 impl Analytics {
     fn new(world: &World, name: &str) -> Result<Self> {
         let address = format!("127.0.0.1:{}", free_port()?);
+        let health = format!("127.0.0.1:{}", free_port()?);
         let log = world.dir().join(format!("{name}.log"));
         let service = Service::new(name, &lomash::up::program(PROGRAM)?, &log)
             .env("NATS_URL", world.nats.url())
             .env("DATABASE_URL", world.database_url().expose())
             .env("HTTP_LISTEN", &address)
+            .env("HEALTH_LISTEN", &health)
             .env("JWT_HS256_SECRET", JWT_SECRET);
-        Ok(Self { service, url: format!("http://{address}") })
+        Ok(Self { service, url: format!("http://{address}"), health_url: format!("http://{health}") })
     }
 
     async fn start(world: &World, name: &str) -> Result<Self> {
@@ -394,7 +397,7 @@ async fn what_a_dead_replica_holds_is_read_from_the_stream() -> Result<()> {
     let info = world.context.get_stream(streams::INVENTORY).await?.consumer_info(streams::ANALYTICS).await?;
     assert!(info.num_ack_pending >= HELD, "they are held still: {info:?}");
     assert_counted(&world, &expected).await?;
-    let metrics = analytics.caller()?.get("/metrics").send().await?.text;
+    let metrics = analytics.caller()?.at(&analytics.health_url).get("/metrics").send().await?.text;
     let caught = metrics.lines().find_map(|line| line.strip_prefix("lomash_analytics_catch_ups_total "));
     assert!(caught.is_some_and(|times| times != "0"), "{metrics}");
     // They come, and are known.

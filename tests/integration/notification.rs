@@ -319,7 +319,7 @@ async fn each_qualifying_change_is_told_once_on_nats_and_by_mail() -> Result<()>
         Ok(Some(ready))
     });
     assert_eq!(ready.await?.status, 200);
-    let metrics = viewer.get("/metrics").send().await?.text;
+    let metrics = viewer.at(&world.health_url("notification")).get("/metrics").send().await?.text;
     for line in
         ["lomash_alerts_recorded_total 6", "lomash_alerts_published_total 6", "lomash_mails_total{outcome=\"sent\"} 6"]
     {

@@ -109,9 +109,8 @@ async fn the_way_of_an_order_is_one_trace() -> Result<()> {
     start_until_ready(&mut service).await?;
     let product = world.register("KIT-1", 2).await?;
     // The projector must have found Redis, or there is nothing to invalidate.
-    let caller = Caller::new(&world.url("product"), Role::Admin)?;
     eventually("the cache to be in use", PATIENCE, async || {
-        let metrics = scrape(&caller).await?;
+        let metrics = scrape(&world, "product").await?;
         Ok((metrics.value("lomash_cache_clears_total", &[]) >= Some(1.0)).then_some(()))
     })
     .await?;
@@ -309,8 +308,7 @@ async fn decides_and_ends(world: &World, name: &str, collector: Option<&str>) ->
     let orders: Vec<_> = (0..3_000).map(|_| order(&[(product, 1)])).collect();
     world.publish_all(&orders).await?;
     world.decided(orders.iter().map(|order| order.payload.order_id)).await?;
-    let caller = Caller::new(&world.url(name), Role::Viewer)?;
-    let metrics = scrape(&caller).await?;
+    let metrics = scrape(world, name).await?;
     let spans = |outcome| metrics.value("lomash_trace_spans_total", &[("outcome", outcome)]).unwrap_or(0.0);
     if collector.is_some() {
         assert!(spans("skipped") > 0.0, "what has no room is not begun:\n{}", metrics.text);
@@ -364,8 +362,9 @@ impl Page {
     }
 }
 
-/// Asks the caller's service for its metrics, without a token.
-async fn scrape(caller: &Caller) -> Result<Page> {
+/// Asks the service `name` for its metrics, without a token.
+async fn scrape(world: &World, name: &str) -> Result<Page> {
+    let caller = Caller::new(&world.health_url(name), Role::Viewer)?;
     let answer = caller.with_token(None).get("/metrics").send().await?;
     ensure!(answer.status == 200, "{answer:?}");
     ensure!(answer.header("content-type") == Some("text/plain; version=0.0.4; charset=utf-8"), "{answer:?}");
@@ -397,9 +396,8 @@ async fn promtool(page: &str) -> Result<Vec<String>> {
 async fn metrics_agree_with_what_verify_counts() -> Result<()> {
     let world = World::start().await?;
     let mut service = world.start_service("product").await?;
-    let caller = Caller::new(&world.url("product"), Role::Admin)?;
     // There from the start, at zero: the first refusal is an increase.
-    let page = scrape(&caller).await?;
+    let page = scrape(&world, "product").await?;
     for reason in ["INSUFFICIENT_STOCK", "UNKNOWN_PRODUCT", "PRODUCT_INACTIVE"] {
         assert_eq!(page.value("inventory_update_failures_total", &[("reason", reason)]), Some(0.0), "{}", page.text);
     }
@@ -440,7 +438,7 @@ async fn metrics_agree_with_what_verify_counts() -> Result<()> {
     assert_eq!((totals.orders_refused(), totals.dead_letters), (9, 2), "{totals:?}");
 
     let told = eventually("the gauges to be read", PATIENCE, async || {
-        let page = scrape(&caller).await?;
+        let page = scrape(&world, "product").await?;
         let told = page.value("dlq_message_count", &[]) == Some(2.0)
             && page.value("out_of_stock_products_total", &[]) == Some(out_of_stock)
             && page.value("lomash_projection_lag_messages", &[]) == Some(0.0);
@@ -504,7 +502,7 @@ async fn metrics_agree_with_what_verify_counts() -> Result<()> {
     service.stop().await?;
     start_until_ready(&mut service).await?;
     eventually("the gauges to be read again", PATIENCE, async || {
-        let page = scrape(&caller).await?;
+        let page = scrape(&world, "product").await?;
         let same = page.value("dlq_message_count", &[]) == Some(2.0)
             && page.value("out_of_stock_products_total", &[]) == Some(out_of_stock);
         Ok(same.then_some(()))
@@ -529,7 +527,7 @@ async fn a_client_cannot_make_up_labels() -> Result<()> {
         caller.request(reqwest::Method::from_bytes(b"BREW")?, "/healthz").send().await?;
         caller.request(reqwest::Method::DELETE, &format!("/v1/products/{product}")).send().await?;
     }
-    let page = scrape(&caller).await?;
+    let page = scrape(&world, "product").await?;
     let requests = |method, route, status| {
         page.value("lomash_http_requests_total", &[("method", method), ("route", route), ("status", status)])
     };

@@ -155,6 +155,8 @@ pub struct World {
     pub nats: Nats,
     /// Where the services of this world answer HTTP, by name.
     addresses: Mutex<HashMap<String, String>>,
+    /// Where they tell their health and metrics.
+    health_addresses: Mutex<HashMap<String, String>>,
     dir: tempfile::TempDir,
     closed: bool,
 }
@@ -198,6 +200,7 @@ impl World {
             postgres,
             nats,
             addresses: Mutex::default(),
+            health_addresses: Mutex::default(),
             dir,
             closed: false,
         })
@@ -252,12 +255,17 @@ impl World {
         let program = lomash::up::program(program)?;
         let log = self.dir().join(format!("{name}.log"));
         let address = format!("127.0.0.1:{}", free_port()?);
+        let health = format!("127.0.0.1:{}", free_port()?);
         let service = Service::new(name, &program, &log)
             .env("NATS_URL", self.nats.url())
             .env("DATABASE_URL", self.database_url().expose())
             .env("HTTP_LISTEN", &address)
+            .env("HEALTH_LISTEN", &health)
             .env("JWT_HS256_SECRET", JWT_SECRET);
         self.addresses.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(name.to_owned(), address);
+        let mut known = self.health_addresses.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        known.insert(name.to_owned(), health);
+        drop(known);
         Ok(service)
     }
 
@@ -268,6 +276,16 @@ impl World {
     #[must_use]
     pub fn url(&self, name: &str) -> String {
         let addresses = self.addresses.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        format!("http://{}", addresses.get(name).expect("a service of this world"))
+    }
+
+    /// Where the service `name` tells its health and metrics.
+    ///
+    /// # Panics
+    /// When this world has no such service.
+    #[must_use]
+    pub fn health_url(&self, name: &str) -> String {
+        let addresses = self.health_addresses.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         format!("http://{}", addresses.get(name).expect("a service of this world"))
     }
 
@@ -292,6 +310,8 @@ impl World {
             "--database-url",
             database_url.expose(),
             "--http-listen",
+            "127.0.0.1:0",
+            "--health-listen",
             "127.0.0.1:0",
             "--jwt-hs256-secret",
             JWT_SECRET,

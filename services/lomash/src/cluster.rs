@@ -155,7 +155,7 @@ impl ClusterStack {
     /// # Errors
     /// As for [`ClusterStack::start`].
     pub async fn start_with(data: &Path, cluster: NatsCluster, product_service: &Path) -> Result<Self> {
-        std::fs::create_dir_all(data).with_context(|| format!("could not create {}", data.display()))?;
+        crate::stack::data_folder(data)?;
         let data = data.canonicalize().with_context(|| format!("could not resolve {}", data.display()))?;
         let lock = FolderLock::acquire(&data, Duration::ZERO).await?;
         let (postgres_dir, redis_dir) = (data.join("postgres"), data.join("redis"));
@@ -183,8 +183,10 @@ impl ClusterStack {
 
     fn service(&self, name: &str, program: &Path, who: Who, secret: &Secret) -> Result<Service> {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
+        let health = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
         let service = Service::new(name, program, &self.data.join(format!("{name}.log")))
             .listen(address)
+            .listen_for_health(health)
             .env("JWT_ISSUER", DEVELOPMENT_ISSUER)
             .env("JWT_AUDIENCE", DEVELOPMENT_AUDIENCE)
             .env("JWT_HS256_SECRET", secret.expose())

@@ -6,8 +6,10 @@
 //!
 //! A file `behaviour.json` beside the mails makes it misbehave ([`Behaviour`]); it is read anew for every mail.
 
-use std::io;
+use std::fs::OpenOptions;
+use std::io::{self, Write as _};
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -127,7 +129,8 @@ impl Behaviour {
 /// When it cannot listen, or has no place for mails.
 pub async fn run(args: MailSinkArgs) -> Result<()> {
     let stop = lomash_platform::shutdown::token().context("could not listen for signals")?;
-    std::fs::create_dir_all(&args.dir).with_context(|| format!("could not create {}", args.dir.display()))?;
+    // Whatever somebody is told is for them.
+    crate::stack::private_folder(&args.dir)?;
     let acceptor = acceptor(&args.dir.join(TLS_DIR))?;
     let listener =
         TcpListener::bind(args.listen).await.with_context(|| format!("could not listen on {}", args.listen))?;
@@ -218,7 +221,8 @@ impl Sink {
         }
         text.extend_from_slice(&mail.data);
         let unfinished = self.args.dir.join(format!(".{name}"));
-        std::fs::write(&unfinished, text)?;
+        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&unfinished)?;
+        file.write_all(&text)?;
         std::fs::rename(&unfinished, self.args.dir.join(format!("{name}.eml")))
     }
 }
@@ -354,7 +358,7 @@ impl Handler for Mailbox {
 fn acceptor(dir: &Path) -> Result<Acceptor> {
     let (ca, certificate, key) = (dir.join(CA_FILE), dir.join("certificate.pem"), dir.join("key.pem"));
     if !key.is_file() {
-        std::fs::create_dir_all(dir).with_context(|| format!("could not create {}", dir.display()))?;
+        crate::stack::private_folder(dir)?;
         let mut authority = CertificateParams::default();
         authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         authority.key_usages = vec![KeyUsagePurpose::KeyCertSign];
@@ -365,8 +369,8 @@ fn acceptor(dir: &Path) -> Result<Acceptor> {
         let own_key = KeyPair::generate()?;
         let own = CertificateParams::new(vec!["localhost".to_owned(), "127.0.0.1".to_owned()])?;
         let own = own.signed_by(&own_key, &issuer)?;
-        std::fs::write(&ca, made.pem()).context("could not write the certificate of the authority")?;
-        std::fs::write(&certificate, own.pem()).context("could not write the certificate")?;
+        write_private(&ca, &made.pem())?;
+        write_private(&certificate, &own.pem())?;
         // Last: with it, all of it is there.
         write_private(&key, &own_key.serialize_pem())?;
     }

@@ -52,6 +52,12 @@ pub(crate) const URL_VARIABLES: [(&str, &str); 3] = [
     ("analytics-service", "ANALYTICS_URL"),
     ("notification-service", "NOTIFICATION_URL"),
 ];
+/// And where they tell their health and metrics.
+const HEALTH_URL_VARIABLES: [(&str, &str); 3] = [
+    (PRODUCT_SERVICE, "PRODUCT_HEALTH_URL"),
+    ("analytics-service", "ANALYTICS_HEALTH_URL"),
+    ("notification-service", "NOTIFICATION_HEALTH_URL"),
+];
 
 /// Start everything on this machine and keep it running until Ctrl-C.
 #[derive(Clone, Debug, Args)]
@@ -177,7 +183,7 @@ impl Stack {
     /// # Errors
     /// When another one runs on `data`, or a server does not start.
     pub async fn start_servers(data: &Path) -> Result<Self> {
-        fs::create_dir_all(data).with_context(|| format!("could not create the data folder {}", data.display()))?;
+        crate::stack::data_folder(data)?;
         let data = data.canonicalize().with_context(|| format!("could not resolve {}", data.display()))?;
         // No patience: whoever holds it runs a whole stack.
         let lock = FolderLock::acquire(&data, Duration::ZERO).await?;
@@ -226,8 +232,10 @@ impl Stack {
     fn service_at(&self, name: &str, program: &Path) -> Result<Service> {
         let log = self.data.join(format!("{name}.log"));
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
+        let health = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
         Ok(Service::new(name, program, &log)
             .listen(address)
+            .listen_for_health(health)
             .env("JWT_ISSUER", DEVELOPMENT_ISSUER)
             .env("JWT_AUDIENCE", DEVELOPMENT_AUDIENCE)
             .env("JWT_HS256_SECRET", self.secret.expose())
@@ -276,6 +284,13 @@ impl Stack {
         Api::new(&url, Secret::from(self.token(Role::Admin)?))
     }
 
+    /// Where a service tells its health and metrics; None until it is started.
+    #[must_use]
+    pub fn health_url(&self, name: &str) -> Option<String> {
+        let service = self.services.iter().find(|service| service.name() == name)?;
+        service.health_address().map(|address| format!("http://{address}"))
+    }
+
     /// A token that the services of this stack take.
     ///
     /// # Errors
@@ -296,6 +311,8 @@ impl Stack {
             ("VIEWER_TOKEN", self.token(Role::Viewer)?),
         ];
         variables.extend(URL_VARIABLES.iter().filter_map(|(name, variable)| Some((*variable, self.url(name)?))));
+        let health = HEALTH_URL_VARIABLES.iter();
+        variables.extend(health.filter_map(|(name, variable)| Some((*variable, self.health_url(name)?))));
         let text: String = variables.iter().map(|(name, value)| format!("{name}={value}\n")).collect();
         write_private(&self.env_file.0, &text)
     }
@@ -411,7 +428,9 @@ pub(crate) struct Readiness {
 impl Readiness {
     /// Of this service.
     pub(crate) fn of(service: &Service) -> Result<Self> {
-        let address = service.address().context("the service was not told where to listen")?;
+        // The public port answers too, for services that were not told of another.
+        let address = service.health_address().or_else(|| service.address());
+        let address = address.context("the service was not told where to listen")?;
         let url = format!("http://{address}/readyz");
         // Nothing here speaks TLS, but the client is not made without a provider; a second one is refused, as it should.
         let _ = rustls::crypto::ring::default_provider().install_default();

@@ -419,3 +419,40 @@ fn start_victim(dir: &Path) -> std::io::Result<Child> {
         .stdout(Stdio::null())
         .spawn()
 }
+
+/// Tokens, mails, logs with the names of customers: whoever else has an account on the machine sees none of it.
+#[tokio::test]
+async fn what_a_stack_writes_is_for_its_owner_alone() -> anyhow::Result<()> {
+    let dir = scratch()?;
+    let data = dir.path().join("data");
+    // As an earlier version left it.
+    fs::create_dir(&data)?;
+    fs::set_permissions(&data, fs::Permissions::from_mode(0o755))?;
+    fs::create_dir(data.join("nats"))?;
+    fs::write(data.join("nats/nats.log"), "")?;
+    let stack = lomash::up::Stack::start_servers(&data).await?;
+    assert_eq!(fs::metadata(&data)?.permissions().mode() & 0o777, 0o700, "the folder");
+    let (mut open, mut seen, mut folders) = (Vec::new(), 0, vec![data.clone()]);
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder)? {
+            let (path, kind) = entry.map(|entry| (entry.path(), entry.file_type()))?;
+            let kind = kind?;
+            // What a server keeps in its own folder is made by its own rules, and behind ours.
+            if kind.is_symlink() || path.file_name().is_some_and(|name| name == "data") {
+                continue;
+            }
+            seen += 1;
+            let mode = fs::metadata(&path)?.permissions().mode() & 0o777;
+            // The user of Postgres passes through its folder, if that is another one.
+            let allowed = if path.ends_with("postgres") { 0o711 } else { 0o700 };
+            if mode & !allowed != 0 {
+                open.push(format!("{} {mode:03o}", path.display()));
+            }
+            if kind.is_dir() {
+                folders.push(path);
+            }
+        }
+    }
+    assert!(open.is_empty() && seen > 8, "open to others: {open:#?}");
+    stack.stop().await
+}

@@ -2,6 +2,7 @@
 
 pub mod metrics;
 pub mod nats;
+pub mod places;
 pub mod postgres;
 pub mod process;
 pub mod projected;

@@ -471,3 +471,33 @@ async fn an_unknown_key_is_looked_for_once_and_not_for_everyone() {
     }
     assert_eq!(provider.asked(), asked, "made-up keys do not reach the provider within the gap");
 }
+
+/// A redirect could lead from https to anywhere, and to keys that are anybody's.
+#[tokio::test]
+async fn a_redirect_to_other_keys_is_not_followed() {
+    let stop = CancellationToken::new();
+    let _stop = stop.clone().drop_guard();
+    let elsewhere = Provider::default();
+    elsewhere.set(Some(jwks()));
+    let there = elsewhere.start(&stop).await;
+    for status_of_redirect in [StatusCode::FOUND, StatusCode::MOVED_PERMANENTLY, StatusCode::TEMPORARY_REDIRECT] {
+        let to = there.clone();
+        let redirecting = Router::new().route(
+            "/jwks.json",
+            axum::routing::get(async move || (status_of_redirect, [(axum::http::header::LOCATION, to)])),
+        );
+        let http = Process::parse_from(["test", "--http-listen", "127.0.0.1:0"]).http;
+        let server = Server::bind(&http).await.expect("bound");
+        let url = format!("http://{}/jwks.json", server.local_addr());
+        tokio::spawn(server.serve(redirecting, stop.clone()));
+        let timing = impatient(Duration::from_millis(10), Duration::ZERO);
+        let health = Health::new();
+        let verifier =
+            Verifier::start_with(&config(Some(&url), None), timing, &health, stop.clone()).await.expect("starts");
+        let keys = verifier.keys.as_ref().expect("keys");
+        tokio::time::timeout(PATIENCE, keys.attempted(2)).await.expect("in time");
+        assert_eq!(status(&verifier, &rs256(&claims())).await, 503, "{status_of_redirect}: there are no keys");
+        assert!(!health.readiness().ready);
+    }
+    assert_eq!(elsewhere.asked(), 0, "nobody asks where it leads");
+}

@@ -63,9 +63,20 @@ pub struct HttpConfig {
     #[arg(long, env = "HTTP_LISTEN", default_value = "127.0.0.1:8080", value_name = "ADDRESS:PORT")]
     pub http_listen: SocketAddr,
 
+    /// Address of the listener for health and metrics (`/healthz`, `/readyz`, `/metrics`); port 0 takes a free one. It has
+    /// places of its own, so that probes are answered whatever is done to the other. Open to all who reach it: keep it inside
+    /// your network.
+    #[arg(long, env = "HEALTH_LISTEN", default_value = "127.0.0.1:8081", value_name = "ADDRESS:PORT")]
+    pub health_listen: SocketAddr,
+
     /// Connections that are open at once; more wait until one is closed.
     #[arg(long, env = "HTTP_MAX_CONNECTIONS", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub http_max_connections: u32,
+
+    /// Connections of one peer address (of one /64 with IPv6) that are open at once; one more is answered 429 and closed. 0
+    /// for no limit: behind a proxy, which is one peer for all.
+    #[arg(long, env = "HTTP_MAX_CONNECTIONS_PER_PEER", default_value_t = 512, value_parser = clap::value_parser!(u32).range(0..=100_000))]
+    pub http_max_connections_per_peer: u32,
 
     /// Bytes that a request's body may have, where a route does not say otherwise.
     #[arg(long, env = "HTTP_MAX_BODY_BYTES", default_value_t = 64 * 1024, value_parser = clap::value_parser!(u32).range(1024..=16 * 1024 * 1024))]
@@ -190,7 +201,12 @@ mod tests {
     #[test]
     fn defaults_are_for_a_laptop() {
         let process = Process::try_parse_from(["service"]).expect("parsed");
-        assert!(process.http.http_listen.ip().is_loopback());
+        assert!(process.http.http_listen.ip().is_loopback() && process.http.health_listen.ip().is_loopback());
+        assert_ne!(process.http.http_listen, process.http.health_listen);
+        assert!(
+            process.http.http_max_connections_per_peer < process.http.http_max_connections,
+            "one peer must not be able to take all places"
+        );
         assert!(process.http.tokens.jwt_hs256_secret.is_none() && process.http.tokens.jwt_jwks.is_none());
     }
 
@@ -198,6 +214,7 @@ mod tests {
     fn bad_values_name_their_setting_and_no_secret_is_shown() {
         for (flag, value) in [
             ("--http-listen", "here"),
+            ("--health-listen", "there"),
             ("--http-max-connections", "0"),
             ("--http-max-body-bytes", "12"),
             ("--jwt-jwks", "http://keys.example/jwks.json"),

@@ -4,16 +4,22 @@
 //! those. Limits that an operator may want to change are in `config.rs`.
 
 use std::num::NonZeroU32;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
+use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::Method;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
 use governor::clock::{Clock, DefaultClock};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
+use hyper::body::{Frame, SizeHint};
+use tokio::time::{Instant, Sleep, sleep_until};
 use uuid::Uuid;
 
 use crate::config::RateConfig;
@@ -26,6 +32,20 @@ pub const MAX_HEADERS: usize = 64;
 /// Bytes that are buffered for one connection in each direction.
 pub const MAX_BUFFER_BYTES: usize = 64 * 1024;
 
+/// Connections to the listener of health and metrics: a handful of probes and scrapers, and whoever looks by hand.
+pub const MAX_HEALTH_CONNECTIONS: usize = 64;
+/// Those of one peer of it.
+pub const MAX_HEALTH_CONNECTIONS_PER_PEER: usize = 16;
+/// How long a probe may take to send its headers: it sends them at once.
+pub const HEALTH_HEADER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Bytes a second that a body must bring on average, of the time that we wait for it: an import of 256 MiB has ten minutes and
+/// needs fifty times as many, and a body on the slowest line that is in use twice as many.
+pub const MIN_BODY_BYTES_PER_SECOND: u32 = 8 * 1024;
+/// How long we wait for any body in vain beyond that.
+pub const BODY_GRACE: Duration = Duration::from_secs(10);
+
+const _: () = assert!(MAX_HEALTH_CONNECTIONS_PER_PEER < MAX_HEALTH_CONNECTIONS, "one peer must not take all places");
 const _: () = assert!(crate::auth::MAX_TOKEN_BYTES < MAX_HEADER_BYTES, "a token must fit into the headers");
 const _: () = assert!(MAX_HEADER_BYTES < MAX_BUFFER_BYTES, "the headers must fit into the buffer");
 
@@ -109,6 +129,66 @@ async fn within(State(limit): State<Duration>, request: Request, next: Next) -> 
     }
 }
 
+/// Puts the least rate on the body of a request, see [`MIN_BODY_BYTES_PER_SECOND`]. A body that rests for as long as it may
+/// and then brings a byte would hold its place for hours.
+pub(crate) async fn paced(request: Request) -> Request {
+    request.map(|body| Body::new(Paced { body, brought: 0, waited: Duration::ZERO, since: None, until: None }))
+}
+
+/// A body that fails when it is too slow.
+struct Paced {
+    body: Body,
+    brought: u64,
+    /// How long it was waited for until it brought something last.
+    waited: Duration,
+    /// Since when it is waited for.
+    since: Option<Instant>,
+    /// Until when.
+    until: Option<Pin<Box<Sleep>>>,
+}
+
+impl Paced {
+    /// How long it may have been waited for.
+    fn patience(&self) -> Duration {
+        BODY_GRACE
+            + Duration::from_micros(self.brought.saturating_mul(1_000_000) / u64::from(MIN_BODY_BYTES_PER_SECOND))
+    }
+}
+
+impl hyper::body::Body for Paced {
+    type Data = Bytes;
+    type Error = axum::BoxError;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::BoxError>>> {
+        let this = self.get_mut();
+        if let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx) {
+            if let Some(since) = this.since.take() {
+                this.waited += since.elapsed();
+                this.until = None;
+            }
+            if let Some(Ok(data)) = frame.as_ref().map(|frame| frame.as_ref().map(Frame::data_ref)) {
+                this.brought += data.map_or(0, |data| data.len() as u64);
+            }
+            return Poll::Ready(frame.map(|frame| frame.map_err(Into::into)));
+        }
+        let since = *this.since.get_or_insert_with(Instant::now);
+        let rest = this.patience().saturating_sub(this.waited);
+        let until = this.until.get_or_insert_with(|| Box::pin(sleep_until(since + rest)));
+        match until.as_mut().poll(cx) {
+            Poll::Ready(()) => Poll::Ready(Some(Err("the body comes too slowly".into()))),
+            Poll::Pending => Poll::Pending,
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -136,5 +216,33 @@ mod tests {
         }
         let known = limits.reads.as_ref().map(|rate| rate.callers.len());
         assert!(known.is_some_and(|known| known <= FORGET_EVERY as usize * 2), "{known:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_that_trickles_is_given_up_and_one_that_keeps_the_rate_is_not() {
+        /// `times` pieces of `bytes`, one every `pause`.
+        fn body(times: u64, bytes: usize, pause: Duration) -> Body {
+            Body::from_stream(futures::stream::unfold(0, move |sent| async move {
+                if sent == times {
+                    return None;
+                }
+                tokio::time::sleep(pause).await;
+                Some((Ok::<_, std::convert::Infallible>(Bytes::from(vec![b'x'; bytes])), sent + 1))
+            }))
+        }
+        async fn received(body: Body) -> Result<usize, axum::Error> {
+            let request = paced(Request::new(body)).await;
+            axum::body::to_bytes(request.into_body(), usize::MAX).await.map(|bytes| bytes.len())
+        }
+        let began = Instant::now();
+        received(body(u64::MAX, 1, Duration::from_secs(1))).await.expect_err("a byte a second");
+        assert!(began.elapsed() >= BODY_GRACE && began.elapsed() < BODY_GRACE * 2, "{:?}", began.elapsed());
+        received(body(1, 1, Duration::from_secs(3600))).await.expect_err("nothing for an hour");
+        let rate = MIN_BODY_BYTES_PER_SECOND as usize;
+        assert_eq!(received(body(600, rate, Duration::from_secs(1))).await.expect("it keeps the rate"), 600 * rate);
+        // Time in which nobody reads it is not the client's.
+        let unread = paced(Request::new(body(2, 1, Duration::from_secs(1)))).await;
+        tokio::time::sleep(BODY_GRACE * 100).await;
+        assert_eq!(axum::body::to_bytes(unread.into_body(), 10).await.expect("read").len(), 2);
     }
 }

@@ -33,6 +33,16 @@ static DURATIONS: LazyLock<Durations> = LazyLock::new(|| {
     Metrics::of_process().register("lomash_http_request_duration_seconds", help, family)
 });
 
+static REFUSED: LazyLock<Counter> = LazyLock::new(|| {
+    let help = "Connections closed at once because their peer had all its places";
+    Metrics::of_process().register("lomash_http_connections_refused", help, Counter::default())
+});
+
+/// A connection was refused.
+pub(crate) fn refused_connection() {
+    REFUSED.inc();
+}
+
 /// `GET /metrics`, open to all: it holds no secrets and no business data beyond totals.
 pub(crate) fn routes() -> Router {
     Router::new().route("/metrics", get(page))

@@ -1,5 +1,8 @@
 //! Routes of a service that answers from its first moment on: health and metrics at once, all else when the rest has
 //! started.
+//!
+//! Health and metrics are on a listener of their own, which nothing that happens to the public one reaches. The public one
+//! answers `/healthz` and `/readyz` too: a balancer asks the port that it balances. It has no `/metrics`.
 
 use std::sync::{Arc, OnceLock};
 
@@ -34,6 +37,8 @@ impl Routes {
     ) -> anyhow::Result<Self> {
         let routes = Self::default();
         let server = Server::bind(config).await?;
+        let for_operators = Server::bind_health(config).await?;
+        tasks.run(for_operators.serve(health_application(config, health), stop.clone()));
         tasks.run(server.serve(routes.application(config, health), stop));
         Ok(routes)
     }
@@ -42,8 +47,7 @@ impl Routes {
     pub fn application(&self, config: &HttpConfig, health: &Health) -> Router {
         // As a fallback and not as a route for every path: what that captures would be a parameter of the routes behind.
         let later = any(later).with_state(self.clone());
-        let open = health.routes().merge(observed::routes());
-        let open = server::with_known_routes(open.method_not_allowed_fallback(no_such_method));
+        let open = server::with_known_routes(health.routes().method_not_allowed_fallback(no_such_method));
         server::framed(open.fallback_service(later), config)
     }
 
@@ -53,6 +57,11 @@ impl Routes {
         let routes = routes.fallback(no_such_route).method_not_allowed_fallback(no_such_method);
         let _ = self.0.set(server::with_known_routes(routes));
     }
+}
+
+/// What the listener of health and metrics serves.
+pub fn health_application(config: &HttpConfig, health: &Health) -> Router {
+    server::application(health.routes().merge(observed::routes()), config)
 }
 
 async fn later(State(routes): State<Routes>, request: Request) -> Response {

@@ -3,7 +3,8 @@
 use axum::Json;
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::{IntoResponse, Response};
-use lomash_platform::projected::NotYetProjected;
+use lomash_platform::places::Full;
+use lomash_platform::projected::{NotYetProjected, Unreached};
 use serde::Serialize;
 
 use crate::extract::single_header;
@@ -60,4 +61,31 @@ pub fn not_yet_projected(not_yet: NotYetProjected) -> Problem {
         .with("wanted", not_yet.wanted)
         .with("reached", not_yet.reached)
         .with_retry_after(RETRY_AFTER_SECONDS)
+}
+
+/// What a reader is told that does not get what it waits for.
+#[must_use]
+pub fn unreached(why: Unreached) -> Problem {
+    match why {
+        Unreached::NotYet(not_yet) => not_yet_projected(not_yet),
+        Unreached::BeyondTheEnd(beyond) => {
+            let end = beyond.end;
+            let detail = format!("is beyond the end of the ledger, which is at {end}: nothing is stored there");
+            Problem::invalid_header(LOMASH_MIN_SEQUENCE, detail).with("end", end)
+        }
+        Unreached::Full(full) => no_place(full, "readers that wait for the projection", RETRY_AFTER_SECONDS),
+    }
+}
+
+/// 429 when the caller has all the places that one may have, 503 when there are none; `what` takes them.
+#[must_use]
+pub fn no_place(full: Full, what: &str, retry_after_seconds: u64) -> Problem {
+    match full {
+        Full::One(most) => {
+            Problem::too_many_requests(format!("A caller may have {most} {what} at once."), retry_after_seconds)
+        }
+        Full::All(most) => {
+            Problem::unavailable(format!("There are {most} {what} already; try again later."), retry_after_seconds)
+        }
+    }
 }

@@ -1,14 +1,14 @@
 //! The server loop, and what every request passes through.
 //!
-//! One HTTP/1.1 listener without TLS: a proxy in front has that. Nothing that a client does or leaves undone keeps a
+//! HTTP/1.1 without TLS: a proxy in front has that. Health and metrics have a listener of their own. Nothing that a client does or leaves undone keeps a
 //! connection, a request or memory for longer than the limits say. Requests get an id, which is in the log, in the
 //! header `X-Request-Id` and in problems; the path is logged, the query and the headers are not.
 //!
 //! What hyper refuses before there is a request (431 for headers that are too many or too large, 400 for what is not
 //! HTTP) is answered without a body.
 
-use std::io;
-use std::net::SocketAddr;
+use std::io::{self, Write as _};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
@@ -24,9 +24,10 @@ use axum::response::{IntoResponse, Response};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use lomash_platform::places::{Place, Places};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Sleep;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -36,12 +37,19 @@ use tracing::{Instrument as _, debug, debug_span, info, warn};
 use uuid::Uuid;
 
 use crate::config::HttpConfig;
-use crate::limits::{MAX_BUFFER_BYTES, MAX_HEADER_BYTES, MAX_HEADERS};
+use crate::limits::{
+    self, HEALTH_HEADER_TIMEOUT, MAX_BUFFER_BYTES, MAX_HEADER_BYTES, MAX_HEADERS, MAX_HEALTH_CONNECTIONS,
+    MAX_HEALTH_CONNECTIONS_PER_PEER,
+};
 use crate::observed;
 use crate::problem::{Problem, no_such_method, no_such_route};
 
 /// Pause after a connection could not be accepted: mostly there are no file descriptors left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What a peer hears whose places are taken, before anything of its request is read.
+const TOO_MANY_OF_ONE_PEER: &str = "HTTP/1.1 429 Too Many Requests\r\nretry-after: 1\r\nconnection: close\r\n\
+     content-length: 0\r\n\r\n";
 
 static REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -86,6 +94,7 @@ pub fn framed(routes: Router, config: &HttpConfig) -> Router {
     routes
         .layer(DefaultBodyLimit::max(config.max_body_bytes()))
         .layer(RequestBodyTimeoutLayer::new(config.stall_timeout()))
+        .layer(middleware::map_request(limits::paced))
         .layer(CatchPanicLayer::custom(panicked))
         .layer(middleware::from_fn(in_context))
 }
@@ -128,12 +137,16 @@ async fn in_context(request: Request, next: Next) -> Response {
 pub struct Server {
     listener: TcpListener,
     address: SocketAddr,
+    /// What is served, for the log.
+    what: &'static str,
     options: Options,
 }
 
 #[derive(Debug, Clone)]
 struct Options {
     max_connections: usize,
+    /// None: no limit.
+    max_connections_per_peer: Option<usize>,
     header_timeout: Duration,
     stall_timeout: Duration,
     drain_timeout: Duration,
@@ -145,17 +158,43 @@ impl Server {
     /// # Errors
     /// When the address cannot be had.
     pub async fn bind(config: &HttpConfig) -> anyhow::Result<Self> {
-        let listener = TcpListener::bind(config.http_listen).await.with_context(|| {
-            format!("could not listen on {}; set HTTP_LISTEN to a free address", config.http_listen)
-        })?;
-        let address = listener.local_addr().context("a listener without an address")?;
+        let per_peer = usize::try_from(config.http_max_connections_per_peer).unwrap_or(usize::MAX);
         let options = Options {
             max_connections: usize::try_from(config.http_max_connections).unwrap_or(Semaphore::MAX_PERMITS),
+            max_connections_per_peer: (per_peer > 0).then_some(per_peer),
             header_timeout: config.header_timeout(),
             stall_timeout: config.stall_timeout(),
             drain_timeout: config.drain_timeout(),
         };
-        Ok(Self { listener, address, options })
+        Self::listen(config.http_listen, "HTTP_LISTEN", "HTTP", options).await
+    }
+
+    /// Binds `HEALTH_LISTEN`, which has places of its own: nothing that happens to the other listener takes one of them.
+    ///
+    /// # Errors
+    /// When the address cannot be had.
+    pub async fn bind_health(config: &HttpConfig) -> anyhow::Result<Self> {
+        let options = Options {
+            max_connections: MAX_HEALTH_CONNECTIONS,
+            max_connections_per_peer: Some(MAX_HEALTH_CONNECTIONS_PER_PEER),
+            header_timeout: HEALTH_HEADER_TIMEOUT,
+            stall_timeout: config.stall_timeout(),
+            drain_timeout: config.drain_timeout(),
+        };
+        Self::listen(config.health_listen, "HEALTH_LISTEN", "health and metrics", options).await
+    }
+
+    async fn listen(
+        wanted: SocketAddr,
+        setting: &'static str,
+        what: &'static str,
+        options: Options,
+    ) -> anyhow::Result<Self> {
+        let listener = TcpListener::bind(wanted)
+            .await
+            .with_context(|| format!("could not listen on {wanted}; set {setting} to a free address"))?;
+        let address = listener.local_addr().context("a listener without an address")?;
+        Ok(Self { listener, address, what, options })
     }
 
     /// Where it listens; with the port that port 0 became.
@@ -169,9 +208,11 @@ impl Server {
     /// Whoever cancels `stop` has said before that the process is not ready ([`crate::Health::drop_first`]). Answers without
     /// an end, such as event streams, should end themselves when `stop` is cancelled, or they are cut off at the drain timeout.
     pub async fn serve(self, app: Router, stop: CancellationToken) {
-        let Self { listener, address, options } = self;
-        info!(%address, "serving HTTP");
+        let Self { listener, address, what, options } = self;
+        info!(%address, "serving {what}");
         let permits = Arc::new(Semaphore::new(options.max_connections));
+        // Those in all are waited for, and none waits for those of its peer.
+        let of_peers = Places::new(usize::MAX, options.max_connections_per_peer.unwrap_or(usize::MAX));
         let connections = TaskTracker::new();
         // If this future is dropped, no connection outlives it.
         let closing = CancellationToken::new();
@@ -181,15 +222,15 @@ impl Server {
             let accepted = tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
-                accepted = accept(&listener, &permits) => accepted,
+                accepted = accept(&listener, &permits, &of_peers) => accepted,
             };
             match accepted {
-                Ok((stream, permit)) => {
+                Ok((stream, place)) => {
                     let (app, options) = (app.clone(), options.clone());
                     let (finishing, closing) = (finishing.clone(), closing.clone());
                     connections.spawn(async move {
                         serve_connection(stream, app, &options, finishing, closing).await;
-                        drop(permit);
+                        drop(place);
                     });
                 }
                 Err(error) => {
@@ -206,18 +247,37 @@ impl Server {
             closing.cancel();
             connections.wait().await;
         }
-        debug!("HTTP has ended");
+        debug!("{what} has ended");
     }
 }
 
-/// The next connection, once there is room for it; those beyond wait in the kernel's queue.
+/// Who shares places: an address, of IPv6 its /64, which is what one customer of a network has.
+fn peer(address: SocketAddr) -> IpAddr {
+    match address.ip().to_canonical() {
+        IpAddr::V6(ip) => IpAddr::V6(Ipv6Addr::from_bits(ip.to_bits() & (u128::MAX << 64))),
+        v4 => v4,
+    }
+}
+
+/// The next connection, once there is room for it; those beyond wait in the kernel's queue. Those of a peer that has its share
+/// are answered and closed on the way.
 async fn accept(
     listener: &TcpListener,
     permits: &Arc<Semaphore>,
-) -> io::Result<(TcpStream, tokio::sync::OwnedSemaphorePermit)> {
+    of_peers: &Places<IpAddr>,
+) -> io::Result<(TcpStream, (OwnedSemaphorePermit, Place<IpAddr>))> {
     let permit = permits.clone().acquire_owned().await.map_err(io::Error::other)?;
-    let (stream, _) = listener.accept().await?;
-    Ok((stream, permit))
+    loop {
+        let (stream, address) = listener.accept().await?;
+        match of_peers.take(peer(address)) {
+            Ok(place) => return Ok((stream, (permit, place))),
+            Err(_) => {
+                observed::refused_connection();
+                // Whether it is heard does not matter, and nobody waits for it.
+                let _ = stream.into_std().and_then(|mut stream| stream.write(TOO_MANY_OF_ONE_PEER.as_bytes()));
+            }
+        }
+    }
 }
 
 async fn serve_connection(

@@ -312,6 +312,97 @@ async fn connections_beyond_the_limit_wait() {
 }
 
 #[tokio::test]
+async fn one_peer_does_not_take_the_places_of_others() {
+    let world = World::start(&["--http-max-connections", "4", "--http-max-connections-per-peer", "2"]).await;
+    let ask = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n";
+    let half = b"GET /healthz HTTP/1.1\r\nHost: x\r\n";
+    let (mut first, mut second) = (world.connect().await, world.connect().await);
+    for stream in [&mut first, &mut second] {
+        stream.write_all(half).await.expect("written");
+    }
+    // However many more it opens: each is closed at once, and none waits.
+    for _ in 0..20 {
+        let answer = rest(&mut world.connect().await).await;
+        assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 429 "), "{answer}");
+    }
+    // Another address of this machine is another peer.
+    let other = async || {
+        let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+        socket.bind("127.0.0.2:0".parse().expect("an address")).expect("bound");
+        socket.connect(world.address).await.expect("connected")
+    };
+    let mut byte = [0; 1];
+    let mut there = other().await;
+    there.write_all(ask).await.expect("written");
+    tokio::time::timeout(PATIENCE, there.read_exact(&mut byte)).await.expect("in time").expect("answered");
+    // What is given back is free.
+    drop((first, second));
+    let answered = async {
+        loop {
+            let mut again = world.connect().await;
+            let _ = again.write_all(ask).await;
+            if again.read_exact(&mut byte).await.is_ok() && byte == *b"H" {
+                let mut head = [0; 11];
+                again.read_exact(&mut head).await.expect("the status line");
+                if head == *b"TTP/1.1 200" {
+                    break;
+                }
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, answered).await.expect("a place");
+
+    // 0 is no limit.
+    let proxied = World::start(&["--http-max-connections-per-peer", "0"]).await;
+    let mut open = Vec::new();
+    for _ in 0..50 {
+        let mut stream = proxied.connect().await;
+        stream.write_all(ask).await.expect("written");
+        stream.read_exact(&mut byte).await.expect("answered");
+        open.push(stream);
+    }
+}
+
+#[test]
+fn a_peer_is_an_address_or_a_network_of_one_customer() {
+    let of = |address: &str| peer(address.parse().expect("an address"));
+    assert_eq!(of("192.0.2.7:1"), of("192.0.2.7:2"));
+    assert_ne!(of("192.0.2.7:1"), of("192.0.2.8:1"));
+    assert_eq!(of("[::ffff:192.0.2.7]:1"), of("192.0.2.7:1"), "the same machine by another listener");
+    assert_eq!(of("[2001:db8::1]:1"), of("[2001:db8::ffff:1]:1"), "one /64");
+    assert_ne!(of("[2001:db8::1]:1"), of("[2001:db8:0:1::1]:1"));
+}
+
+#[tokio::test]
+async fn health_has_a_listener_of_its_own_and_metrics_are_only_there() {
+    let arguments = ["test", "--http-listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0"];
+    let http = Process::parse_from(arguments.into_iter().chain(["--http-max-connections", "1"])).http;
+    let (health, stop) = (Health::new(), CancellationToken::new());
+    let _stop = stop.clone().drop_guard();
+    let (public, probed) =
+        (Server::bind(&http).await.expect("bound"), Server::bind_health(&http).await.expect("bound"));
+    let (address, at) = (public.local_addr(), probed.local_addr());
+    let routes = crate::Routes::default();
+    tokio::spawn(public.serve(routes.application(&http, &health), stop.clone()));
+    tokio::spawn(probed.serve(crate::routes::health_application(&http, &health), stop.clone()));
+    let client =
+        reqwest::Client::builder().no_proxy().pool_max_idle_per_host(0).timeout(PATIENCE).build().expect("a client");
+    let status = async |url: String| client.get(url).send().await.expect("an answer").status().as_u16();
+    assert_eq!(
+        status(format!("http://{address}/metrics")).await,
+        503,
+        "it is no route of this one: the service is starting"
+    );
+    // Its only place is taken.
+    let mut held = TcpStream::connect(address).await.expect("connected");
+    held.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n").await.expect("written");
+    for (path, expected) in [("/healthz", 200), ("/readyz", 200), ("/metrics", 200), ("/v1/read", 404)] {
+        assert_eq!(status(format!("http://{at}{path}")).await, expected, "{path}");
+    }
+}
+
+#[tokio::test]
 async fn stopping_finishes_what_is_in_flight() {
     let world = World::start(&[]).await;
     assert_eq!(world.get("/readyz").await.status(), StatusCode::OK);

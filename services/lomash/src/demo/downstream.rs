@@ -17,7 +17,7 @@ use tokio::time::{Duration, Instant};
 
 use crate::api::Api;
 use crate::output::{self, Cell};
-use crate::up::Stack;
+use crate::up::{PRODUCT_SERVICE, Stack};
 
 /// The stream of the notifications.
 const NOTIFICATIONS: &str = "NOTIFICATIONS";
@@ -74,7 +74,7 @@ pub(super) async fn tour(
 ) -> anyhow::Result<Checks> {
     let token = Secret::from(stack.token(Role::Viewer)?);
     let analytics = Api::new(&stack.url("analytics-service").context("the analytics service runs")?, token)?;
-    let metrics_url = format!("{}/metrics", stack.product_url().context("the product service runs")?);
+    let metrics_url = format!("{}/metrics", stack.health_url(PRODUCT_SERVICE).context("the product service runs")?);
     let deadline = Instant::now() + PATIENCE;
     let (found, metrics) = loop {
         let metrics = scrape(&metrics_url).await?;

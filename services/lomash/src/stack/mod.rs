@@ -24,7 +24,7 @@ mod service;
 
 use std::{
     io::{Read, Seek, SeekFrom},
-    os::unix::fs::PermissionsExt,
+    os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::Path,
 };
 
@@ -62,8 +62,27 @@ pub fn scratch() -> std::io::Result<tempfile::TempDir> {
     tempfile::Builder::new().prefix("lomash-").permissions(std::fs::Permissions::from_mode(0o711)).tempdir()
 }
 
+/// The folder of a stack: its owner's alone, for tokens, mails and logs are in it. Where an earlier run as root has left
+/// Postgres's data inside, whose user must get there, others may still pass through, and see nothing.
+pub(crate) fn data_folder(folder: &Path) -> anyhow::Result<()> {
+    private_folder(folder)?;
+    let holds_postgres = std::fs::symlink_metadata(folder.join("postgres/data")).is_ok_and(|data| data.is_dir());
+    if nix::unistd::geteuid().is_root() && holds_postgres {
+        std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o711))
+            .with_context(|| format!("could not make {} enterable", folder.display()))?;
+    }
+    Ok(())
+}
+
+/// Opens a log for its owner alone, also one that an earlier version left open to others.
+pub(crate) fn append_to_log(path: &Path) -> std::io::Result<std::fs::File> {
+    let log = std::fs::OpenOptions::new().create(true).append(true).mode(0o600).open(path)?;
+    log.set_permissions(std::fs::Permissions::from_mode(0o600))?;
+    Ok(log)
+}
+
 /// Makes a folder that only its owner may enter, or makes it so.
-fn private_folder(folder: &Path) -> anyhow::Result<()> {
+pub(crate) fn private_folder(folder: &Path) -> anyhow::Result<()> {
     std::fs::create_dir_all(folder)
         .and_then(|()| std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700)))
         .with_context(|| format!("could not make the private folder {}", folder.display()))

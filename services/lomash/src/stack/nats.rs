@@ -45,8 +45,7 @@ impl Kind for NatsServer {
     async fn prepare(dir: &Path, _lock: &FolderLock) -> Result<Self> {
         let program = programs::nats_server().await?;
         let config = dir.join("nats.conf");
-        std::fs::write(&config, config_with_store(&dir.join("data"))?)
-            .with_context(|| format!("could not write {}", config.display()))?;
+        crate::token::write_private(&config, &config_with_store(&dir.join("data"))?)?;
         Ok(Self { program, dir: dir.to_owned(), name: format!("lomash-{}", uuid::Uuid::new_v4().simple()) })
     }
 

@@ -7,7 +7,7 @@
 //! Durability is left as it is by default (`fsync` on): what is measured on this server is the real thing.
 
 use std::{
-    fs::{self, DirBuilder, File, OpenOptions, Permissions},
+    fs::{self, DirBuilder, OpenOptions, Permissions},
     io::{self, Write},
     net::Ipv4Addr,
     os::unix::{
@@ -200,7 +200,7 @@ impl PostgresServer {
         self.write_for_account(&password_file, &self.password)?;
 
         let log = dir.join("initdb.log");
-        let output = File::create(&log).with_context(|| format!("could not create {}", log.display()))?;
+        let output = super::append_to_log(&log).with_context(|| format!("could not create {}", log.display()))?;
         let mut command = self.program("initdb");
         command
             .arg("-D")

@@ -36,7 +36,7 @@ impl Kind for RedisServer {
     async fn prepare(dir: &Path, _lock: &FolderLock) -> Result<Self> {
         let program = programs::redis_server().await?;
         let data = dir.join("data");
-        std::fs::create_dir_all(&data).with_context(|| format!("could not create {}", data.display()))?;
+        super::private_folder(&data)?;
         Ok(Self { program, data })
     }
 

@@ -403,7 +403,7 @@ impl NatsCluster {
     /// # Errors
     /// As for [`NatsCluster::start`].
     pub async fn start_with(dir: &Path, routes: [Routes; NODES]) -> Result<Self> {
-        fs::create_dir_all(dir).with_context(|| format!("could not create {}", dir.display()))?;
+        super::private_folder(dir)?;
         let dir = dir.canonicalize().with_context(|| format!("could not resolve {}", dir.display()))?;
         let credentials = Credentials::open(&dir.join("keys"))?;
         let mut folders = Vec::new();

@@ -1,7 +1,7 @@
 //! What all servers have in common: start on a free port, wait until it is healthy, kill, pause, stop, start again.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::File,
     future::Future,
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
@@ -15,7 +15,7 @@ use nix::{
     unistd::Pid,
 };
 
-use super::{FolderLock, Process, log_tail, port::free_port, process::stands_still};
+use super::{FolderLock, Process, append_to_log, log_tail, port::free_port, process::stands_still};
 
 /// How long the remains of a killed server (its children, a flush under way) may hold its folder.
 const REMAINS_TIMEOUT: Duration = Duration::from_secs(15);
@@ -76,7 +76,7 @@ pub struct Server<K: Kind> {
 impl<K: Kind> Server<K> {
     /// Starts the server with its data and its log under `dir` and waits until it is healthy.
     pub async fn start(dir: &Path) -> Result<Self> {
-        std::fs::create_dir_all(dir).with_context(|| format!("could not create {}", dir.display()))?;
+        super::private_folder(dir)?;
         let dir = dir.canonicalize().with_context(|| format!("could not resolve {}", dir.display()))?;
         // Taken before the data is looked at: two starts at the same time must not both lay it out.
         let mut lock = FolderLock::acquire(&dir, REMAINS_TIMEOUT).await?;
@@ -286,18 +286,17 @@ impl<K: Kind> Server<K> {
 
     fn open_log(&self) -> Result<(File, u64)> {
         let path = self.log();
-        let log = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(&path)
-            .with_context(|| format!("could not open the log {}", path.display()))?;
+        let log = append_to_log(&path).with_context(|| format!("could not open the log {}", path.display()))?;
         let written = log.metadata().with_context(|| format!("could not read the size of {}", path.display()))?.len();
         Ok((log, written))
     }
 
     fn keep_last_log(&self) {
         // Best effort: without it the log only goes on where it ended.
-        let _ = std::fs::rename(self.log(), self.dir.join(format!("{}.log.old", K::NAME)));
+        let old = self.dir.join(format!("{}.log.old", K::NAME));
+        if std::fs::rename(self.log(), &old).is_ok() {
+            let _ = append_to_log(&old);
+        }
     }
 }
 

@@ -2,7 +2,6 @@
 
 use std::{
     ffi::{OsStr, OsString},
-    fs::OpenOptions,
     net::SocketAddr,
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
@@ -12,7 +11,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 
-use super::{Process, log_tail};
+use super::{Process, append_to_log, log_tail};
 
 /// How long a service may take to end in order: it finishes the commit it is in, and no more.
 const STOP_TIMEOUT: Duration = Duration::from_secs(15);
@@ -25,6 +24,7 @@ pub struct Service {
     arguments: Vec<OsString>,
     variables: Vec<(OsString, OsString)>,
     address: Option<SocketAddr>,
+    health_address: Option<SocketAddr>,
     log: PathBuf,
     process: Option<Process>,
 }
@@ -36,8 +36,10 @@ impl Service {
             name: name.to_owned(),
             program: program.to_owned(),
             arguments: Vec::new(),
-            variables: Vec::new(),
+            // Several run side by side here, and the default is one port.
+            variables: vec![("HEALTH_LISTEN".into(), "127.0.0.1:0".into())],
             address: None,
+            health_address: None,
             log: log.to_owned(),
             process: None,
         }
@@ -64,6 +66,14 @@ impl Service {
         self.env("HTTP_LISTEN", address.to_string())
     }
 
+    /// Has the service tell its health and metrics here, by `HEALTH_LISTEN`, over all its starts; otherwise on whatever port
+    /// is free.
+    #[must_use]
+    pub fn listen_for_health(mut self, address: SocketAddr) -> Self {
+        self.health_address = Some(address);
+        self.env("HEALTH_LISTEN", address.to_string())
+    }
+
     /// Sets an environment variable for the next start.
     pub fn set_env(&mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) {
         self.remove_env(name.as_ref());
@@ -80,11 +90,7 @@ impl Service {
         if self.pid().is_some() {
             bail!("{} runs already", self.name);
         }
-        let log = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(&self.log)
-            .with_context(|| format!("could not open the log {}", self.log.display()))?;
+        let log = append_to_log(&self.log).with_context(|| format!("could not open the log {}", self.log.display()))?;
         let mut command = Command::new(&self.program);
         command
             .args(&self.arguments)
@@ -111,6 +117,11 @@ impl Service {
     /// Where it listens, if it was told to.
     pub fn address(&self) -> Option<SocketAddr> {
         self.address
+    }
+
+    /// Where it tells its health and metrics, if it was told to.
+    pub fn health_address(&self) -> Option<SocketAddr> {
+        self.health_address
     }
 
     /// The log of all its starts.
