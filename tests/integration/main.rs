@@ -12,6 +12,7 @@ mod identities;
 mod import_command;
 mod imports;
 mod ledger_suite;
+mod limits;
 mod notification;
 mod openapi;
 mod operations;

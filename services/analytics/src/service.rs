@@ -1,15 +1,16 @@
 //! The process: configuration, start-up, the tasks and their end.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::Client;
 use async_nats::connection::State;
 use clap::Parser;
 use deadpool_postgres::Pool;
-use lomash_ledger::{JetStreamLedger, receive, streams};
+use lomash_ledger::{JetStreamLedger, Ledger, receive, streams};
 use lomash_platform::postgres::ANALYTICS;
 use lomash_platform::process::Tasks;
-use lomash_platform::projected::Projected;
+use lomash_platform::projected::{AskEnd, Projected, Waiting};
 use lomash_platform::{nats, postgres, shutdown};
 use lomash_web::health::Check;
 use lomash_web::{Health, Routes, ServiceConfig, Verifier};
@@ -62,12 +63,20 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
 
     let ledger = JetStreamLedger::read_only(context.clone(), streams::INVENTORY);
     let projected = Projected::new(pool.clone(), &ANALYTICS);
+    let ask_end: AskEnd = {
+        let ledger = ledger.clone();
+        Arc::new(move || {
+            let ledger = ledger.clone();
+            Box::pin(async move { ledger.last_sequence().await.map_err(|problem| problem.to_string()) })
+        })
+    };
+    let waiting = Waiting::new(projected.clone(), ask_end);
     let (queue, queued) = projection::queue();
     let url = service.database_url.clone();
     tasks.spawn(projection::run(ledger, pool.clone(), url, projected.clone(), queued, stop.clone()));
     tasks.run(receive::run(context, projection::receive(), stop.clone(), move |delivery| queue.handle(delivery)));
     tasks.run(streams::leave_a_lonely_server(client.clone(), streams::INVENTORY, streams::ANALYTICS, stop.clone()));
-    let api = Api { reads: Reads::new(&service.database_url)?, projected };
+    let api = Api { reads: Reads::new(&service.database_url)?, waiting };
     routes.open(http::routes(api, verifier, &service.http));
     // Last: whoever is told that this is ready sends requests.
     tasks.spawn(checks.watch(client.clone(), pool, stop.clone()));

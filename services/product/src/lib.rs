@@ -10,6 +10,7 @@ pub mod catalogue;
 pub mod commands;
 pub mod committer;
 pub mod csv_file;
+pub mod feed;
 pub mod http;
 pub mod inventory;
 pub mod monitoring;

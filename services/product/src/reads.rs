@@ -33,7 +33,7 @@ use tokio_postgres::types::{ToSql, Type};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use crate::projected::NotYetProjected;
+use crate::projected::{NotYetProjected, Unreached};
 use crate::projection::{PROJECTION, unfolded_words};
 
 /// Most entries of one page.
@@ -122,6 +122,9 @@ pub enum QueryError {
     /// A sequence was asked for that is not projected yet.
     #[error(transparent)]
     NotYet(#[from] NotYetProjected),
+    /// The projection did not come to where the reader wants it, or never will.
+    #[error(transparent)]
+    Unreached(#[from] Unreached),
     /// The page asked for continues a list that was sorted otherwise.
     #[error("the page asked for continues a list that was sorted otherwise")]
     OtherSort,

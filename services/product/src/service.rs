@@ -3,6 +3,7 @@
 //! Start-up folds the stream into [`State`], from the newest usable snapshot on or from the beginning, see
 //! [`initial_state`]. Postgres is not needed to start: orders are decided without it.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
@@ -21,10 +22,11 @@ use tracing::{info, warn};
 use crate::cache::Cache;
 use crate::commands::{Writer, Writing};
 use crate::committer::{catch_up, committer};
-use crate::http::{Api, Imports, Streams};
+use crate::feed::Feed;
+use crate::http::{Api, Imports};
 use crate::inventory::State;
 use crate::monitoring::Monitor;
-use crate::projected::Projected;
+use crate::projected::{AskEnd, Projected, Waiting};
 use crate::projection::ProjectionError;
 use crate::readiness::{Checks, Watched};
 use crate::reads::Reads;
@@ -113,6 +115,10 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
         let routes = Routes::serve(&service.http, &health, stop.clone(), &mut tasks).await?;
         let (client, refusals) =
             nats::connect_as(service.nats_url.expose(), &service.nats_identity, "product-service").await?;
+        // Whatever is read for clients comes over a connection of its own: the servers may cut it off as one that does not keep
+        // up, and the ledger's stays.
+        let (readers, _) =
+            nats::connect_as(service.nats_url.expose(), &service.nats_identity, "product-service-readers").await?;
         let context = async_nats::jetstream::new(client.clone());
         let preparing = prepare_streams(&context, service.stream_replicas, service.nats_identity.is_known());
         let mut differences = refusals.guard(preparing).await??;
@@ -125,10 +131,10 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
         let ledger = JetStreamLedger::new(context.clone(), streams::INVENTORY);
         let snapshots = Snapshots::new(context.clone());
         let state = initial_state(&ledger, &snapshots).await?;
-        Ok((verifier, routes, client, context, ledger, snapshots, state))
+        Ok((verifier, routes, client, readers, context, ledger, snapshots, state))
     };
     // Nothing was taken in yet that would have to be decided first, and nobody was told that this is ready.
-    let Some((verifier, routes, client, context, ledger, snapshots, state)) =
+    let Some((verifier, routes, client, readers, context, ledger, snapshots, state)) =
         shutdown::unless(&asked, starting).await?
     else {
         return Ok(());
@@ -171,16 +177,28 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
     tasks.run(receive::run(context, orders::receive(), stop.clone(), decide));
     let watched = Watched { client: client.clone(), pool, committer, cache: config.redis_url.map(|_| cache.clone()) };
     tasks.run(streams::leave_a_lonely_server(client.clone(), streams::ORDERS, streams::PRODUCT_ORDERS, stop.clone()));
+    let for_readers = async_nats::jetstream::new(readers.clone());
+    tasks.run(streams::leave_a_lonely_server(readers, streams::ORDERS, streams::PRODUCT_ORDERS, stop.clone()));
+    let feed = Feed::new(JetStreamLedger::new(for_readers.clone(), streams::INVENTORY));
+    tasks.spawn(feed.clone().run(stop.clone()));
+    let ask_end: AskEnd = {
+        let ledger = ledger.clone();
+        Arc::new(move || {
+            let ledger = ledger.clone();
+            Box::pin(async move { ledger.last_sequence().await.map_err(|problem| problem.to_string()) })
+        })
+    };
     let api = Api {
+        waiting: Waiting::new(projected.clone(), ask_end),
+        feed,
         writer: writer.clone(),
         ledger,
         reads: Reads::new(&service.database_url)?,
         projected,
         cache,
-        streams: Streams::default(),
         imports: Imports::default(),
         reconciliation,
-        dead_letters: Letters::new(async_nats::jetstream::new(client.clone())),
+        dead_letters: Letters::new(for_readers),
         stop: stop.clone(),
     };
     routes.open(http::routes(api, verifier, &service.http));

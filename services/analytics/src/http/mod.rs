@@ -12,7 +12,7 @@ use std::sync::Arc;
 use axum::http::StatusCode;
 use axum::routing::get;
 use axum::{Json, Router};
-use lomash_platform::projected::Projected;
+use lomash_platform::projected::Waiting;
 use lomash_web::openapi::{tell_problem_types, tell_sequence, tell_usual_headers};
 use lomash_web::problem::{MEDIA_TYPE, ProblemDocument, ProblemType};
 use lomash_web::routes::BearerScheme;
@@ -42,8 +42,8 @@ pub static PROBLEM_TYPES: &[&ProblemType] = &[&PRODUCT_NOT_FOUND];
 pub struct Api {
     /// The metrics.
     pub reads: Reads,
-    /// How far they are.
-    pub projected: Projected,
+    /// Who waits for them.
+    pub waiting: Waiting,
 }
 
 /// All routes but those of health, which are there before.

@@ -10,8 +10,8 @@ use lomash_platform::reader::Unreadable;
 use lomash_web::extract::check_text;
 use lomash_web::openapi::ListProblems;
 use lomash_web::problem::sentence;
-use lomash_web::sequences::{RETRY_AFTER_SECONDS, min_sequence, not_yet_projected, page_limit, told};
-use lomash_web::{Path, Problem, Query, Viewer, cursor};
+use lomash_web::sequences::{RETRY_AFTER_SECONDS, min_sequence, not_yet_projected, page_limit, told, unreached};
+use lomash_web::{Caller, Path, Problem, Query, Viewer, cursor};
 use serde::{Deserialize, Serialize};
 use time::macros::format_description;
 use time::{Date, Duration, OffsetDateTime};
@@ -141,7 +141,7 @@ pub(super) struct SummaryParameters {
     responses((status = 200, description = "A page", body = StockLevelPage), ListProblems)
 )]
 pub(super) async fn stock_levels(
-    _: Viewer,
+    Viewer(caller): Viewer,
     State(api): State<Api>,
     headers: HeaderMap,
     Query(parameters): Query<StockLevelParameters>,
@@ -161,7 +161,7 @@ pub(super) async fn stock_levels(
     let after: Option<LevelKey> = cursor.map(|cursor| cursor::open(&list, &cursor)).transpose()?;
     let limit = page_limit(limit, DEFAULT_PAGE, MAX_PAGE)?;
     let query = StockLevelQuery { filter: filter.clone(), sort, after, limit, window_days };
-    let min = reached(&api, &headers).await?;
+    let min = reached(&api, caller, &headers).await?;
     let At { sequence, value } = at_least(api.reads.stock_levels(&query, OffsetDateTime::now_utc()).await, min)?;
     let Page { items, next } = value;
     let next_cursor = next.map(|next| cursor::seal(&list, &next)).transpose()?;
@@ -180,7 +180,7 @@ pub(super) async fn stock_levels(
     responses((status = 200, description = "A page", body = StockLevelPage), ListProblems)
 )]
 pub(super) async fn low_stock(
-    _: Viewer,
+    Viewer(caller): Viewer,
     State(api): State<Api>,
     headers: HeaderMap,
     Query(LowStockParameters { window_days, limit, cursor }): Query<LowStockParameters>,
@@ -189,7 +189,7 @@ pub(super) async fn low_stock(
     let list = ("low-stock", window_days);
     let after: Option<LowKey> = cursor.map(|cursor| cursor::open(&list, &cursor)).transpose()?;
     let limit = page_limit(limit, DEFAULT_PAGE, MAX_PAGE)?;
-    let min = reached(&api, &headers).await?;
+    let min = reached(&api, caller, &headers).await?;
     let found = api.reads.low_stock(window_days, after.as_ref(), limit, OffsetDateTime::now_utc()).await;
     let At { sequence, value: Page { items, next } } = at_least(found, min)?;
     let next_cursor = next.map(|next| cursor::seal(&list, &next)).transpose()?;
@@ -212,7 +212,7 @@ pub(super) async fn low_stock(
     )
 )]
 pub(super) async fn daily(
-    _: Viewer,
+    Viewer(caller): Viewer,
     State(api): State<Api>,
     Path(product_id): Path<ProductId>,
     headers: HeaderMap,
@@ -232,7 +232,7 @@ pub(super) async fn daily(
         None => (from, to),
     };
     let limit = page_limit(limit, DEFAULT_PAGE, MAX_PAGE)?;
-    let min = reached(&api, &headers).await?;
+    let min = reached(&api, caller, &headers).await?;
     let found = api.reads.daily(product_id, (first, last.min(day_of(now))), limit, now).await;
     let At { sequence, value: Page { items, next } } = at_least(found, min)?;
     let next_cursor =
@@ -250,23 +250,23 @@ pub(super) async fn daily(
     responses((status = 200, description = "The summary", body = Summary), ListProblems)
 )]
 pub(super) async fn summary(
-    _: Viewer,
+    Viewer(caller): Viewer,
     State(api): State<Api>,
     headers: HeaderMap,
     Query(SummaryParameters { from, to }): Query<SummaryParameters>,
 ) -> Result<Response, Problem> {
     let today = day_of(OffsetDateTime::now_utc());
     let range = range(from.as_deref(), to.as_deref(), today, MAX_SUMMARY_RANGE_DAYS)?;
-    let min = reached(&api, &headers).await?;
+    let min = reached(&api, caller, &headers).await?;
     let At { sequence, value } = at_least(api.reads.summary(range).await, min)?;
     Ok(told(sequence, &value))
 }
 
 /// Waits until the metrics are where the request wants them; the sequence that the answer must not be older than.
-async fn reached(api: &Api, headers: &HeaderMap) -> Result<u64, Problem> {
+async fn reached(api: &Api, caller: Caller, headers: &HeaderMap) -> Result<u64, Problem> {
     let min = min_sequence(headers)?;
     if let Some(min) = min {
-        api.projected.wait_for(min).await.map_err(not_yet_projected)?;
+        api.waiting.reach(caller.subject, min).await.map_err(unreached)?;
     }
     Ok(min.unwrap_or(0))
 }

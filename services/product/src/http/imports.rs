@@ -35,12 +35,14 @@ use lomash_contract::{
     ChangedField, CountedBy, LedgerEvent, ProductDetails, ProductId, ProductRegistered, Sku, Timestamp, UpdatedBy,
 };
 use lomash_ledger::{Carried, Ledger};
+use lomash_platform::places::{Place, Places};
 use lomash_web::extract::{media_type, refuse_compressed};
 use lomash_web::problem::ProblemDocument;
+use lomash_web::sequences::no_place;
 use lomash_web::{Admin, Caller, Problem, Query};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout, timeout_at};
 use utoipa::{IntoParams, ToSchema};
@@ -72,6 +74,11 @@ pub const IMPORT_TIMEOUT: Duration = Duration::from_secs(600);
 /// Imports at once in a process: each may have a file of [`MAX_BODY_BYTES`] on disk.
 pub const MAX_IMPORTS: usize = 2;
 
+/// Imports at once of one caller.
+pub const MAX_IMPORTS_OF_ONE: usize = 1;
+
+const _: () = assert!(MAX_IMPORTS_OF_ONE < MAX_IMPORTS, "one caller must not take all places");
+
 /// Rows with the committer at once: enough to fill a batch while one is being stored, and few beside the orders.
 const MAX_IN_FLIGHT: usize = 512;
 
@@ -99,11 +106,11 @@ const MEDIA_TYPE: &str = "application/x-ndjson";
 
 /// Places for imports.
 #[derive(Clone, Debug)]
-pub struct Imports(Arc<Semaphore>);
+pub struct Imports(Places<Uuid>);
 
 impl Default for Imports {
     fn default() -> Self {
-        Self(Arc::new(Semaphore::new(MAX_IMPORTS)))
+        Self(Places::new(MAX_IMPORTS, MAX_IMPORTS_OF_ONE))
     }
 }
 
@@ -345,10 +352,8 @@ async fn import(
     if length.is_some_and(|length| length > MAX_BODY_BYTES) {
         return Err(Problem::payload_too_large(Some(MAX_BODY_BYTES)));
     }
-    let place = api.imports.0.clone().try_acquire_owned().map_err(|_| {
-        let detail = format!("There are {MAX_IMPORTS} imports at work; try again later.");
-        Problem::unavailable(detail, RETRY_AFTER_SECONDS)
-    })?;
+    let full = |full| no_place(full, "imports at work", RETRY_AFTER_SECONDS);
+    let place = api.imports.0.take(caller.subject).map_err(full)?;
     let received = timeout_at(deadline, Spool::receive(body, MAX_BODY_BYTES)).await;
     let spool = received.map_err(|_| Problem::timeout())??;
     // Whether the body can be read at all is known before the answer begins.
@@ -384,7 +389,7 @@ struct Import {
     spool: Spool,
     ignored_columns: Vec<String>,
     deadline: Instant,
-    _place: OwnedSemaphorePermit,
+    _place: Place<Uuid>,
 }
 
 /// Where results go, and what they come to.

@@ -31,12 +31,13 @@ use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-pub use self::imports::{IMPORT_TIMEOUT, Imports, MAX_BODY_BYTES, MAX_IMPORTS, MAX_ROWS};
+pub use self::imports::{IMPORT_TIMEOUT, Imports, MAX_BODY_BYTES, MAX_IMPORTS, MAX_IMPORTS_OF_ONE, MAX_ROWS};
 pub use self::problems::TYPES as PROBLEM_TYPES;
-pub use self::stream::{MAX_STREAMS, STREAM_LIFETIME, Streams};
+pub use self::stream::STREAM_LIFETIME;
 use crate::cache::Cache;
 use crate::commands::Writer;
-use crate::projected::Projected;
+use crate::feed::Feed;
+use crate::projected::{Projected, Waiting};
 use crate::reads::Reads;
 use crate::reconciliation::run::Reconciliation;
 
@@ -57,8 +58,10 @@ pub struct Api {
     pub projected: Projected,
     /// What was asked of it before.
     pub cache: Cache,
-    /// Places of event streams.
-    pub streams: Streams,
+    /// Who waits for the projection.
+    pub waiting: Waiting,
+    /// The live stream.
+    pub feed: Feed,
     /// Places of imports.
     pub imports: Imports,
     /// Where reconciliation runs are asked for.

@@ -12,11 +12,12 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use lomash_contract::limits::{MAX_NAME_CHARS, MAX_SKU_CHARS};
 use lomash_contract::{OrderId, ProductId, Timestamp, Trigger};
-use lomash_ledger::Ledger;
 use lomash_platform::reader::Unreadable;
 use lomash_web::extract::check_text;
-use lomash_web::sequences::{LOMASH_SEQUENCE, RETRY_AFTER_SECONDS, min_sequence, not_yet_projected, sequence, told};
-use lomash_web::{Path, Problem, Query, Viewer, cursor, sequences};
+use lomash_web::sequences::{
+    LOMASH_SEQUENCE, RETRY_AFTER_SECONDS, min_sequence, not_yet_projected, sequence, told, unreached,
+};
+use lomash_web::{Caller, Path, Problem, Query, Viewer, cursor, sequences};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -149,12 +150,12 @@ pub(super) struct HistoryParameters {
     )
 )]
 pub(super) async fn product(
-    _: Viewer,
+    Viewer(caller): Viewer,
     State(api): State<Api>,
     Path(product_id): Path<ProductId>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let At { sequence, value } = cached_product(&api, product_id, min_sequence(&headers)?).await?;
+    let At { sequence, value } = cached_product(&api, caller, product_id, min_sequence(&headers)?).await?;
     tagged(&headers, sequence, value.version, &value)
 }
 
@@ -168,7 +169,7 @@ pub(super) async fn product(
     responses((status = 200, description = "A page", body = ProductPage), ReadProblems)
 )]
 pub(super) async fn products(
-    _: Viewer,
+    Viewer(caller): Viewer,
     State(api): State<Api>,
     headers: HeaderMap,
     Query(parameters): Query<ListParameters>,
@@ -192,7 +193,7 @@ pub(super) async fn products(
     let key = if filter.is_empty() { Key::list(&text) } else { Key::filter(&text) };
     let min = min_sequence(&headers)?;
     let load = async {
-        wait(&api, min).await?;
+        wait(&api, caller, min).await?;
         at_least(api.reads.products(&query).await, min)
     };
     let At { sequence, value } = api.cache.read_through(&key, min, load).await.map_err(unanswered)?;
@@ -217,7 +218,7 @@ pub(super) async fn products(
     )
 )]
 pub(super) async fn inventory(
-    _: Viewer,
+    Viewer(caller): Viewer,
     State(api): State<Api>,
     Path(product_id): Path<ProductId>,
     headers: HeaderMap,
@@ -225,15 +226,15 @@ pub(super) async fn inventory(
 ) -> Result<Response, Problem> {
     let min = min_sequence(&headers)?;
     let Some(as_of) = as_of else {
-        let At { sequence, value } = cached_product(&api, product_id, min).await?;
+        let At { sequence, value } = cached_product(&api, caller, product_id, min).await?;
         let Product { sku, quantity, is_available, version, updated_at, .. } = value;
         let stock =
             Stock { product_id: product_id.0, sku: sku.to_string(), quantity, is_available, version, updated_at };
         return tagged(&headers, sequence, version, &stock);
     };
     let as_of = moment(&as_of)?;
-    let last = api.ledger.last_sequence().await.map_err(|problem| {
-        tracing::warn!(%problem, "the end of the ledger is not known");
+    let last = api.waiting.end().await.map_err(|problem| {
+        tracing::warn!(problem, "the end of the ledger is not known");
         Problem::unavailable("The end of the ledger is not known just now.", RETRY_AFTER_SECONDS)
     })?;
     // What the answer rests on must be projected: at an instant, all that is stored by now.
@@ -242,7 +243,7 @@ pub(super) async fn inventory(
         AsOf::Instant(_) => last,
     };
     let min = Some(rests_on.max(min.unwrap_or(0)));
-    wait(&api, min).await.map_err(unanswered)?;
+    wait(&api, caller, min).await.map_err(unanswered)?;
     let found = at_least(api.reads.stock_as_of(product_id, as_of).await, min);
     let At { sequence, value } = found.map_err(unanswered)?;
     let stock = Stock {
@@ -267,7 +268,7 @@ pub(super) async fn inventory(
     responses((status = 200, description = "A page", body = HistoryPage), ReadProblems)
 )]
 pub(super) async fn history(
-    _: Viewer,
+    Viewer(caller): Viewer,
     State(api): State<Api>,
     Path(product_id): Path<ProductId>,
     headers: HeaderMap,
@@ -279,7 +280,7 @@ pub(super) async fn history(
     let query =
         HistoryQuery { oldest_first, after, trigger, limit: sequences::page_limit(limit, DEFAULT_PAGE, MAX_PAGE)? };
     let min = min_sequence(&headers)?;
-    let page = found(&api, min, || api.reads.history(product_id, &query)).await;
+    let page = found(&api, caller, min, || api.reads.history(product_id, &query)).await;
     let At { sequence, value: Page { items, next } } = page.map_err(unanswered)?;
     let next_cursor = next.map(|next| cursor::seal(&list, &next)).transpose()?;
     Ok(told(sequence, &HistoryPage { items, next_cursor }))
@@ -295,40 +296,47 @@ pub(super) async fn history(
     responses((status = 200, description = "The decision", body = Decision), ReadProblems)
 )]
 pub(super) async fn decision(
-    _: Viewer,
+    Viewer(caller): Viewer,
     State(api): State<Api>,
     Path(order_id): Path<OrderId>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
     let min = min_sequence(&headers)?;
-    let At { sequence, value } = found(&api, min, || api.reads.decision(order_id)).await.map_err(unanswered)?;
+    let At { sequence, value } = found(&api, caller, min, || api.reads.decision(order_id)).await.map_err(unanswered)?;
     Ok(told(sequence, &value))
 }
 
-async fn cached_product(api: &Api, product_id: ProductId, min: Option<u64>) -> Result<At<Product>, Problem> {
-    let load = found(api, min, || api.reads.product(product_id));
+async fn cached_product(
+    api: &Api,
+    caller: Caller,
+    product_id: ProductId,
+    min: Option<u64>,
+) -> Result<At<Product>, Problem> {
+    let load = found(api, caller, min, || api.reads.product(product_id));
     api.cache.read_through(&Key::product(product_id), min, load).await.map_err(unanswered)
 }
 
 /// Waits until the projection has what is asked for.
-async fn wait(api: &Api, min: Option<u64>) -> Result<(), QueryError> {
+async fn wait(api: &Api, caller: Caller, min: Option<u64>) -> Result<(), QueryError> {
     if let Some(min) = min {
-        api.projected.wait_for(min).await?;
+        // Of what this replica knows nobody needs to be asked.
+        api.waiting.saw_end(api.writer.committer().sequence());
+        api.waiting.reach(caller.subject, min).await?;
     }
     Ok(())
 }
 
 /// Reads what may not be there. Only a projection that has seen all that this replica knows may say that it is not: one
 /// that is behind, or is being filled anew, is waited for and asked again.
-async fn found<T, F>(api: &Api, min: Option<u64>, read: impl Fn() -> F) -> Result<At<T>, QueryError>
+async fn found<T, F>(api: &Api, caller: Caller, min: Option<u64>, read: impl Fn() -> F) -> Result<At<T>, QueryError>
 where
     F: Future<Output = Result<At<T>, QueryError>>,
 {
-    wait(api, min).await?;
+    wait(api, caller, min).await?;
     let known = api.writer.committer().sequence();
     match read().await {
         Err(QueryError::NotFound { sequence, .. }) if sequence < known => {
-            api.projected.wait_for(known).await?;
+            wait(api, caller, Some(known)).await?;
             at_least(read().await, Some(known.max(min.unwrap_or(0))))
         }
         read => at_least(read, min),
@@ -358,6 +366,7 @@ pub(super) fn unanswered(problem: QueryError) -> Problem {
             Problem::new(kind, sentence(&what.to_string()))
         }
         QueryError::NotYet(not_yet) => not_yet_projected(not_yet),
+        QueryError::Unreached(why) => unreached(why),
         QueryError::OtherSort => Problem::invalid_parameter("cursor", "continues a list that was sorted otherwise"),
         QueryError::Unavailable(Unreadable { what, cause }) => {
             tracing::warn!(what, cause, "a read was not answered");
@@ -376,7 +385,7 @@ fn within(name: &'static str, sequence: u64, last: u64) -> Result<u64, Problem> 
     }
     let date = if looks_like_a_date(sequence) { "looks like a date and " } else { "" };
     let detail = format!("{date}is beyond the end of the ledger, which is at sequence {last}; {MOMENTS}");
-    Err(Problem::invalid_parameter(name, detail))
+    Err(Problem::invalid_parameter(name, detail).with("end", last))
 }
 
 /// A year, a month or a day written as a number, or seconds or milliseconds since 1970.
