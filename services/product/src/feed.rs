@@ -348,3 +348,62 @@ impl Drop for Listener {
         self.feed.0.listeners.send_modify(|listeners| *listeners -= 1);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(sequence: u64, bytes: usize) -> Line {
+        Line { sequence, key: Uuid::from_u128(sequence.into()), text: Bytes::from_static(b"data: x\n\n"), bytes }
+    }
+
+    fn sequences(found: Found) -> Vec<u64> {
+        match found {
+            Found::Lines(lines) => lines.iter().map(|line| line.sequence).collect(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_ring_is_bounded_and_whoever_falls_out_of_it_is_told() {
+        let mut ring = Ring::default();
+        ring.begin_after(10);
+        assert!(matches!(ring.after(10), Found::Nothing));
+        assert!(matches!(ring.after(12), Found::Nothing), "the ring is not there yet");
+        assert!(matches!(ring.after(9), Found::Behind(10)));
+        for sequence in 11..=14 {
+            ring.push(line(sequence, 1));
+        }
+        assert_eq!(sequences(ring.after(10)), [11, 12, 13, 14]);
+        assert_eq!(sequences(ring.after(13)), [14]);
+        // Large ones push the oldest out, and are taken a few at a time.
+        for sequence in 15..=40 {
+            ring.push(line(sequence, RING_BYTES / 4));
+        }
+        assert!(ring.bytes <= RING_BYTES);
+        assert_eq!((ring.after, ring.end()), (36, 40));
+        assert!(matches!(ring.after(35), Found::Behind(36)));
+        assert_eq!(sequences(ring.after(36)), [37], "one of them is more than a client takes at once");
+        for sequence in 41..=41 + RING_LINES as u64 {
+            ring.push(line(sequence, 0));
+        }
+        assert_eq!(ring.lines.len(), RING_LINES);
+        ring.begin_after(ring.end());
+        assert_eq!((ring.lines.len(), ring.bytes), (0, 0));
+    }
+
+    #[test]
+    fn a_client_is_told_of_what_it_asked_for() {
+        let one = line(7, 1);
+        assert!(one.told(None).is_some() && one.told(Some(one.key)).is_some());
+        assert!(one.told(Some(Uuid::from_u128(8))).is_none());
+        let foreign = Line { text: Bytes::new(), ..line(8, 1) };
+        assert!(foreign.told(None).is_none(), "what is not ours by form");
+    }
+
+    #[test]
+    fn catching_up_takes_its_time() {
+        assert_eq!(time_for(CATCH_UP_BYTES_PER_SECOND), Duration::from_secs(1));
+        assert_eq!(time_for(0), Duration::ZERO);
+    }
+}
