@@ -581,11 +581,7 @@ async fn every_problem_type_is_reached() -> Result<()> {
         row("no-way-back", admin.request(Method::POST, &format!("/v1/dead-letters/{}/redrive", letter.sequence))),
         row("no-warehouse", admin.post("/v1/reconciliations", &json!({ "figures": "warehouse" }))),
         row("idempotency-key-reused", admin.patch(&stock, &json!({ "quantity": 7 })).header("Idempotency-Key", "used")),
-        at(
-            "validation-failed",
-            "lomash-min-sequence",
-            admin.get(&path).header("Lomash-Min-Sequence", 1_000_000),
-        ),
+        at("validation-failed", "lomash-min-sequence", admin.get(&path).header("Lomash-Min-Sequence", 1_000_000)),
     ];
     let types: BTreeMap<&str, u16> =
         SHARED_TYPES.iter().chain(PROBLEM_TYPES).map(|kind| (kind.slug(), kind.status().as_u16())).collect();

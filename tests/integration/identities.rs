@@ -425,13 +425,21 @@ async fn what_each_can_fill_is_bounded_and_takes_nobody_elses_room() -> Result<(
     assert_eq!(letters("lomash.dlq.product-orders").await?, 1, "nothing of another's room is taken");
     product.publish("lomash.dlq.product-orders", "another letter".into()).await?.await?;
 
-    // Sizes. The client refuses what its server announces as too large; a stream refuses what it is not defined for.
+    // Sizes. The server cuts off whoever sends more than its account may; a stream refuses what it is not defined for.
+    let stored = async || -> Result<u64> {
+        let info: Value = secured.admin.request(format!("STREAM.INFO.{}", dead_letter::STREAM), &json!({})).await?;
+        info["state"]["last_seq"].as_u64().context("where it ends")
+    };
     for who in [Who::Analytics, Who::Notification] {
-        let client = secured.client(who).await?;
-        let most = client.max_payload();
-        assert_eq!(most, 256 << 10, "{}", who.name());
+        let most = 256 << 10;
         let subject = format!("lomash.dlq.{}", who.name());
-        client.publish(subject, vec![0; most + 1].into()).await.expect_err("more than its account may send");
+        let before = stored().await?;
+        let context = jetstream::new(secured.client(who).await?);
+        context.publish(subject.clone(), vec![0; most].into()).await?.await.context("the largest is taken")?;
+        assert_eq!(stored().await?, before + 1, "{}", who.name());
+        let larger = async { anyhow::Ok(context.publish(subject, vec![0; most + 1].into()).await?.await?) };
+        larger.await.expect_err("more than its account may send");
+        assert_eq!(stored().await?, before + 1, "{}", who.name());
     }
     let shop = jetstream::new(secured.client(Who::Orders).await?);
     let most = usize::try_from(defined(streams::ORDERS, "max_msg_size")?)?;

@@ -178,9 +178,10 @@ fn harm_to_stream(
         "num_replicas" => None,
         // How long it keeps messages, and how many. Widening takes nothing away.
         "max_age" | "max_msgs" | "max_bytes" | "max_msgs_per_subject" if limit(defined) >= limit(actual) => None,
-        // Nor does a limit that the stream is within: what is over it from then on is refused or makes room.
+        // Nor does a limit that a stream is within which refuses what is over it; one that forgets would forget more.
         "max_msgs" | "max_bytes" | "max_msgs_per_subject"
-            if held.is_some_and(|held| held.fits(field, limit(defined))) =>
+            if definition.get("discard").is_some_and(|discard| discard == "new")
+                && held.is_some_and(|held| held.fits(field, limit(defined))) =>
         {
             None
         }
