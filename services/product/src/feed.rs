@@ -83,13 +83,12 @@ pub struct Line {
 impl Line {
     fn of(message: &StoredMessage) -> Self {
         let (sequence, bytes) = (message.sequence, message.payload.len() + MESSAGE_OVERHEAD_BYTES);
-        let Ok(envelope) = message.parse() else {
-            return Self { sequence, key: Uuid::nil(), text: Bytes::new(), bytes };
-            // For this service alone: it changes nothing.
-            if matches!(envelope.payload, LedgerEvent::CommandAnswered(_)) {
-                return Self { sequence, key: Uuid::nil(), text: Bytes::new(), bytes };
-            }
-        };
+        let nothing = || Self { sequence, key: Uuid::nil(), text: Bytes::new(), bytes };
+        let Ok(envelope) = message.parse() else { return nothing() };
+        // For this service alone: it changes nothing.
+        if matches!(envelope.payload, LedgerEvent::CommandAnswered(_)) {
+            return nothing();
+        }
         // Ours are on one line of text as they are stored.
         let is_one_line = !message.payload.iter().any(|byte| matches!(byte, b'\r' | b'\n'));
         let json = match std::str::from_utf8(&message.payload) {
