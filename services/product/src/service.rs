@@ -26,7 +26,7 @@ use crate::feed::Feed;
 use crate::http::{Api, Imports};
 use crate::inventory::State;
 use crate::monitoring::Monitor;
-use crate::projected::{AskEnd, Projected, Waiting};
+use crate::projected::{self, AskEnd, Projected};
 use crate::projection::ProjectionError;
 use crate::readiness::{Checks, Watched};
 use crate::reads::Reads;
@@ -189,7 +189,7 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
         })
     };
     let api = Api {
-        waiting: Waiting::new(projected.clone(), ask_end),
+        waiting: projected::Waiting::new(projected.clone(), ask_end),
         feed,
         writer: writer.clone(),
         ledger,
