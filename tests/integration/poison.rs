@@ -3,17 +3,22 @@
 //! Owns what is large or broken beyond a message's form; `orders.rs` owns what makes a message no order, and `dead_letters.rs`
 //! what becomes of a letter.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use async_nats::HeaderMap;
 use lomash_contract::{ContentType, Envelope, LedgerEvent, OrderCreated, ProductId};
 use lomash_ledger::dead_letter::{self, Filter, Letter, Letters, LettersError, Way};
-use lomash_ledger::{Ledger, MAX_EVENT_HEADER_BYTES, header, streams};
+use lomash_ledger::receive::{self, Delivery, Receive, Settle};
+use lomash_ledger::{Ledger, MAX_EVENT_HEADER_BYTES, header, streams, suspects};
 use lomash_tests::http::Caller;
 use lomash_tests::{Dice, Fate, PATIENCE, World, encoded, eventually, order};
 use lomash_web::Role;
 use product_service::committer::STALLED_AFTER;
+use product_service::orders;
+use tokio_util::sync::CancellationToken;
 
 /// Within this a message that can never be handled is a dead letter, and the others are decided.
 const BOUND: Duration = Duration::from_secs(10);
@@ -77,8 +82,8 @@ async fn large_headers_of_an_order_stop_no_other_and_reach_no_event() -> Result<
         assert_eq!((message.carried.traceparent(), message.carried.tracestate()), (expected, None));
     }
     assert!(letters(&world).await?.is_empty());
-    service.stop().await?;
     world.verified().await?;
+    service.stop().await?;
     world.close();
     Ok(())
 }
@@ -218,9 +223,9 @@ async fn any_message_beside_good_orders_is_decided_or_dead_in_time() -> Result<(
         letters(&world).await?.iter().filter_map(|letter| Some(letter.origin.as_ref()?.sequence)).collect();
     assert!(dead.iter().all(|sequence| odd.contains(sequence)), "no good order is a letter");
     assert!(!dead.is_empty() && dead.len() < BAD, "some of both kinds: {} of {BAD} are letters", dead.len());
-    service.stop().await?;
     // Every message of ORDERS is decided or a letter, and nothing else happened.
     world.verified().await?;
+    service.stop().await?;
     for message in world.messages().await? {
         assert!(message.carried.bytes() <= MAX_EVENT_HEADER_BYTES);
     }
@@ -309,6 +314,153 @@ async fn a_writer_that_decides_nothing_is_not_ready_and_says_why() -> Result<()>
     world.context.update_stream(&config).await?;
     world.decided_within(PATIENCE, [waits.payload.order_id]).await?;
     eventually("ready", PATIENCE, async || Ok((ready().await?.0 == 200).then_some(()))).await?;
+    world.close();
+    Ok(())
+}
+
+/// Bytes as headers that no client library would send: they are not UTF-8, have no colon, or claim to be the server's word. Whoever
+/// receives such a message loses its connection over it. It is a letter in time all the same, and the others are decided.
+#[tokio::test]
+async fn headers_that_cannot_be_read_cost_only_their_message() -> Result<()> {
+    let world = World::start().await?;
+    let service = world.run_service().await?;
+    let product = world.register("POISON-4", 1_000).await?;
+    let bad: [&[u8]; 5] = [
+        b"NATS/1.0\r\nx: k\xfcche\r\n\r\n",
+        b"NATS/1.0\r\nno colon\r\n\r\n",
+        b"NATS/1.0 503\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n\r\n",
+        b"\xff\xfe\r\n\r\n",
+    ];
+    let mut good = Vec::new();
+    for headers in bad {
+        publish_bytes(&world, headers, b"no order").await?;
+        good.extend((0..20).map(|_| order(&[(product, 1)])));
+        world.publish_all(&good[good.len() - 20..]).await?;
+    }
+    world.decided_within(3 * BOUND, good.iter().map(|order| order.payload.order_id)).await?;
+    let found = eventually("the letters", 3 * BOUND, async || {
+        let found = letters(&world).await?;
+        Ok((found.len() == bad.len()).then_some(found))
+    })
+    .await?;
+    for letter in &found {
+        assert_eq!(letter.payload, "no order", "{letter:?}");
+    }
+    assert!(found.iter().any(|letter| letter.reason.contains("headers cannot be read")), "{found:?}");
+    // One with nothing behind it.
+    publish_bytes(&world, bad[0], b"no order").await?;
+    eventually("its letter", 2 * BOUND, async || Ok((letters(&world).await?.len() == bad.len() + 1).then_some(())))
+        .await?;
+    let late = order(&[(product, 1)]);
+    world.publish(&late).await?;
+    world.decided_within(BOUND, [late.payload.order_id]).await?;
+    service.stop().await?;
+    world.close();
+    Ok(())
+}
+
+/// Publishes an order with these bytes as its headers.
+async fn publish_bytes(world: &World, headers: &[u8], payload: &[u8]) -> Result<()> {
+    use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+    let address = world.nats.url().replace("nats://", "");
+    let mut server = BufReader::new(tokio::net::TcpStream::connect(address).await?);
+    let before = world.context.get_stream(streams::ORDERS).await?.cached_info().state.last_sequence;
+    let (all, only) = (headers.len() + payload.len(), headers.len());
+    let mut line = String::new();
+    server.read_line(&mut line).await?;
+    ensure!(line.starts_with("INFO"), "{line}");
+    let mut bytes = b"CONNECT {\"verbose\":false,\"headers\":true}\r\n".to_vec();
+    bytes.extend(format!("HPUB lomash.orders.created {only} {all}\r\n").bytes());
+    bytes.extend([headers, payload, b"\r\nPING\r\n"].concat());
+    server.write_all(&bytes).await?;
+    line.clear();
+    while !line.starts_with("PONG") {
+        line.clear();
+        ensure!(server.read_line(&mut line).await? > 0, "the server closed the connection: {line}");
+        ensure!(!line.starts_with("-ERR"), "{line}");
+    }
+    eventually("the message in its stream", PATIENCE, async || {
+        let last = world.context.get_stream(streams::ORDERS).await?.cached_info().state.last_sequence;
+        Ok((last > before).then_some(()))
+    })
+    .await
+}
+
+/// Neither the dead letters nor the suspects have room. A malformed order is not lost over it: it is a letter when there is room
+/// again, and the orders behind it are decided meanwhile.
+#[tokio::test]
+async fn without_room_for_a_letter_the_others_go_on_and_it_comes_later() -> Result<()> {
+    let world = World::start().await?;
+    let service = world.run_service().await?;
+    let product = world.register("POISON-5", 1_000).await?;
+    let mut limits = Vec::new();
+    for (name, subject) in [
+        (dead_letter::STREAM, lomash_contract::subject::dead_letter("nobody")),
+        (suspects::STREAM, suspects::subject("NOTHING", "nobody")),
+    ] {
+        world.context.publish(subject, "it is full".into()).await?.await?;
+        let mut config = world.context.get_stream(name).await?.cached_info().config.clone();
+        limits.push((name, config.max_messages));
+        config.max_messages = 1;
+        world.context.update_stream(&config).await?;
+    }
+    world.publish_raw(HeaderMap::new(), "no order").await?;
+    let good: Vec<_> = (0..300).map(|_| order(&[(product, 1)])).collect();
+    world.publish_all(&good).await?;
+    world.decided_within(BOUND, good.iter().map(|order| order.payload.order_id)).await?;
+    assert_eq!(letters(&world).await?.len(), 1, "only what filled it");
+    for (name, max_messages) in limits {
+        let mut config = world.context.get_stream(name).await?.cached_info().config.clone();
+        config.max_messages = max_messages;
+        world.context.update_stream(&config).await?;
+    }
+    let letter = eventually("the letter", PATIENCE, async || {
+        Ok(letters(&world).await?.into_iter().find(|letter| letter.payload == "no order"))
+    })
+    .await?;
+    assert_eq!(letter.consumer, streams::PRODUCT_ORDERS);
+    world.quiet().await?;
+    world.verified().await?;
+    service.stop().await?;
+    world.close();
+    Ok(())
+}
+
+/// What is handled at once is bounded by its bytes, and headers are bytes.
+#[tokio::test]
+async fn headers_count_among_the_bytes_that_are_handled_at_once() -> Result<()> {
+    const MESSAGES: usize = 10;
+    const FIT: usize = 3;
+    const HEADER: usize = 20_000;
+    let world = World::without_postgres().await?;
+    let mut headers = HeaderMap::new();
+    headers.insert("x-large", "x".repeat(HEADER).as_str());
+    for _ in 0..MESSAGES {
+        world.publish_raw(headers.clone(), "{}").await?;
+    }
+    // One may go over it.
+    let what = Receive { max_in_flight_bytes: FIT * HEADER, ..orders::receive() };
+    let begun = Arc::new(AtomicUsize::new(0));
+    let stop = CancellationToken::new();
+    let handler = {
+        let begun = begun.clone();
+        move |_: Delivery| {
+            begun.fetch_add(1, Ordering::Relaxed);
+            std::future::pending::<Settle>()
+        }
+    };
+    let receiving = tokio::spawn(receive::run(world.context.clone(), what, stop.clone(), handler));
+    eventually("all are delivered", PATIENCE, async || {
+        Ok((world.product_orders().await?.num_ack_pending == MESSAGES).then_some(()))
+    })
+    .await?;
+    eventually("as many are handled as fit", PATIENCE, async || {
+        Ok((begun.load(Ordering::Relaxed) >= FIT).then_some(()))
+    })
+    .await?;
+    assert_eq!(begun.load(Ordering::Relaxed), FIT, "of {MESSAGES} that were delivered");
+    receiving.abort();
     world.close();
     Ok(())
 }

@@ -180,9 +180,15 @@ async fn try_to_look<H>(work: &Work<'_, H>, upto: u64, number: u64) -> Result<Fo
     };
     let filter = Some(info.config.filter_subject.as_str()).filter(|filter| !filter.is_empty());
     let unsettled = direct::read_as(work.context, work.receive.stream, filter, floor, upto)
-        .map_ok(|Answered { sequence, .. }| sequence)
+        .map_ok(|Answered { sequence, is_unreadable, .. }| (sequence, is_unreadable))
         .try_collect();
-    let unsettled = unsettled.await.map_err(|problem| problem.to_string())?;
+    let found: Vec<(u64, bool)> = unsettled.await.map_err(|problem| problem.to_string())?;
+    // What cannot be delivered would cut the connection each time that it is asked for.
+    for (sequence, _) in found.iter().filter(|(_, is_unreadable)| *is_unreadable) {
+        Case::new(work.receive.stream, work.receive.consumer, *sequence, 1).summon(work.context).await?;
+    }
+    let unsettled =
+        found.into_iter().filter(|(_, is_unreadable)| !is_unreadable).map(|(sequence, _)| sequence).collect();
     Ok(Found { floor, upto, unsettled })
 }
 

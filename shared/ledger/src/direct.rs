@@ -13,7 +13,6 @@ use std::time::Duration;
 use async_nats::header::{NATS_SEQUENCE, NATS_STREAM, NATS_SUBJECT, NATS_TIME_STAMP};
 use async_nats::jetstream::Context;
 use async_nats::jetstream::message::StreamMessage;
-use async_nats::jetstream::stream::{LastRawMessageErrorKind, RawMessageErrorKind};
 use async_nats::{HeaderMap, Message, StatusCode};
 use bytes::Bytes;
 use futures::TryStreamExt;
@@ -24,6 +23,8 @@ use time::format_description::well_known::Rfc3339;
 use tokio::sync::mpsc;
 
 use crate::ReadError;
+use crate::raw::{self, Raw};
+use crate::streams::INVENTORY;
 
 /// How long a server may leave one waiting for the next part of an answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -150,10 +151,20 @@ pub(crate) struct Answered {
     pub(crate) subject: String,
     pub(crate) stamps: HeaderMap,
     pub(crate) payload: Bytes,
+    /// Whether it has headers that cannot be read; then they are not here.
+    pub(crate) is_unreadable: bool,
+}
+
+impl From<Raw> for Answered {
+    fn from(Raw { message, unreadable }: Raw) -> Self {
+        let StreamMessage { subject, sequence, headers, payload, time, .. } = message;
+        let is_unreadable = unreadable.is_some();
+        Self { sequence, stored_at: time, subject: subject.to_string(), stamps: headers, payload, is_unreadable }
+    }
 }
 
 impl From<Answered> for Held {
-    fn from(Answered { sequence, stored_at, subject, stamps, payload }: Answered) -> Self {
+    fn from(Answered { sequence, stored_at, subject, stamps, payload, .. }: Answered) -> Self {
         let mut headers = HeaderMap::new();
         for (name, values) in stamps.iter() {
             let added = [NATS_SEQUENCE, NATS_SUBJECT, NATS_STREAM].contains(name) || ADDED.contains(&name.as_ref());
@@ -200,7 +211,12 @@ impl Reader {
         if let Some(filter) = &self.filter {
             request["next_by_subj"] = json!(&**filter);
         }
-        let mut answer = ask(&self.context, &self.stream, &request).await?;
+        let mut answer = match ask(&self.context, &self.stream, &request).await {
+            Ok(answer) => answer,
+            // One of them may have headers over which the client library cuts the connection. Nobody but us writes the ledger.
+            Err(problem) if &*self.stream != INVENTORY => self.one_by_one(batch).await.map_err(|_| problem)?,
+            Err(problem) => return Err(problem),
+        };
         if answer.is_empty() {
             answer.extend(self.ask_the_leader().await?);
         }
@@ -218,20 +234,23 @@ impl Reader {
 
     /// What comes next by the leader's word.
     async fn ask_the_leader(&self) -> Result<Option<Answered>, ReadError> {
-        let handle = self.context.get_stream_no_info(&*self.stream).await.map_err(unavailable)?;
         let filter = self.filter.as_deref().unwrap_or(">");
-        match handle.get_first_raw_message_by_subject(filter, self.seen + 1).await {
-            Ok(StreamMessage { subject, sequence, headers, payload, time, .. }) => {
-                Ok(Some(Answered { sequence, stored_at: time, subject: subject.to_string(), stamps: headers, payload }))
-            }
-            Err(problem) if problem.kind() == LastRawMessageErrorKind::NoMessageFound => Ok(None),
-            Err(problem) => Err(unavailable(problem)),
+        let next = raw::next(&self.context, &self.stream, filter, self.seen + 1).await;
+        Ok(next.map_err(unavailable)?.map(Answered::from))
+    }
+
+    /// So many messages by the leader's word, one after the other.
+    async fn one_by_one(&self, batch: u64) -> Result<Vec<Answered>, String> {
+        let filter = self.filter.as_deref().unwrap_or(">");
+        let (mut answer, mut from) = (Vec::new(), self.seen + 1);
+        while (answer.len() as u64) < batch && from <= self.upto {
+            let Some(found) = raw::next(&self.context, &self.stream, filter, from).await? else { break };
+            from = found.message.sequence + 1;
+            answer.push(found.into());
         }
+        Ok(answer)
     }
 }
-
-// Both kinds are one type in the client library; should they part, the pattern above is to be looked at.
-const _: fn(LastRawMessageErrorKind) -> RawMessageErrorKind = |kind| kind;
 
 fn unavailable(problem: impl std::fmt::Display) -> ReadError {
     ReadError::Unavailable(problem.to_string())
@@ -276,5 +295,5 @@ fn parse(answer: Message) -> Result<Answered, ReadError> {
     let sequence = stamp(NATS_SEQUENCE)?.parse().map_err(unavailable)?;
     let stored_at = OffsetDateTime::parse(&stamp(NATS_TIME_STAMP)?, &Rfc3339).map_err(unavailable)?;
     let subject = stamp(NATS_SUBJECT)?;
-    Ok(Answered { sequence, stored_at, subject, stamps, payload: answer.payload })
+    Ok(Answered { sequence, stored_at, subject, stamps, payload: answer.payload, is_unreadable: false })
 }

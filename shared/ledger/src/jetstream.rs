@@ -486,7 +486,7 @@ impl From<Held> for StoredMessage {
 }
 
 impl From<Answered> for StoredMessage {
-    fn from(Answered { sequence, stored_at, subject, stamps, payload }: Answered) -> Self {
+    fn from(Answered { sequence, stored_at, subject, stamps, payload, .. }: Answered) -> Self {
         with_headers(sequence, stored_at, subject, Some(&stamps), payload)
     }
 }

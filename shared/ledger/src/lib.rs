@@ -12,6 +12,7 @@ mod in_hand;
 mod jetstream;
 mod memory;
 mod observed;
+mod raw;
 pub mod receive;
 mod refusal;
 pub mod streams;
@@ -416,3 +417,49 @@ macro_rules! crash_point {
 
 #[doc(hidden)]
 pub use fail;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A ledger whose leader says one end until it wakes, and another from then on.
+    #[derive(Clone)]
+    struct Frozen {
+        wakes: Instant,
+        before: u64,
+        after: u64,
+    }
+
+    impl Ledger for Frozen {
+        fn stage(
+            &self,
+            _: Vec<NewMessage>,
+            _: u64,
+            _: oneshot::Receiver<()>,
+        ) -> impl Future<Output = Result<u64, AppendError>> + Send + 'static {
+            std::future::ready(Err(AppendError::Unknown("it is only read".to_owned())))
+        }
+
+        async fn last_sequence(&self) -> Result<u64, ReadError> {
+            Ok(if Instant::now() < self.wakes { self.before } else { self.after })
+        }
+
+        async fn read(&self, _: u64) -> Result<Messages, ReadError> {
+            Err(ReadError::Unavailable("nothing is in it".to_owned()))
+        }
+
+        async fn follow(&self, _: u64) -> Result<Messages, ReadError> {
+            Err(ReadError::Unavailable("nothing is in it".to_owned()))
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_leader_that_is_behind_is_given_time_and_not_for_ever() {
+        let in_time = STALE_LEADER_PATIENCE - Duration::from_millis(500);
+        let ledger = Frozen { wakes: Instant::now() + in_time, before: 5, after: 9 };
+        assert!(matches!(ledger.reaches(7).await, Ok(9)), "it woke");
+        let late = Frozen { wakes: Instant::now() + 2 * STALE_LEADER_PATIENCE, before: 5, after: 9 };
+        let said = late.reaches(7).await;
+        assert!(matches!(said, Err(ReadError::WentBackwards { last: 5, seen: 7 })), "{said:?}");
+    }
+}

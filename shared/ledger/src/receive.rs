@@ -160,7 +160,13 @@ where
     let hearing = |advisory| court.hear(advisory);
     // Where one message is at work at a time, each was alone all along.
     let moves_suspects = receive.max_in_flight > 1;
-    tokio::join!(receive_on(&context, &receive, &stop, &handler, moves_suspects), async {
+    let undeliverable = async {
+        // Nobody but us writes the ledger.
+        if receive.stream != streams::INVENTORY {
+            suspects::find_undeliverable(&context, &receive, &stop).await;
+        }
+    };
+    tokio::join!(receive_on(&context, &receive, &stop, &handler, moves_suspects), undeliverable, async {
         tokio::select! {
             () = stop.cancelled() => {}
             () = tokio::time::sleep(COURT_OPENS_AFTER) => receive_on(&context, &suspects, &stop, &hearing, false).await,

@@ -13,6 +13,7 @@
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use async_nats::HeaderMap;
@@ -21,10 +22,12 @@ use async_nats::jetstream::message::StreamMessage;
 use async_nats::jetstream::stream::DirectGetErrorKind;
 use futures::FutureExt;
 use serde::{Deserialize, Serialize};
-use tracing::{error, info, warn};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, info, warn};
 
 use crate::dead_letter::{DeadLetter, Past};
-use crate::receive::{Delivery, PANIC_RETRY, Receive, Settle, Told, call, panic_text};
+use crate::raw::{self, Raw};
+use crate::receive::{Delivery, PANIC_RETRY, Receive, Settle, Told, call, describe, panic_text};
 use crate::streams;
 pub use crate::streams::ADVISORIES as STREAM;
 
@@ -41,6 +44,12 @@ const IN_PROGRESS_EVERY: Duration = Duration::from_secs(2);
 
 /// Pause before a case comes back that could not be heard, or whose letter could not be stored: others go first meanwhile.
 pub const ADJOURNMENT: Duration = Duration::from_millis(250);
+
+/// How often it is looked whether the connection was lost, after which what cannot be delivered is looked for.
+const UNDELIVERABLE_LOOK: Duration = Duration::from_secs(2);
+
+/// Messages behind the last one that is settled that are looked at for it: as many as one pull asks for.
+const UNDELIVERABLE_AT_ONCE: usize = 500;
 
 /// How long the stream may take to confirm a case.
 pub const SUMMON_TIMEOUT: Duration = Duration::from_secs(5);
@@ -160,8 +169,9 @@ where
         if case.stream != self.receive.stream || case.consumer != self.receive.consumer {
             return Settle::Dead(format!("it is about {}/{} and not about this consumer", case.stream, case.consumer));
         }
-        let original = match self.original(case.stream_seq).await {
-            Ok(original) => original,
+        let (original, unreadable) = match self.original(case.stream_seq).await {
+            Ok(Some(Raw { message, unreadable })) => (Some(message), unreadable),
+            Ok(None) => (None, None),
             Err(problem) => {
                 warn!(consumer = case.consumer, sequence = case.stream_seq, problem, "cannot read a suspect yet");
                 return Settle::Retry(PANIC_RETRY);
@@ -169,20 +179,23 @@ where
         };
         let trials = advisory.deliveries.saturating_sub(1);
         let times = case.deliveries;
-        let verdict = match &original {
-            None => Verdict::Guilty(format!(
+        let verdict = match (&original, unreadable) {
+            (Some(_), Some(why)) => Verdict::Guilty(format!(
+                "it cannot be delivered, for its headers cannot be read: {why}; they are left out of this letter"
+            )),
+            (None, _) => Verdict::Guilty(format!(
                 "it was delivered {times} times and never settled; its payload is lost, for {} does not have it any more",
                 case.stream
             )),
             // Each of its deliveries was a trial: nothing else was at work.
-            Some(_) if self.receive.max_in_flight == 1 => Verdict::Guilty(format!(
+            (Some(_), None) if self.receive.max_in_flight == 1 => Verdict::Guilty(format!(
                 "it was delivered {times} times and never settled: handling it did not end, or ended the process"
             )),
-            Some(_) if trials >= MAX_TRIALS => Verdict::Guilty(format!(
+            (Some(_), None) if trials >= MAX_TRIALS => Verdict::Guilty(format!(
                 "handling it ends the process: it was delivered {times} times, then tried {trials} times alone, and never \
                  settled"
             )),
-            Some(original) => self.try_alone(original, times + trials + 1).await,
+            (Some(original), None) => self.try_alone(original, times + trials + 1).await,
         };
         match verdict {
             Verdict::Innocent => {
@@ -259,14 +272,18 @@ where
         Settle::Done
     }
 
-    /// The message, or none when its stream does not have it any more. By direct get, which services may use; a replica that
+    /// The message, or none when its stream does not have it any more. What others publish is read from the leader, whatever its
+    /// headers are; the ledger by direct get, which services may use; a replica that
     /// does not have it is asked again, for it may be behind.
-    async fn original(&self, sequence: u64) -> Result<Option<StreamMessage>, String> {
+    async fn original(&self, sequence: u64) -> Result<Option<Raw>, String> {
+        if self.receive.stream != streams::INVENTORY {
+            return raw::get(self.context, self.receive.stream, sequence).await;
+        }
         let stream =
             self.context.get_stream_no_info(self.receive.stream).await.map_err(|problem| problem.to_string())?;
         for pause in [BEHIND_PATIENCE, Duration::ZERO] {
             match stream.direct_get(sequence).await {
-                Ok(message) => return Ok(Some(message)),
+                Ok(message) => return Ok(Some(Raw { message, unreadable: None })),
                 Err(problem) if problem.kind() == DirectGetErrorKind::NotFound => tokio::time::sleep(pause).await,
                 Err(problem) => return Err(problem.to_string()),
             }
@@ -295,6 +312,48 @@ where
             payload: original.map(|original| original.payload.clone()).unwrap_or_default(),
         }
     }
+}
+
+/// Summons messages that cannot be delivered, until `stop`: over headers that it cannot read the client library cuts its connection, so
+/// nobody is ever given them. Looked for when the connection was lost, for that is all that shows.
+pub(crate) async fn find_undeliverable(context: &Context, receive: &Receive, stop: &CancellationToken) {
+    let client = context.client();
+    let statistics = client.statistics();
+    let mut seen = statistics.connects.load(Ordering::Relaxed);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(UNDELIVERABLE_LOOK) => {}
+        }
+        let now = statistics.connects.load(Ordering::Relaxed);
+        if now == seen {
+            continue;
+        }
+        match summon_undeliverable(context, receive).await {
+            Ok(()) => seen = now,
+            Err(problem) => {
+                debug!(consumer = receive.consumer, problem, "cannot look yet for what cannot be delivered")
+            }
+        }
+    }
+}
+
+async fn summon_undeliverable(context: &Context, receive: &Receive) -> Result<(), String> {
+    let (_, info) = describe(context, receive).await?;
+    let filter = Some(info.config.filter_subject.as_str()).filter(|filter| !filter.is_empty()).unwrap_or(">");
+    let mut from = info.ack_floor.stream_sequence + 1;
+    for _ in 0..UNDELIVERABLE_AT_ONCE {
+        let Some(Raw { message, unreadable }) = raw::next(context, receive.stream, filter, from).await? else { break };
+        if message.sequence > info.delivered.stream_sequence {
+            break;
+        }
+        if let Some(why) = unreadable {
+            info!(consumer = receive.consumer, sequence = message.sequence, why, "a message that cannot be delivered");
+            Case::new(receive.stream, receive.consumer, message.sequence, 1).summon(context).await?;
+        }
+        from = message.sequence + 1;
+    }
+    Ok(())
 }
 
 fn delivery(original: &StreamMessage, deliveries: u64) -> Delivery {

@@ -14,7 +14,7 @@ use async_nats::HeaderMap;
 use async_nats::header::{NATS_EXPECTED_STREAM, NATS_MESSAGE_ID};
 use async_nats::jetstream::context::GetStreamErrorKind;
 use async_nats::jetstream::message::StreamMessage;
-use async_nats::jetstream::stream::{DirectGetErrorKind, RawMessageErrorKind, Stream};
+use async_nats::jetstream::stream::{RawMessageErrorKind, Stream};
 use async_nats::jetstream::{Context, ErrorCode};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -31,6 +31,7 @@ use super::{
 };
 use crate::direct::{self, Held};
 use crate::header;
+use crate::raw;
 use crate::streams::{self, INVENTORY};
 use crate::suspects::{self, Case};
 
@@ -408,17 +409,15 @@ impl Letters {
         let Some(cut) = letter.cut else { return Ok((letter.headers.clone(), letter.payload.clone())) };
         let none = |why: String| LettersError::NoWayBack { letter: letter.sequence, why };
         let Origin { stream: name, sequence, .. } = origin;
-        let stream = self.context.get_stream_no_info(name).await;
-        let stream = stream.map_err(|problem| LettersError::Unavailable(problem.to_string()))?;
-        let message = match stream.direct_get(*sequence).await {
-            Ok(message) => message,
-            Err(problem) if problem.kind() == DirectGetErrorKind::NotFound => {
+        let message = match raw::get(&self.context, name, *sequence).await {
+            Ok(Some(raw)) => raw.message,
+            Ok(None) => {
                 return Err(none(format!(
                     "it holds only a part of its message ({cut}), and {name} does not have the message {sequence} any more; \
                      ask its publisher for it, then discard the letter"
                 )));
             }
-            Err(problem) => return Err(LettersError::Unavailable(problem.to_string())),
+            Err(problem) => return Err(LettersError::Unavailable(problem)),
         };
         // A stream that was made anew has another message there.
         let id = message.headers.get(ORIGIN_MESSAGE_ID).or_else(|| message.headers.get(NATS_MESSAGE_ID));
