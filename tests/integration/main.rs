@@ -17,6 +17,7 @@ mod notification;
 mod openapi;
 mod operations;
 mod orders;
+mod orders_command;
 mod poison;
 mod projection;
 mod reads;
