@@ -861,10 +861,12 @@ async fn the_lists_the_days_and_the_summary() -> Result<()> {
         json!({ "products": 6, "activeProducts": 5, "outOfStockProducts": 1, "lowStockProducts": 4, "unitsInStock": 64 })
     );
     // The product service's gauge counts the same products: those for sale.
-    let summarised = format!("out_of_stock_products_total {}", summary["now"]["outOfStockProducts"]);
+    let summarised = summary["now"]["outOfStockProducts"].as_f64();
     eventually("the gauge to be what the summary says", PATIENCE, async || {
-        let page = product_service.get("/metrics").send().await?.text;
-        Ok(page.lines().any(|line| line == summarised).then_some(()))
+        let page = product_service.with_token(None).get("/metrics").send().await?.text;
+        let told = page.lines().find_map(|line| line.strip_prefix("out_of_stock_products_total "));
+        ensure!(told.and_then(|value| value.parse().ok()) == summarised, "{told:?}, not {summarised:?}");
+        Ok(Some(()))
     })
     .await?;
     assert_eq!((&summary["totals"]["unitsSold"], &summary["totals"]["ordersAllocated"]), (&json!(34), &json!(3)));

@@ -485,11 +485,13 @@ async fn what_is_no_import_is_refused_before_the_answer_begins() -> Result<()> {
     for (path, media_type, body, expected, told) in [
         (PRODUCTS_PATH, "application/json", "{}", 415, "unsupported-media-type"),
         (PRODUCTS_PATH, "text/csv", "", 400, "the file is empty"),
-        (PRODUCTS_PATH, "text/csv", "sku,name\nA,a\n", 400, "quantity"),
+        (PRODUCTS_PATH, "text/csv", "name,quantity\nA,1\n", 400, "`sku`"),
+        (PRODUCTS_PATH, "text/csv", "sku,price\nA,1\n", 400, "`name`"),
         (COUNTS_PATH, "text/csv", "sku,quantity\nA,1\n", 400, "countedAt"),
         ("/v1/products:import?policy=some", "text/csv", "", 400, "allOrNothing"),
         ("/v1/products:import?dryrun=true", "text/csv", "", 400, "dryrun"),
-        ("/v1/products:import?reason=%20", "text/csv", "", 400, "500 characters"),
+        ("/v1/products:import?reason=%20", "text/csv", "", 400, "is empty"),
+        ("/v1/products:import?reason=a%E2%80%AEb", "text/csv", "", 400, "U+202E"),
         // The colon is part of the name: none of these is the product `:import`, nor is an import a product.
         ("/v1/products:imports", "text/csv", "", 404, "nothing at this path"),
         ("/v1/products/:import", "text/csv", "", 405, "method"),
