@@ -401,6 +401,7 @@ pub struct LowStock {
 #[serde(rename_all = "camelCase")]
 pub struct CommandAnswered {
     /// The command, which the caller and the key make.
+    #[serde(deserialize_with = "crate::id::deserialize_command_id")]
     pub command_id: Uuid,
     /// Of its request: the same command with another one is another request under a used key.
     pub fingerprint: Fingerprint,

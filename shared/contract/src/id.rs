@@ -30,6 +30,11 @@ impl Visitor<'_> for UuidVisitor {
     }
 }
 
+/// Reads the id of a command, which is of no use outside of its event and so has no type of its own, in both forms of an id.
+pub(crate) fn deserialize_command_id<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Uuid, D::Error> {
+    deserializer.deserialize_any(UuidVisitor("a command id"))
+}
+
 macro_rules! uuid_id {
     ($(#[$doc:meta])* $name:ident, $what:literal) => {
         $(#[$doc])*

@@ -86,20 +86,18 @@ fn is_traceparent(text: &str) -> bool {
 
 fn is_tracestate(text: &str) -> bool {
     let mut keys = [""; MAX_MEMBERS];
-    let mut members = 0;
-    for member in text.split(',') {
+    for (at, member) in text.split(',').enumerate() {
         let member = member.trim_matches([' ', '\t']);
-        if members == MAX_MEMBERS {
+        if at == MAX_MEMBERS {
             return false;
         }
         if !member.is_empty() {
             let Some((key, value)) = member.split_once('=') else { return false };
-            if !is_key(key) || !is_value(value) || keys[..members].contains(&key) {
+            if !is_key(key) || !is_value(value) || keys[..at].contains(&key) {
                 return false;
             }
-            keys[members] = key;
+            keys[at] = key;
         }
-        members += 1;
     }
     keys.iter().any(|key| !key.is_empty())
 }
