@@ -386,7 +386,8 @@ mod tests {
             let encoded = word.strip_prefix("=?utf-8?B?").and_then(|word| word.strip_suffix("?="));
             assert!(encoded.is_some() || !word.contains("=?"), "{word}: a reader may decode it");
             assert!(word.len() <= 75, "{word}");
-            if !text.is_empty() && !(was_encoded && encoded.is_some()) {
+            let are_joined = was_encoded && encoded.is_some();
+            if !text.is_empty() && !are_joined {
                 text.push(' ');
             }
             was_encoded = encoded.is_some();

@@ -184,7 +184,8 @@ impl<R: Read> CsvFile<R> {
             .known
             .iter()
             .zip(&self.places)
-            .filter_map(|(name, place)| gone(place).then(|| format!("`{name}`")))
+            .filter(|(_, place)| gone(place))
+            .map(|(name, _)| format!("`{name}`"))
             .collect();
         let width = self.width;
         (!missing.is_empty()).then(|| {

@@ -9,8 +9,11 @@ use super::*;
 
 const KNOWN: &[&str] = &["sku", "name", "quantity"];
 
+/// A row's line and its cells.
+type Cells = (u64, Vec<Option<String>>);
+
 /// Of each row its line and its cells, or what is wrong with it.
-fn read(file: &[u8]) -> Vec<Result<(u64, Vec<Option<String>>), RowError>> {
+fn read(file: &[u8]) -> Vec<Result<Cells, RowError>> {
     // A byte at a time is the hardest that a reader can be fed.
     struct Slowly<'f>(&'f [u8]);
     impl Read for Slowly<'_> {

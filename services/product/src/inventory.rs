@@ -1088,7 +1088,7 @@ fn decide_new(view: &impl View, command: &ProductCommand, now: Timestamp) -> Res
             if let Some(expected) = expected_quantity.filter(|expected| *expected != product.quantity) {
                 return Err(Rejection::UnexpectedQuantity { expected, actual: product.quantity });
             }
-            change_stock(command, &cause, product, i64::from(*quantity), Trigger::AdminUpdate, 0, Vec::new(), now)
+            change_stock(command, &cause, product, NewStock::by_admin(i64::from(*quantity)), Vec::new(), now)
         }
         Action::Adjust { delta } => {
             let product = product.ok_or(Rejection::UnknownProduct)?;
@@ -1096,7 +1096,7 @@ fn decide_new(view: &impl View, command: &ProductCommand, now: Timestamp) -> Res
             if new < 0 {
                 return Err(Rejection::BelowZero { quantity: product.quantity, taken: delta.unsigned_abs() });
             }
-            change_stock(command, &cause, product, new, Trigger::AdminUpdate, 0, Vec::new(), now)
+            change_stock(command, &cause, product, NewStock::by_admin(new), Vec::new(), now)
         }
         Action::RecordCount(count) => {
             let product = product.ok_or(Rejection::UnknownProduct)?;
@@ -1117,7 +1117,8 @@ fn decide_new(view: &impl View, command: &ProductCommand, now: Timestamp) -> Res
             }
             let new = i64::from(product.quantity) + i64::from(count.quantity) - i64::from(*stock_at_count);
             let shortfall = u32::try_from(-new).unwrap_or(0);
-            change_stock(command, &cause, product, new.max(0), Trigger::ScheduledSync, shortfall, facts, now)
+            let stock = NewStock { quantity: new.max(0), trigger: Trigger::ScheduledSync, shortfall };
+            change_stock(command, &cause, product, stock, facts, now)
         }
     }
 }
@@ -1159,18 +1160,30 @@ fn counted(command: &ProductCommand, cause: &Cause, product: &Product, count: &C
     }
 }
 
+/// What a stock is to become, and why.
+struct NewStock {
+    quantity: i64,
+    trigger: Trigger,
+    /// By how much a correction would have gone below zero.
+    shortfall: u32,
+}
+
+impl NewStock {
+    const fn by_admin(quantity: i64) -> Self {
+        Self { quantity, trigger: Trigger::AdminUpdate, shortfall: 0 }
+    }
+}
+
 /// Changes the stock, after `facts` that belong to the same decision.
 fn change_stock(
     command: &ProductCommand,
     cause: &Cause,
     product: &Product,
-    new_quantity: i64,
-    trigger: Trigger,
-    shortfall: u32,
+    NewStock { quantity, trigger, shortfall }: NewStock,
     mut facts: Vec<Fact>,
     now: Timestamp,
 ) -> Result<Decision, Rejection> {
-    let new_quantity = in_range("quantity", new_quantity)?;
+    let new_quantity = in_range("quantity", quantity)?;
     let previous_quantity = product.quantity;
     let outcome = Outcome::StockChanged { previous_quantity, new_quantity, shortfall };
     if new_quantity == previous_quantity {

@@ -99,13 +99,14 @@ mod tests {
     #[test]
     fn nobody_takes_all_and_what_is_given_back_is_free() {
         let places = Places::new(3, 2);
-        let (first, second) = (places.take("greedy").unwrap(), places.take("greedy").unwrap());
-        assert_eq!(places.take("greedy").unwrap_err(), Full::One(2));
-        let third = places.take("modest").unwrap();
-        assert_eq!(places.take("late").unwrap_err(), Full::All(3));
+        let (first, second) =
+            (places.take("greedy").expect("there is room"), places.take("greedy").expect("there is room"));
+        assert_eq!(places.take("greedy").expect_err("there is no room"), Full::One(2));
+        let third = places.take("modest").expect("there is room");
+        assert_eq!(places.take("late").expect_err("there is no room"), Full::All(3));
         drop(first);
-        let fourth = places.take("late").unwrap();
-        assert_eq!(places.take("greedy").unwrap_err(), Full::All(3), "its own room does not help");
+        let fourth = places.take("late").expect("there is room");
+        assert_eq!(places.take("greedy").expect_err("there is no room"), Full::All(3), "its own room does not help");
         drop((second, third, fourth));
         assert_eq!(places.taken(), 0);
         assert!(lock(&places.taken).of.is_empty(), "nobody is remembered");

@@ -278,7 +278,8 @@ mod tests {
 
     /// Readers of a ledger that ends at `end`, of which nothing is projected; and how often its end was asked for.
     fn waiting(end: Option<u64>) -> (Waiting, Arc<AtomicU64>) {
-        let pool = crate::postgres::pool(&Secret::from("postgres://nobody@127.0.0.1:1/nothing".to_owned())).unwrap();
+        let pool = crate::postgres::pool(&Secret::from("postgres://nobody@127.0.0.1:1/nothing".to_owned()))
+            .expect("a pool that connects to nothing yet");
         let questions = Arc::new(AtomicU64::new(0));
         let counted = questions.clone();
         let ask: AskEnd = Arc::new(move || {
@@ -330,11 +331,12 @@ mod tests {
     async fn nobody_takes_all_places_and_without_an_answer_it_is_not_yet() {
         let (waiting, _) = waiting(None);
         let greedy = Uuid::from_u128(1);
-        let held: Vec<_> = (0..MAX_WAITING_OF_ONE).map(|_| waiting.places.take(greedy).unwrap()).collect();
+        let held: Vec<_> =
+            (0..MAX_WAITING_OF_ONE).map(|_| waiting.places.take(greedy).expect("there is room")).collect();
         assert_eq!(waiting.reach(greedy, 1).await, Err(Full::One(MAX_WAITING_OF_ONE).into()));
         assert!(matches!(waiting.reach(Uuid::from_u128(2), 1).await, Err(Unreached::NotYet(_))));
         let others: Vec<_> = (MAX_WAITING_OF_ONE..MAX_WAITING)
-            .map(|caller| waiting.places.take(Uuid::from_u128(100 + caller as u128)).unwrap())
+            .map(|caller| waiting.places.take(Uuid::from_u128(100 + caller as u128)).expect("there is room"))
             .collect();
         assert_eq!(waiting.reach(Uuid::from_u128(3), 1).await, Err(Full::All(MAX_WAITING).into()));
         assert_eq!(waiting.reach(Uuid::from_u128(3), 0).await, Ok(0), "what is there takes no place");

@@ -144,8 +144,11 @@ impl End {
     }
 }
 
+/// What a listener was answered.
+type Answered = (Listener, Result<Vec<Arc<Line>>, ReadError>);
+
 /// A question for what comes next, which goes on while nobody looks at it.
-struct Asked(BoxFuture<'static, (Listener, Result<Vec<Arc<Line>>, ReadError>)>);
+struct Asked(BoxFuture<'static, Answered>);
 
 impl Asked {
     fn begin(mut listener: Listener, seen: u64) -> Self {

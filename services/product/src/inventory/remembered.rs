@@ -224,9 +224,8 @@ mod tests {
 
     #[test]
     fn what_is_too_old_is_forgotten_across_pages_and_nothing_else() {
-        let mut remembered = Remembered::default();
         // Places begin shortly before the largest number and go on from 0.
-        remembered.base = u32::MAX - 10;
+        let mut remembered = Remembered { base: u32::MAX - 10, ..Remembered::default() };
         let all = 3 * PAGE_COMMANDS + 5;
         (0..all).for_each(|n| remembered.note(command(n)));
         let kept_ms = KEYS_KEPT.as_millis() as i64;

@@ -481,9 +481,12 @@ mod tests {
         assert_eq!(rows, expected);
     }
 
+    /// A value as a file has it, and as which text, number or flag a naive reader takes it.
+    type Taken = (&'static str, Option<&'static str>, Option<u32>, Option<bool>);
+
     /// Values as a file has them, and as which text, number or flag a naive reader takes them; none of these where it takes
     /// them for nothing.
-    const VALUES: [(&str, Option<&str>, Option<u32>, Option<bool>); 16] = [
+    const VALUES: [Taken; 16] = [
         ("\"A\"", Some("A"), None, None),
         ("\"ku\\u0308\"", Some("kü"), None, None),
         ("\"#1\"", Some("#1"), None, None),
