@@ -15,10 +15,12 @@ use lomash_contract::{
     ProductRegistered, Timestamp, Trigger, UpdatedBy,
 };
 use lomash_ledger::{Ledger, NewMessage, streams};
+use lomash_tests::http::Caller;
 use lomash_tests::{Fate, PATIENCE, World, eventually, order, start_until_ready};
+use lomash_web::Role;
 use product_service::committer::catch_up;
 use product_service::inventory::State;
-use product_service::snapshots::{KEPT_SNAPSHOTS, SUBJECT, Snapshots};
+use product_service::snapshots::{FORMAT, KEPT_SNAPSHOTS, SUBJECT, Snapshots};
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
 use uuid::Uuid;
@@ -129,8 +131,8 @@ async fn a_service_starts_from_its_snapshot_and_knows_what_it_knew() -> Result<(
     let before = order(&[(oak, 3)]);
     world.publish(&before).await?;
     world.decided([before.payload.order_id]).await?;
-    // The order is in the ledger before the service knows so; what is answered after it was decided on top of it.
-    world.register("ASH", 1).await?;
+    // The order is in the ledger before the service knows so; what the service answers after it was decided on top of it.
+    Caller::new(&world.url("writer"), Role::Admin)?.register(1).await?;
     world.context.publish(SUBJECT, "{}".into()).await?.await?;
     eventually("a snapshot", PATIENCE, async || Ok((!stored(&world).await?.is_empty()).then_some(()))).await?;
     let snapshot = newest(&world).await.context("it is usable")?;
@@ -218,8 +220,8 @@ async fn a_snapshot_of_another_format_or_another_ledger_is_not_used() -> Result<
     let of = &label(&good)["ledger"];
     let (created, id) = (of["streamCreated"].clone(), of["lastMessageId"].clone());
     for (what, change) in [
-        ("an older format", json!({ "format": 0 })),
-        ("a newer format", json!({ "format": 2, "unheardOf": true })),
+        ("an older format", json!({ "format": FORMAT - 1 })),
+        ("a newer format", json!({ "format": FORMAT + 1, "unheardOf": true })),
         ("another stream", json!({ "ledger": ledger(json!("2020-01-01T00:00:00Z"), id) })),
         ("another message", json!({ "ledger": ledger(created.clone(), json!(Uuid::new_v4())) })),
         ("beyond the end", json!({ "sequence": sequence + 1, "ledger": ledger(created, json!(null)) })),
