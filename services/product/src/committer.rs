@@ -170,7 +170,7 @@ impl Submission {
 
     /// What the command came to, now that an event of one of its tries was found in the stream. The event says more than
     /// the try: an earlier try may be the one that was stored, and it had seen another stock.
-    fn outcome_of(&self, envelope: &Envelope<LedgerEvent>) -> Settled {
+    fn outcome_of(&self, envelope: &Envelope<LedgerEvent>, sequence: u64) -> Settled {
         let tried = self.tried.iter().find(|(event, _)| *event == envelope.event_id).map(|(_, settled)| settled);
         match (&envelope.payload, tried) {
             (LedgerEvent::InventoryUpdateFailed(failed), _) => Ok(Outcome::Refused { reason: failed.reason }),
@@ -181,6 +181,13 @@ impl Submission {
                     shortfall: *shortfall,
                 })
             }
+            // Another replica may have answered it at the very sequence that a try of ours was decided for, on another state.
+            (LedgerEvent::CommandAnswered(answered), tried) => match (&answered.refusal, tried) {
+                (Some(refusal), _) => Err(Rejection::of_refusal(refusal).unwrap_or(Rejection::Repeated)),
+                (None, _) if answered.events == 0 => Ok(Outcome::Unchanged),
+                (None, Some(Ok(outcome))) if *outcome != Outcome::Unchanged => Ok(outcome.clone()),
+                (None, _) => Ok(Outcome::Replayed { first_sequence: sequence }),
+            },
             (_, Some(settled)) => settled.clone(),
             (_, None) => Ok(Outcome::Unchanged),
         }
@@ -886,7 +893,7 @@ impl<L: Ledger> Running<L> {
                 match found.remove(&position) {
                     None => waiting.push_back(submission),
                     Some((envelope, sequence)) => {
-                        let answer = submission.outcome_of(&envelope).map_err(CommandError::from);
+                        let answer = submission.outcome_of(&envelope, sequence).map_err(CommandError::from);
                         submission.answer(answer.map(|outcome| Committed { outcome, sequence, events: Vec::new() }));
                     }
                 }

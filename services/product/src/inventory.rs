@@ -1025,7 +1025,7 @@ fn decide_product(view: &impl View, command: &ProductCommand, now: Timestamp) ->
         return Decision::Reject(rejection);
     }
     let answered = |events: usize, refusal: Option<&Rejection>| {
-        // Its own id says when it was decided, also where those of the events do not: found again, it tells exactly what.
+        // Its own id says where it was decided, also where those of the events do not: a forgotten command has another one.
         let cause = Cause::KeyedCommand { command_id: command.command_id, sequence: view.sequence() };
         let event = CommandAnswered {
             command_id: command.command_id,
