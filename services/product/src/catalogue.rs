@@ -185,6 +185,6 @@ fn optional<T>(cell: &str, read: impl Fn(&str) -> Result<T, String>) -> Result<O
 
 /// A line that ends within a value is the work of a quote that does not.
 fn in_a_cell(cell: &str, bad: &BadText) -> String {
-    let lines = cell.lines().count();
+    let lines = cell.replace("\r\n", "\n").split(['\n', '\r']).count();
     if lines > 1 { format!("runs over {lines} lines; is a closing quote missing?") } else { bad.to_string() }
 }
