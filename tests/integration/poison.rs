@@ -306,7 +306,8 @@ async fn a_writer_that_decides_nothing_is_not_ready_and_says_why() -> Result<()>
     let detail = ledger.and_then(|check| check["detail"].as_str()).context("what the ledger's check says")?;
     assert!(detail.contains("nothing was decided for") && detail.contains("maximum bytes exceeded"), "{detail}");
     assert!(letters(&world).await?.is_empty(), "the order is a good one");
-    let metrics = caller.with_token(None).get("/metrics").send().await?;
+    let health = Caller::new(&world.health_url("product"), Role::Viewer)?;
+    let metrics = health.with_token(None).get("/metrics").send().await?;
     let age = metrics.text.lines().find_map(|line| line.strip_prefix("lomash_oldest_undecided_order_seconds "));
     let age: f64 = age.context("the gauge")?.trim().parse()?;
     assert!(age > STALLED_AFTER.as_secs_f64() - 5.0, "{age}");
