@@ -863,7 +863,7 @@ async fn the_lists_the_days_and_the_summary() -> Result<()> {
     // The product service's gauge counts the same products: those for sale.
     let summarised = summary["now"]["outOfStockProducts"].as_f64();
     eventually("the gauge to be what the summary says", PATIENCE, async || {
-        let page = product_service.with_token(None).get("/metrics").send().await?.text;
+        let page = product_service.at(&world.health_url("product")).get("/metrics").send().await?.text;
         let told = page.lines().find_map(|line| line.strip_prefix("out_of_stock_products_total "));
         ensure!(told.and_then(|value| value.parse().ok()) == summarised, "{told:?}, not {summarised:?}");
         Ok(Some(()))
