@@ -342,18 +342,38 @@ async fn summon_undeliverable(context: &Context, receive: &Receive) -> Result<()
     let (_, info) = describe(context, receive).await?;
     let filter = Some(info.config.filter_subject.as_str()).filter(|filter| !filter.is_empty()).unwrap_or(">");
     let mut from = info.ack_floor.stream_sequence + 1;
+    // Where the consumer is settled up to; an acknowledgement may cover everything before it, so only what follows is settled.
+    let mut settled = info.ack_floor.consumer_sequence;
+    let mut follows = true;
     for _ in 0..UNDELIVERABLE_AT_ONCE {
         let Some(Raw { message, unreadable }) = raw::next(context, receive.stream, filter, from).await? else { break };
         if message.sequence > info.delivered.stream_sequence {
             break;
         }
+        follows &= unreadable.is_some();
         if let Some(why) = unreadable {
             info!(consumer = receive.consumer, sequence = message.sequence, why, "a message that cannot be delivered");
             Case::new(receive.stream, receive.consumer, message.sequence, 1).summon(context).await?;
+            if follows {
+                settled += 1;
+                settle_undelivered(context, receive, message.sequence, settled).await?;
+            }
         }
         from = message.sequence + 1;
     }
     Ok(())
+}
+
+/// Acknowledges a message that was never received and so has no reply subject. While it is delivered again and again, what
+/// is delivered behind it is lost with the connection each time.
+async fn settle_undelivered(context: &Context, receive: &Receive, sequence: u64, delivery: u64) -> Result<(), String> {
+    let Receive { stream, consumer, .. } = receive;
+    // Of its fields the server looks at the two sequences: that in the stream, and that of the delivery, which must be later
+    // than what is settled.
+    let reply = format!("$JS.ACK.{stream}.{consumer}.1.{sequence}.{delivery}.0.0");
+    let client = context.client();
+    client.publish(reply, "+ACK".into()).await.map_err(|problem| problem.to_string())?;
+    client.flush().await.map_err(|problem| problem.to_string())
 }
 
 fn delivery(original: &StreamMessage, deliveries: u64) -> Delivery {
