@@ -320,9 +320,13 @@ async fn each_qualifying_change_is_told_once_on_nats_and_by_mail() -> Result<()>
     });
     assert_eq!(ready.await?.status, 200);
     let metrics = viewer.at(&world.health_url("notification")).get("/metrics").send().await?.text;
-    for line in
-        ["lomash_alerts_recorded_total 6", "lomash_alerts_published_total 6", "lomash_mails_total{outcome=\"sent\"} 6"]
-    {
+    for line in [
+        "lomash_alerts_recorded_total 6",
+        "lomash_alerts_published_total 6",
+        "lomash_mails_total{outcome=\"sent\"} 6",
+        // An alert asks for it.
+        "# TYPE lomash_alerts_waiting gauge",
+    ] {
         assert!(metrics.contains(line), "{line} is missing in\n{metrics}");
     }
     let status = lomash::status::status(&world.context, Some(&world.database_url())).await;
