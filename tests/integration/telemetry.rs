@@ -482,9 +482,10 @@ async fn metrics_agree_with_what_verify_counts() -> Result<()> {
         assert!(page.value(name, labels).is_some(), "{name}\n{}", page.text);
     }
 
-    // What alerts and dashboard ask for is there; spans are counted only where they are exported, and what waits to be told is
+    // What alerts and dashboard ask for is there; spans are counted only where they are exported, and what is told and mailed is
     // the notification service's, see `notification.rs`.
-    let elsewhere = ["lomash_trace_spans_total", "lomash_alerts_waiting"];
+    let elsewhere =
+        ["lomash_trace_spans_total", "lomash_alerts_waiting", "lomash_alerts_published_total", "lomash_mails_total"];
     let sources = [
         include_str!("../../deploy/prometheus/alerts.yml"),
         include_str!("../../deploy/grafana/lomash-inventory.json"),
