@@ -113,6 +113,7 @@ fn service(name: &str, nats_url: &str) -> Result<Command> {
         .env("NATS_URL", nats_url)
         .env("DATABASE_URL", nowhere().expose())
         .env("HTTP_LISTEN", "127.0.0.1:0")
+        .env("HEALTH_LISTEN", "127.0.0.1:0")
         .env("JWT_HS256_SECRET", JWT_SECRET);
     Ok(command)
 }
