@@ -94,10 +94,17 @@ impl Api {
             .with_context(|| format!("PRODUCT_URL={} is no URL", self.url))?;
         url.query_pairs_mut().extend_pairs(query);
         let request = self.client.post(url).bearer_auth(self.token.expose()).timeout(timeout);
-        let response =
-            request.header(CONTENT_TYPE, media_type).body(body).send().await.with_context(|| {
+        let response = request.header(CONTENT_TYPE, media_type).body(body).send().await;
+        let response = response.map_err(|error| {
+            let what = if error.is_connect() || error.is_timeout() {
                 format!("the product service does not answer at PRODUCT_URL={}; is it up?", self.url)
-            })?;
+            } else {
+                "the product service closed the connection before it had the whole body, as it does with a large one that \
+                 it refuses; send a small one to hear why"
+                    .to_owned()
+            };
+            anyhow::Error::new(error).context(what)
+        })?;
         let status = response.status();
         if status.is_success() {
             return Ok(response);

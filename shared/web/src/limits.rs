@@ -10,15 +10,18 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::Body;
+use axum::body::{Body, HttpBody as _};
 use axum::extract::{Request, State};
-use axum::http::Method;
+use axum::http::header::CONNECTION;
+use axum::http::{HeaderValue, Method};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
+use futures::StreamExt as _;
 use governor::clock::{Clock, DefaultClock};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use hyper::body::{Frame, SizeHint};
+use tokio::sync::oneshot;
 use tokio::time::{Instant, Sleep, sleep_until};
 use uuid::Uuid;
 
@@ -44,6 +47,12 @@ pub const HEALTH_HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 pub const MIN_BODY_BYTES_PER_SECOND: u32 = 8 * 1024;
 /// How long we wait for any body in vain beyond that.
 pub const BODY_GRACE: Duration = Duration::from_secs(10);
+
+/// Bytes of a body that are still taken, and thrown away, after its request was answered: a connection that is closed before
+/// costs a client that is still sending the answer, which says what was wrong. Catalogues are smaller, nearly all of them.
+pub const MAX_DISCARDED_BYTES: usize = 8 * 1024 * 1024;
+/// How long they may take.
+pub const DISCARD_TIMEOUT: Duration = Duration::from_secs(5);
 
 const _: () = assert!(MAX_HEALTH_CONNECTIONS_PER_PEER < MAX_HEALTH_CONNECTIONS, "one peer must not take all places");
 const _: () = assert!(crate::auth::MAX_TOKEN_BYTES < MAX_HEADER_BYTES, "a token must fit into the headers");
@@ -133,6 +142,75 @@ async fn within(State(limit): State<Duration>, request: Request, next: Next) -> 
 /// and then brings a byte would hold its place for hours.
 pub(crate) async fn paced(request: Request) -> Request {
     request.map(|body| Body::new(Paced { body, brought: 0, waited: Duration::ZERO, since: None, until: None }))
+}
+
+/// Lets a client that is answered before it has sent its whole body send it, up to [`MAX_DISCARDED_BYTES`] and
+/// [`DISCARD_TIMEOUT`]; beyond them the connection is closed. The answer does not wait for that.
+pub(crate) async fn discarding(request: Request, next: Next) -> Response {
+    if request.body().is_end_stream() {
+        return next.run(request).await;
+    }
+    let is_small = request.body().size_hint().upper().is_some_and(|bytes| bytes <= MAX_DISCARDED_BYTES as u64);
+    let (owner, mut returned) = oneshot::channel();
+    let request = request.map(|body| Body::new(Lent { body, has_ended: false, owner: Some(owner) }));
+    let mut response = next.run(request).await;
+    // A handler that still reads, while its answer goes out, keeps the body.
+    if let Ok(body) = returned.try_recv() {
+        if !is_small {
+            // So that no client sends its next request on it.
+            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        tokio::spawn(tokio::time::timeout(DISCARD_TIMEOUT, async move {
+            let mut rest = body.into_data_stream();
+            let mut discarded = 0;
+            while let Some(Ok(bytes)) = rest.next().await {
+                discarded += bytes.len();
+                if discarded > MAX_DISCARDED_BYTES {
+                    break;
+                }
+            }
+        }));
+    }
+    response
+}
+
+/// A body that goes back to its owner when it is dropped before its end.
+struct Lent {
+    body: Body,
+    has_ended: bool,
+    owner: Option<oneshot::Sender<Body>>,
+}
+
+impl hyper::body::Body for Lent {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let this = self.get_mut();
+        let polled = Pin::new(&mut this.body).poll_frame(cx);
+        this.has_ended |= matches!(polled, Poll::Ready(None | Some(Err(_))));
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        if self.has_ended || self.body.is_end_stream() {
+            return;
+        }
+        if let Some(owner) = self.owner.take() {
+            // An owner that has gone does not want it.
+            let _ = owner.send(std::mem::take(&mut self.body));
+        }
+    }
 }
 
 /// A body that fails when it is too slow.

@@ -96,6 +96,7 @@ pub fn framed(routes: Router, config: &HttpConfig) -> Router {
         .layer(RequestBodyTimeoutLayer::new(config.stall_timeout()))
         .layer(middleware::map_request(limits::paced))
         .layer(CatchPanicLayer::custom(panicked))
+        .layer(middleware::from_fn(limits::discarding))
         .layer(middleware::from_fn(in_context))
 }
 

@@ -15,7 +15,7 @@ use tokio::task::JoinHandle;
 
 use super::*;
 use crate::auth::{Mint, mint};
-use crate::limits::time_limited;
+use crate::limits::{MAX_DISCARDED_BYTES, time_limited};
 use crate::{Admin, Body, Gate, Health, Path, Query, Role, Verifier, Viewer};
 
 const SECRET: &str = "a development secret of 32 bytes or more";
@@ -55,6 +55,8 @@ struct World {
 
 impl World {
     async fn start(arguments: &[&str]) -> Self {
+        // Another test may have chosen already, which is as good.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let fixed = ["test", "--http-listen", "127.0.0.1:0", "--jwt-hs256-secret", SECRET];
         let http = Process::parse_from(fixed.iter().chain(arguments)).http;
         let (health, stop) = (Health::new(), CancellationToken::new());
@@ -442,4 +444,59 @@ async fn stopping_says_not_ready_first_and_is_bounded() {
     // The held request never ends by itself.
     world.ended().await;
     assert!(held.await.expect("no panic").is_err(), "cut off");
+}
+
+/// What is not taken when a connection is closed resets it, and a client that is still sending then reads no answer.
+#[tokio::test]
+async fn an_answer_that_comes_before_the_body_is_heard() {
+    let world = World::start(&[]).await;
+    let mut stream = world.connect().await;
+    let body = vec![b'x'; MAX_DISCARDED_BYTES / 2];
+    let head = format!(
+        "POST /v1/write HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
+    // The answer is there before the body, and the connection is as good as ever after it.
+    for _ in 0..2 {
+        stream.write_all(head.as_bytes()).await.expect("sent");
+        let answer = one(&mut stream).await;
+        assert!(answer.starts_with("HTTP/1.1 401 "), "{answer}");
+        stream.write_all(&body).await.expect("taken");
+    }
+    // One whose end nobody knows is taken as far, and the connection is closed, as the answer said.
+    let unknown = "POST /v1/write HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n";
+    stream.write_all(unknown.as_bytes()).await.expect("sent");
+    let answer = one(&mut stream).await;
+    assert!(answer.starts_with("HTTP/1.1 401 ") && answer.contains("connection: close"), "{answer}");
+    stream.write_all(format!("{:x}\r\n", body.len()).as_bytes()).await.expect("taken");
+    stream.write_all(&body).await.expect("taken");
+    stream.write_all(b"\r\n0\r\n\r\n").await.expect("taken");
+    assert_eq!(stream.read(&mut [0]).await.expect("an end without a reset"), 0);
+
+    // One that does not end is not taken for ever.
+    let mut stream = world.connect().await;
+    let endless = format!("POST /v1/write HTTP/1.1\r\nHost: test\r\nContent-Length: {}\r\n\r\n", u64::MAX / 2);
+    stream.write_all(endless.as_bytes()).await.expect("sent");
+    let answer = one(&mut stream).await;
+    assert!(answer.starts_with("HTTP/1.1 401 ") && answer.contains("connection: close"), "{answer}");
+    let sending = async { while stream.write_all(&body).await.is_ok() {} };
+    tokio::time::timeout(PATIENCE, sending).await.expect("the connection is closed");
+}
+
+/// One answer of a connection that stays open: a head, and as many bytes as it announces.
+async fn one(stream: &mut TcpStream) -> String {
+    let mut answer = Vec::new();
+    let reading = async {
+        let head = loop {
+            answer.push(stream.read_u8().await.expect("an answer"));
+            if answer.ends_with(b"\r\n\r\n") {
+                break String::from_utf8_lossy(&answer).to_ascii_lowercase();
+            }
+        };
+        let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")).expect("a length");
+        let mut body = vec![0; length.parse().expect("a number")];
+        stream.read_exact(&mut body).await.expect("the whole answer");
+    };
+    tokio::time::timeout(PATIENCE, reading).await.expect("an answer in time");
+    String::from_utf8_lossy(&answer).into_owned()
 }
