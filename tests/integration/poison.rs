@@ -339,8 +339,8 @@ async fn headers_that_cannot_be_read_cost_only_their_message() -> Result<()> {
         good.extend((0..20).map(|_| order(&[(product, 1)])));
         world.publish_all(&good[good.len() - 20..]).await?;
     }
-    world.decided_within(3 * BOUND, good.iter().map(|order| order.payload.order_id)).await?;
-    let found = eventually("the letters", 3 * BOUND, async || {
+    world.decided_within(BOUND, good.iter().map(|order| order.payload.order_id)).await?;
+    let found = eventually("the letters", BOUND, async || {
         let found = letters(&world).await?;
         Ok((found.len() == bad.len()).then_some(found))
     })

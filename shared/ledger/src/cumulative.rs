@@ -10,13 +10,11 @@ use std::time::Instant;
 use async_nats::Subject;
 use async_nats::jetstream::AckKind;
 use futures::future::{BoxFuture, FutureExt, OptionFuture};
-use futures::stream::TryStreamExt;
 use tracing::{debug, info, warn};
 
-use crate::direct::{self, Answered};
 use crate::in_hand::{Given, InHand, Place, UPTO_THE_LAST};
 use crate::receive::{DEAD_LETTER_RETRY, Done, REOPEN_PAUSE, Work, describe};
-use crate::suspects::Case;
+use crate::suspects::{self, Case, Looked};
 
 /// After how many times its `ack_wait` a message that others had in hand is tried alone when it was neither settled there nor
 /// came here. The server delivers again after one; what it gave up, or does not have any more, never comes.
@@ -178,18 +176,9 @@ async fn try_to_look<H>(work: &Work<'_, H>, upto: u64, number: u64) -> Result<Fo
         UPTO_THE_LAST => info.delivered.stream_sequence,
         upto => upto,
     };
-    let filter = Some(info.config.filter_subject.as_str()).filter(|filter| !filter.is_empty());
-    let unsettled = direct::read_as(work.context, work.receive.stream, filter, floor, upto)
-        .map_ok(|Answered { sequence, is_unreadable, .. }| (sequence, is_unreadable))
-        .try_collect();
-    let found: Vec<(u64, bool)> = unsettled.await.map_err(|problem| problem.to_string())?;
     // What cannot be delivered would cut the connection each time that it is asked for.
-    for (sequence, _) in found.iter().filter(|(_, is_unreadable)| *is_unreadable) {
-        Case::new(work.receive.stream, work.receive.consumer, *sequence, 1).summon(work.context).await?;
-    }
-    let unsettled =
-        found.into_iter().filter(|(_, is_unreadable)| !is_unreadable).map(|(sequence, _)| sequence).collect();
-    Ok(Found { floor, upto, unsettled })
+    let Looked { readable, .. } = suspects::look(work.context, work.receive, &info, upto).await?;
+    Ok(Found { floor, upto, unsettled: readable })
 }
 
 /// The reply by which the message of `sequence` is settled, made from that of another message.

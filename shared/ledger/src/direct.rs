@@ -151,15 +151,12 @@ pub(crate) struct Answered {
     pub(crate) subject: String,
     pub(crate) stamps: HeaderMap,
     pub(crate) payload: Bytes,
-    /// Whether it has headers that cannot be read; then they are not here.
-    pub(crate) is_unreadable: bool,
 }
 
 impl From<Raw> for Answered {
-    fn from(Raw { message, unreadable }: Raw) -> Self {
+    fn from(Raw { message, .. }: Raw) -> Self {
         let StreamMessage { subject, sequence, headers, payload, time, .. } = message;
-        let is_unreadable = unreadable.is_some();
-        Self { sequence, stored_at: time, subject: subject.to_string(), stamps: headers, payload, is_unreadable }
+        Self { sequence, stored_at: time, subject: subject.to_string(), stamps: headers, payload }
     }
 }
 
@@ -214,7 +211,7 @@ impl Reader {
         let mut answer = match ask(&self.context, &self.stream, &request).await {
             Ok(answer) => answer,
             // One of them may have headers over which the client library cuts the connection. Nobody but us writes the ledger.
-            Err(problem) if &*self.stream != INVENTORY => self.one_by_one(batch).await.map_err(|_| problem)?,
+            Err(problem) if &*self.stream != INVENTORY => self.by_the_leader(batch).await.map_err(|_| problem)?,
             Err(problem) => return Err(problem),
         };
         if answer.is_empty() {
@@ -239,16 +236,12 @@ impl Reader {
         Ok(next.map_err(unavailable)?.map(Answered::from))
     }
 
-    /// So many messages by the leader's word, one after the other.
-    async fn one_by_one(&self, batch: u64) -> Result<Vec<Answered>, String> {
+    /// So many messages by the leader's word, whatever their headers are.
+    async fn by_the_leader(&self, batch: u64) -> Result<Vec<Answered>, String> {
         let filter = self.filter.as_deref().unwrap_or(">");
-        let (mut answer, mut from) = (Vec::new(), self.seen + 1);
-        while (answer.len() as u64) < batch && from <= self.upto {
-            let Some(found) = raw::next(&self.context, &self.stream, filter, from).await? else { break };
-            from = found.message.sequence + 1;
-            answer.push(found.into());
-        }
-        Ok(answer)
+        let batch = usize::try_from(batch).unwrap_or(usize::MAX);
+        let messages = raw::read(&self.context, &self.stream, filter, self.seen, self.upto).take(batch);
+        messages.map_ok(Answered::from).try_collect().await
     }
 }
 
@@ -295,5 +288,5 @@ fn parse(answer: Message) -> Result<Answered, ReadError> {
     let sequence = stamp(NATS_SEQUENCE)?.parse().map_err(unavailable)?;
     let stored_at = OffsetDateTime::parse(&stamp(NATS_TIME_STAMP)?, &Rfc3339).map_err(unavailable)?;
     let subject = stamp(NATS_SUBJECT)?;
-    Ok(Answered { sequence, stored_at, subject, stamps, payload: answer.payload, is_unreadable: false })
+    Ok(Answered { sequence, stored_at, subject, stamps, payload: answer.payload })
 }

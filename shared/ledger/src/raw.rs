@@ -13,12 +13,18 @@ use async_nats::{HeaderMap, HeaderName};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
+use futures::stream::{self, BoxStream, StreamExt as _, TryStreamExt as _};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
+use crate::streams;
+
 const NO_MESSAGE: u64 = 10_037;
+
+/// Messages that the leader is asked for at the same time: each at most the server's `max_payload`, mostly a thousandth of it.
+const AT_ONCE: usize = 64;
 
 /// A message, and what is the matter with its headers, of which then it has none.
 pub(crate) struct Raw {
@@ -65,6 +71,43 @@ pub(crate) async fn get(context: &Context, stream: &str, sequence: u64) -> Resul
 /// Why the leader does not tell.
 pub(crate) async fn next(context: &Context, stream: &str, filter: &str, from: u64) -> Result<Option<Raw>, String> {
     ask(context, stream, &json!({ "seq": from, "next_by_subj": filter })).await
+}
+
+/// Every message after `after` up to `upto` on a subject that the filter admits, in the stream's order.
+///
+/// Items are errors when the leader does not tell; then there is nothing more.
+pub(crate) fn read<'r>(
+    context: &'r Context,
+    stream: &'r str,
+    filter: &'r str,
+    after: u64,
+    upto: u64,
+) -> BoxStream<'r, Result<Raw, String>> {
+    let chunks = stream::try_unfold(after, move |after| async move {
+        if after >= upto {
+            return Ok::<_, String>(None);
+        }
+        // Over a gap, whatever its width.
+        let first = next(context, stream, filter, after + 1).await?.filter(|first| first.message.sequence <= upto);
+        let Some(first) = first else { return Ok(None) };
+        let last = first.message.sequence.saturating_add(AT_ONCE as u64).min(upto);
+        let others: Vec<Option<Raw>> = stream::iter(first.message.sequence + 1..=last)
+            .map(|sequence| get(context, stream, sequence))
+            .buffered(AT_ONCE)
+            .try_collect()
+            .await?;
+        let mut after = first.message.sequence;
+        let mut chunk = vec![Ok(first)];
+        for other in others.into_iter().flatten() {
+            // What is missing behind the last one is asked for again: an end is only the leader's word of what comes next.
+            after = other.message.sequence;
+            if streams::matches(filter, &other.message.subject) {
+                chunk.push(Ok(other));
+            }
+        }
+        Ok(Some((stream::iter(chunk), after)))
+    });
+    chunks.try_flatten().boxed()
 }
 
 async fn ask(context: &Context, stream: &str, request: &Value) -> Result<Option<Raw>, String> {

@@ -191,7 +191,7 @@ pub fn takes(stream: &str, subject: &str) -> bool {
 }
 
 /// NATS' own rule: `*` is one token, `>` all that follow.
-fn matches(pattern: &str, subject: &str) -> bool {
+pub(crate) fn matches(pattern: &str, subject: &str) -> bool {
     let mut tokens = subject.split('.');
     for wanted in pattern.split('.') {
         match (wanted, tokens.next()) {

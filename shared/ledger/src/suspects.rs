@@ -17,10 +17,11 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use async_nats::HeaderMap;
-use async_nats::jetstream::Context;
+use async_nats::jetstream::consumer::Info;
 use async_nats::jetstream::message::StreamMessage;
 use async_nats::jetstream::stream::DirectGetErrorKind;
-use futures::FutureExt;
+use async_nats::jetstream::{AckKind, Context};
+use futures::{FutureExt, TryStreamExt as _};
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
@@ -46,10 +47,7 @@ const IN_PROGRESS_EVERY: Duration = Duration::from_secs(2);
 pub const ADJOURNMENT: Duration = Duration::from_millis(250);
 
 /// How often it is looked whether the connection was lost, after which what cannot be delivered is looked for.
-const UNDELIVERABLE_LOOK: Duration = Duration::from_secs(2);
-
-/// Messages behind the last one that is settled that are looked at for it: as many as one pull asks for.
-const UNDELIVERABLE_AT_ONCE: usize = 500;
+const UNDELIVERABLE_LOOK: Duration = Duration::from_millis(250);
 
 /// How long the stream may take to confirm a case.
 pub const SUMMON_TIMEOUT: Duration = Duration::from_secs(5);
@@ -340,40 +338,63 @@ pub(crate) async fn find_undeliverable(context: &Context, receive: &Receive, sto
 
 async fn summon_undeliverable(context: &Context, receive: &Receive) -> Result<(), String> {
     let (_, info) = describe(context, receive).await?;
-    let filter = Some(info.config.filter_subject.as_str()).filter(|filter| !filter.is_empty()).unwrap_or(">");
-    let mut from = info.ack_floor.stream_sequence + 1;
-    // Where the consumer is settled up to; an acknowledgement may cover everything before it, so only what follows is settled.
-    let mut settled = info.ack_floor.consumer_sequence;
-    let mut follows = true;
-    for _ in 0..UNDELIVERABLE_AT_ONCE {
-        let Some(Raw { message, unreadable }) = raw::next(context, receive.stream, filter, from).await? else { break };
-        if message.sequence > info.delivered.stream_sequence {
-            break;
+    let Looked { readable, unreadable } = look(context, receive, &info, info.delivered.stream_sequence).await?;
+    let Some(&first) = unreadable.first() else { return Ok(()) };
+    // An acknowledgement may cover everything before it, so only what follows on the last one that is settled is settled.
+    let first_readable = readable.first().copied().unwrap_or(u64::MAX);
+    for (sequence, delivery) in unreadable.iter().zip(info.ack_floor.consumer_sequence + 1..) {
+        if *sequence < first_readable {
+            settle_undelivered(context, receive, AckKind::Ack, *sequence, delivery).await?;
         }
-        follows &= unreadable.is_some();
-        if let Some(why) = unreadable {
-            info!(consumer = receive.consumer, sequence = message.sequence, why, "a message that cannot be delivered");
-            Case::new(receive.stream, receive.consumer, message.sequence, 1).summon(context).await?;
-            if follows {
-                settled += 1;
-                settle_undelivered(context, receive, message.sequence, settled).await?;
-            }
-        }
-        from = message.sequence + 1;
     }
-    Ok(())
+    // What was delivered behind them was lost with the connection, and would come back after its `ack_wait`, together with
+    // those that could not be settled.
+    for sequence in readable.iter().filter(|sequence| **sequence > first) {
+        settle_undelivered(context, receive, AckKind::Nak(None), *sequence, info.delivered.consumer_sequence).await?;
+    }
+    context.client().flush().await.map_err(|problem| problem.to_string())
 }
 
-/// Acknowledges a message that was never received and so has no reply subject. While it is delivered again and again, what
-/// is delivered behind it is lost with the connection each time.
-async fn settle_undelivered(context: &Context, receive: &Receive, sequence: u64, delivery: u64) -> Result<(), String> {
+/// What was delivered and is not settled.
+pub(crate) struct Looked {
+    /// What can be delivered again.
+    pub(crate) readable: Vec<u64>,
+    /// What cannot; it was summoned.
+    pub(crate) unreadable: Vec<u64>,
+}
+
+/// Looks at what was delivered up to `upto` and is not settled, and summons what cannot be delivered. Asks the leader, which tells of
+/// every message: an answer in the usual form has the headers that cut the connection.
+pub(crate) async fn look(context: &Context, receive: &Receive, info: &Info, upto: u64) -> Result<Looked, String> {
+    let filter = Some(info.config.filter_subject.as_str()).filter(|filter| !filter.is_empty()).unwrap_or(">");
+    let mut messages = raw::read(context, receive.stream, filter, info.ack_floor.stream_sequence, upto);
+    let mut looked = Looked { readable: Vec::new(), unreadable: Vec::new() };
+    while let Some(Raw { message, unreadable }) = messages.try_next().await? {
+        let Some(why) = unreadable else {
+            looked.readable.push(message.sequence);
+            continue;
+        };
+        info!(consumer = receive.consumer, sequence = message.sequence, why, "a message that cannot be delivered");
+        Case::new(receive.stream, receive.consumer, message.sequence, 1).summon(context).await?;
+        looked.unreadable.push(message.sequence);
+    }
+    Ok(looked)
+}
+
+/// Says what becomes of a message that was never received and so has no reply subject. While one that cannot be delivered is
+/// delivered again and again, what is delivered behind it is lost with the connection each time.
+async fn settle_undelivered(
+    context: &Context,
+    receive: &Receive,
+    kind: AckKind,
+    sequence: u64,
+    delivery: u64,
+) -> Result<(), String> {
     let Receive { stream, consumer, .. } = receive;
     // Of its fields the server looks at the two sequences: that in the stream, and that of the delivery, which must be later
     // than what is settled.
     let reply = format!("$JS.ACK.{stream}.{consumer}.1.{sequence}.{delivery}.0.0");
-    let client = context.client();
-    client.publish(reply, "+ACK".into()).await.map_err(|problem| problem.to_string())?;
-    client.flush().await.map_err(|problem| problem.to_string())
+    context.client().publish(reply, kind.into()).await.map_err(|problem| problem.to_string())
 }
 
 fn delivery(original: &StreamMessage, deliveries: u64) -> Delivery {
