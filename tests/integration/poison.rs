@@ -17,7 +17,7 @@ use lomash_tests::http::Caller;
 use lomash_tests::{Dice, Fate, PATIENCE, World, encoded, eventually, order};
 use lomash_web::Role;
 use product_service::committer::STALLED_AFTER;
-use product_service::orders;
+use product_service::orders::{self, MAX_ORDER_BYTES_IN_FLIGHT};
 use tokio_util::sync::CancellationToken;
 
 /// Within this a message that can never be handled is a dead letter, and the others are decided.
@@ -431,17 +431,33 @@ async fn without_room_for_a_letter_the_others_go_on_and_it_comes_later() -> Resu
 /// What is handled at once is bounded by its bytes, and headers are bytes.
 #[tokio::test]
 async fn headers_count_among_the_bytes_that_are_handled_at_once() -> Result<()> {
-    const MESSAGES: usize = 10;
     const FIT: usize = 3;
-    const HEADER: usize = 20_000;
-    let world = World::without_postgres().await?;
     let mut headers = HeaderMap::new();
-    headers.insert("x-large", "x".repeat(HEADER).as_str());
-    for _ in 0..MESSAGES {
-        world.publish_raw(headers.clone(), "{}").await?;
+    headers.insert("x-large", "x".repeat(20_000).as_str());
+    let receive = Receive { max_in_flight_bytes: FIT * 20_000, ..orders::receive() };
+    handled_at_once(receive, 10, &headers, "{}", FIT).await
+}
+
+/// Whatever number of orders may be in hand, the large ones are bounded by what they take.
+#[tokio::test]
+async fn the_largest_orders_are_bounded_by_their_bytes_and_not_their_number() -> Result<()> {
+    let payload = "x".repeat(800 << 10);
+    let fit = MAX_ORDER_BYTES_IN_FLIGHT.div_ceil(payload.len());
+    handled_at_once(orders::receive(), fit + 20, &HeaderMap::new(), &payload, fit).await
+}
+
+/// Of `messages` that were all delivered, `fit` are handled at once; the last of them may go over the bound.
+async fn handled_at_once(
+    receive: Receive,
+    messages: usize,
+    headers: &HeaderMap,
+    payload: &str,
+    fit: usize,
+) -> Result<()> {
+    let world = World::without_postgres().await?;
+    for _ in 0..messages {
+        world.publish_raw(headers.clone(), payload.to_owned()).await?;
     }
-    // One may go over it.
-    let what = Receive { max_in_flight_bytes: FIT * HEADER, ..orders::receive() };
     let begun = Arc::new(AtomicUsize::new(0));
     let stop = CancellationToken::new();
     let handler = {
@@ -451,16 +467,16 @@ async fn headers_count_among_the_bytes_that_are_handled_at_once() -> Result<()> 
             std::future::pending::<Settle>()
         }
     };
-    let receiving = tokio::spawn(receive::run(world.context.clone(), what, stop.clone(), handler));
+    let receiving = tokio::spawn(receive::run(world.context.clone(), receive, stop.clone(), handler));
     eventually("all are delivered", PATIENCE, async || {
-        Ok((world.product_orders().await?.num_ack_pending == MESSAGES).then_some(()))
+        Ok((world.product_orders().await?.num_ack_pending == messages).then_some(()))
     })
     .await?;
     eventually("as many are handled as fit", PATIENCE, async || {
-        Ok((begun.load(Ordering::Relaxed) >= FIT).then_some(()))
+        Ok((begun.load(Ordering::Relaxed) >= fit).then_some(()))
     })
     .await?;
-    assert_eq!(begun.load(Ordering::Relaxed), FIT, "of {MESSAGES} that were delivered");
+    assert_eq!(begun.load(Ordering::Relaxed), fit, "of {messages} that were delivered");
     receiving.abort();
     world.close();
     Ok(())
