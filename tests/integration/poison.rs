@@ -185,7 +185,7 @@ async fn any_message_beside_good_orders_is_decided_or_dead_in_time() -> Result<(
         for number in 0..dice.below(12) {
             let length = dice.below(room.min(30_000) + 1);
             room -= length;
-            // What the client library lets through: anything but line breaks.
+            // What the client library lets through: anything but line breaks. Others publish without it, see below.
             let value: String = (0..length)
                 .map(|_| char::from_u32(dice.below(0x3ff)).filter(|c| !matches!(c, '\r' | '\n')).unwrap_or('?'))
                 .take_while({
@@ -214,7 +214,15 @@ async fn any_message_beside_good_orders_is_decided_or_dead_in_time() -> Result<(
             let bytes = dice.below(2_000);
             body = (0..bytes).map(|_| dice.below(256) as u8).collect::<Vec<_>>().into();
         }
-        odd.push(world.publish_raw(headers, body).await?);
+        odd.push(if dice.below(6) == 0 {
+            let mut headers: Vec<u8> = (0..dice.below(200)).map(|_| dice.below(256) as u8).collect();
+            if dice.below(2) == 0 {
+                headers = [b"NATS/1.0\r\n", headers.as_slice(), b"\r\n\r\n"].concat();
+            }
+            publish_bytes(&world, &headers, &body).await?
+        } else {
+            world.publish_raw(headers, body).await?
+        });
         world.publish_all(&good[good.len() - 5..]).await?;
     }
     world.decided_within(BOUND + since.elapsed(), good.iter().map(|order| order.payload.order_id)).await?;
@@ -372,8 +380,8 @@ async fn headers_that_cannot_be_read_cost_only_their_message() -> Result<()> {
     Ok(())
 }
 
-/// Publishes an order with these bytes as its headers.
-async fn publish_bytes(world: &World, headers: &[u8], payload: &[u8]) -> Result<()> {
+/// Publishes an order with these bytes as its headers, while nobody else publishes, and gives its sequence.
+async fn publish_bytes(world: &World, headers: &[u8], payload: &[u8]) -> Result<u64> {
     use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
     let address = world.nats.url().replace("nats://", "");
     let mut server = BufReader::new(tokio::net::TcpStream::connect(address).await?);
@@ -394,7 +402,7 @@ async fn publish_bytes(world: &World, headers: &[u8], payload: &[u8]) -> Result<
     }
     eventually("the message in its stream", PATIENCE, async || {
         let last = world.context.get_stream(streams::ORDERS).await?.cached_info().state.last_sequence;
-        Ok((last > before).then_some(()))
+        Ok((last > before).then_some(last))
     })
     .await
 }
