@@ -727,11 +727,13 @@ impl<L: Ledger> Running<L> {
             });
             refused.times += 1;
             refused.again_at = now + TRY_AGAIN_AFTER;
+            let others_are_stored = stored > refused.stored_before;
             let evidence = Evidence {
                 times: refused.times,
                 refused_for: now - refused.since,
-                others_are_stored: stored > refused.stored_before,
+                others_are_stored,
                 others_are_refused,
+                batches_are_taken: others_are_stored || cause == Cause::Unclear && self.takes_batches().await.is_ok(),
             };
             if is_given_up(&refusal, evidence) {
                 error!(?refusal, ?evidence, command = %id_of(&first.command), "the ledger never takes what a command comes to");
@@ -790,9 +792,17 @@ impl<L: Ledger> Running<L> {
         None
     }
 
-    /// Asks the server to store what it cannot store, for it is expected far beyond the end of the ledger: that it says so, and
-    /// nothing else, shows that it takes batches again.
+    /// Looks whether what went wrong is over.
     async fn probe(&self) {
+        match self.takes_batches().await {
+            Ok(()) => self.progress.moved(false),
+            Err(problem) => self.progress.failed(problem),
+        }
+    }
+
+    /// Asks the server to store what it cannot store, for it is expected far beyond the end of the ledger: that it says so, and
+    /// nothing else, shows that it takes batches.
+    async fn takes_batches(&self) -> Result<(), String> {
         let product_id = ProductId(uuid::Uuid::nil());
         let event = LedgerEvent::ProductUpdated(ProductUpdated {
             product_id,
@@ -803,9 +813,12 @@ impl<L: Ledger> Running<L> {
         let payload = Encoder::default().encode(&envelope(&fact, (self.clock)()));
         let probe = message(&fact, payload, None);
         match self.ledger.append(&[probe], self.state.sequence() + PROBE_BEYOND).await {
-            Err(AppendError::Conflict(_)) => self.progress.moved(false),
-            Err(problem) => self.progress.failed(problem.to_string()),
-            Ok(last) => error!(last, "the ledger stored what was expected beyond its end; run `lomash verify`"),
+            Err(AppendError::Conflict(_)) => Ok(()),
+            Err(problem) => Err(problem.to_string()),
+            Ok(last) => {
+                error!(last, "the ledger stored what was expected beyond its end; run `lomash verify`");
+                Ok(())
+            }
         }
     }
 

@@ -4,7 +4,7 @@
 //! stream is a chain.
 
 use lomash_contract::{InventoryUpdated, ProductId, UpdatedBy};
-use lomash_ledger::{Fault, MemoryLedger};
+use lomash_ledger::{Fault, FullDisk, MemoryLedger};
 use proptest::prelude::*;
 use uuid::Uuid;
 
@@ -325,15 +325,15 @@ async fn an_order_that_is_refused_and_the_only_one_is_given_up_in_time() {
     assert!(since.elapsed() < Duration::from_secs(10), "{:?}", since.elapsed());
 }
 
-/// A full disk makes no order a dead letter, however long it lasts and however few there are. It shows as a stall, with the reason,
-/// and ends when there is room.
+/// A full disk makes no order a dead letter, however long it lasts, however few there are, and whatever the server says of it. It shows
+/// as a stall, with the reason, and ends when there is room.
 #[tokio::test(start_paused = true)]
 async fn a_full_disk_is_waited_for_and_told() {
-    for orders in [1, 40] {
+    for ((full, says), orders) in FULL_DISKS.into_iter().flat_map(|disk| [(disk, 1), (disk, 40)]) {
         let ledger = MemoryLedger::default();
         let (committer, _running) = start(&ledger);
         committer.submit(register(1, 1_000), None).await.expect("a registration");
-        ledger.fill(true);
+        ledger.fill(Some(full));
         let waiting = tokio::spawn({
             let committer = committer.clone();
             async move { submit_all(&committer, (0..orders).map(|n| order(n, 1, 1))).await }
@@ -342,10 +342,10 @@ async fn a_full_disk_is_waited_for_and_told() {
         assert_eq!(committer.stall(), None, "not yet");
         tokio::time::sleep(STALLED_AFTER).await;
         let why = committer.stall().expect("a stall");
-        assert!(why.contains("no space left on device"), "{why}");
+        assert!(why.contains(says), "{why}");
         tokio::time::sleep(Duration::from_secs(600)).await;
         assert!(!waiting.is_finished(), "nobody gave up");
-        ledger.fill(false);
+        ledger.fill(None);
         let answers = waiting.await.expect("no panic");
         assert!(answers.iter().all(is_allocated), "{answers:?}");
         assert_eq!(committer.stall(), None);
@@ -356,20 +356,28 @@ async fn a_full_disk_is_waited_for_and_told() {
 /// Whoever waited for a write goes away after some seconds. What kept it from being stored is told until the ledger takes something.
 #[tokio::test(start_paused = true)]
 async fn a_full_disk_is_told_when_nobody_waits_any_more() {
-    let ledger = MemoryLedger::default();
-    let (committer, _running) = start(&ledger);
-    committer.submit(register(1, 9), None).await.expect("a registration");
-    ledger.fill(true);
-    let adjust = committer.submit(command(1, Action::Adjust { delta: 1 }), None);
-    assert!(tokio::time::timeout(Duration::from_secs(4), adjust).await.is_err());
-    tokio::time::sleep(STALLED_AFTER).await;
-    assert!(committer.stall().is_some_and(|why| why.contains("no space left on device")), "{:?}", committer.stall());
-    let before = ledger.messages().len();
-    ledger.fill(false);
-    tokio::time::sleep(4 * IDLE_CATCH_UP).await;
-    assert_eq!(committer.stall(), None, "it looked by itself");
-    assert_eq!(ledger.messages().len(), before, "and stored nothing to find out");
+    for (full, says) in FULL_DISKS {
+        let ledger = MemoryLedger::default();
+        let (committer, _running) = start(&ledger);
+        committer.submit(register(1, 9), None).await.expect("a registration");
+        ledger.fill(Some(full));
+        let adjust = committer.submit(command(1, Action::Adjust { delta: 1 }), None);
+        assert!(tokio::time::timeout(Duration::from_secs(4), adjust).await.is_err());
+        tokio::time::sleep(STALLED_AFTER).await;
+        assert!(committer.stall().is_some_and(|why| why.contains(says)), "{:?}", committer.stall());
+        let before = ledger.messages().len();
+        ledger.fill(None);
+        tokio::time::sleep(4 * IDLE_CATCH_UP).await;
+        assert_eq!(committer.stall(), None, "it looked by itself");
+        // What the server may have of a batch is sent again until it is known to be stored, whoever went away.
+        let carried_out = usize::from(full == FullDisk::Staged);
+        assert_eq!(ledger.messages().len() - before, carried_out, "and stored nothing to find out");
+    }
 }
+
+/// The ways in which a server says that its disk is full.
+const FULL_DISKS: [(FullDisk, &str); 2] =
+    [(FullDisk::Stream, "no space left on device"), (FullDisk::Staged, "batch is incomplete")];
 
 /// The ledger holds an event under the id that an order's event would have: that order can never be decided, and says so. The
 /// others are.

@@ -33,7 +33,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 pub use jetstream::{APPEND_TIMEOUT, JetStreamLedger, LAST_SEQUENCE_TIMEOUT, READ_STALL_TIMEOUT};
-pub use memory::{Fault, MemoryLedger};
+pub use memory::{Fault, FullDisk, MemoryLedger};
 pub use observed::{StreamUse, oldest_unsettled, stream_use};
 pub use refusal::{BATCH_INCOMPLETE, Cause};
 

@@ -55,9 +55,21 @@ struct Inner {
     unplaced: u64,
     refuses: Option<Refuses>,
     /// Whether nothing can be stored, and messages and bytes of the largest batch that was sent.
-    full: bool,
+    full: Option<FullDisk>,
     largest: (usize, usize),
 }
+
+/// What a server says whose disk is full; which of the two depends on what it wrote last before that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FullDisk {
+    /// That the stream cannot be written.
+    Stream,
+    /// That the batch is incomplete: it could not write what it keeps of one until its end.
+    Staged,
+}
+
+/// The server's words of a batch of which it does not have every message.
+const INCOMPLETE: &str = "atomic publish batch is incomplete";
 
 /// A [`Ledger`] in memory.
 #[derive(Clone)]
@@ -120,8 +132,10 @@ impl Inner {
         self.store_later_ones();
         let bytes = messages.iter().map(NewMessage::bytes).sum();
         self.largest = (self.largest.0.max(messages.len()), self.largest.1.max(bytes));
-        if self.full {
-            return Err(refused(10_077, "no space left on device"));
+        match self.full {
+            Some(FullDisk::Stream) => return Err(refused(10_077, "no space left on device")),
+            Some(FullDisk::Staged) => return Err(AppendError::Incomplete(INCOMPLETE.to_owned())),
+            None => {}
         }
         // Before the ids and the sequence, as the server does.
         let refuses = self.refuses.clone();
@@ -188,9 +202,9 @@ impl MemoryLedger {
         self.lock().refuses = Some(Arc::new(refuses));
     }
 
-    /// Whether the disk is full: then nothing is stored, and what is there can be read.
-    pub fn fill(&self, is_full: bool) {
-        self.lock().full = is_full;
+    /// Whether the disk is full, and what the server says then: nothing is stored, and what is there can be read.
+    pub fn fill(&self, full: Option<FullDisk>) {
+        self.lock().full = full;
     }
 
     /// Messages of the batch that had most of them, and bytes of the one that had most of those.
@@ -257,7 +271,7 @@ impl Ledger for MemoryLedger {
                     inner.answer(messages, expected_last_sequence)
                 } else {
                     inner.answered += 1;
-                    Err(AppendError::Incomplete("atomic publish batch is incomplete".to_owned()))
+                    Err(AppendError::Incomplete(INCOMPLETE.to_owned()))
                 }
             };
             let last = ledger.lock().messages.len() as u64;

@@ -65,18 +65,21 @@ pub(super) struct Evidence {
     pub(super) others_are_stored: bool,
     /// Whether others wait that were refused alone in the same way.
     pub(super) others_are_refused: bool,
+    /// Whether the server was seen to take another batch just now, whatever it does with it.
+    pub(super) batches_are_taken: bool,
 }
 
 /// Whether a command that was refused alone is given up.
 pub(super) fn is_given_up(refusal: &Refusal, evidence: Evidence) -> bool {
-    let Evidence { times, refused_for, others_are_stored, others_are_refused } = evidence;
+    let Evidence { times, refused_for, others_are_stored, others_are_refused, batches_are_taken } = evidence;
     match (refusal, refusal.cause()) {
         (_, Cause::Content) => true,
         (_, Cause::Server) => false,
         // Its ids say it of this command alone, whatever becomes of others; but a leader may be behind.
         (Refusal::Identity { .. }, Cause::Unclear) => times >= MIN_REFUSALS && refused_for >= MIN_REFUSED_FOR,
         (Refusal::Refused { .. }, Cause::Unclear) => {
-            let alone_in_it = !others_are_refused && refused_for >= MIN_REFUSED_FOR;
+            // A server whose disk is full calls every batch incomplete, and there may be no other command to show it.
+            let alone_in_it = batches_are_taken && !others_are_refused && refused_for >= MIN_REFUSED_FOR;
             times >= MIN_REFUSALS && (others_are_stored || alone_in_it)
         }
     }
@@ -130,6 +133,7 @@ impl Isolation {
 
 #[cfg(test)]
 mod tests {
+    use lomash_ledger::BATCH_INCOMPLETE;
     use proptest::prelude::*;
 
     use super::*;
@@ -143,7 +147,13 @@ mod tests {
     #[test]
     fn a_command_is_given_up_only_when_it_is_the_command() {
         let identity = Refusal::Identity { description: String::new() };
-        let first = Evidence { times: 1, refused_for: SHORT, others_are_stored: false, others_are_refused: false };
+        let first = Evidence {
+            times: 1,
+            refused_for: SHORT,
+            others_are_stored: false,
+            others_are_refused: false,
+            batches_are_taken: true,
+        };
         let often = Evidence { times: MIN_REFUSALS, ..first };
         let long = Evidence { refused_for: MIN_REFUSED_FOR, ..often };
         for (what, refusal, evidence, given_up) in [
@@ -154,6 +164,12 @@ mod tests {
             ("once, and others are stored", refused(1), Evidence { others_are_stored: true, ..first }, false),
             ("an unknown code, nobody to compare", refused(1), long, true),
             ("nobody to compare, too early", refused(1), often, false),
+            (
+                "a full disk under a batch",
+                refused(BATCH_INCOMPLETE),
+                Evidence { batches_are_taken: false, ..long },
+                false,
+            ),
             ("an unknown code that meets all", refused(1), Evidence { others_are_refused: true, ..long }, false),
             ("an id of another's, at once", identity.clone(), often, false),
             ("an id of another's, for long", identity.clone(), Evidence { others_are_refused: true, ..long }, true),
