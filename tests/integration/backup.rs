@@ -767,7 +767,15 @@ fn an_order_is_encoded_for_the_archive_in_one_way() {
     let stored = |headers: HeaderMap| {
         let stored_at = time::OffsetDateTime::UNIX_EPOCH;
         let subject = "lomash.orders.created".to_owned();
-        Record::of(direct::Held { sequence: 1, stored_at, subject, headers, payload: payload.clone() }).unwrap()
+        Record::of(direct::Held {
+            sequence: 1,
+            stored_at,
+            subject,
+            headers,
+            unreadable: None,
+            payload: payload.clone(),
+        })
+        .unwrap()
     };
     let names: Vec<_> = headers.iter().map(|(name, values)| (name.clone(), values.clone())).collect();
     let mut backwards = HeaderMap::new();

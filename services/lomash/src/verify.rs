@@ -294,10 +294,10 @@ fn is_missing(problem: &GetStreamError) -> bool {
 /// Reads the letters of `product-orders`; returns how many letters the stream lost, whosever they were.
 async fn read_letters(context: &Context, audit: &mut Audit, show: Show) -> anyhow::Result<u64> {
     let filter = subject::dead_letter(streams::PRODUCT_ORDERS);
-    let state = read_subject(context, dead_letter::STREAM, &filter, show, |sequence, headers, _| {
-        let of_orders = text(headers, dead_letter::ORIGIN_STREAM) == Some(streams::ORDERS);
-        let origin = text(headers, dead_letter::ORIGIN_SEQUENCE).and_then(|text| text.parse().ok());
-        audit.observe_letter(sequence, origin.filter(|_| of_orders));
+    let state = read_subject(context, dead_letter::STREAM, &filter, show, |letter| {
+        let of_orders = text(&letter.headers, dead_letter::ORIGIN_STREAM) == Some(streams::ORDERS);
+        let origin = text(&letter.headers, dead_letter::ORIGIN_SEQUENCE).and_then(|text| text.parse().ok());
+        audit.observe_letter(letter.sequence, origin.filter(|_| of_orders));
     })
     .await?;
     Ok(state.last_sequence.saturating_sub(state.messages))
@@ -306,9 +306,14 @@ async fn read_letters(context: &Context, audit: &mut Audit, show: Show) -> anyho
 /// Reads the orders; returns the last sequence of their stream.
 async fn read_orders(context: &Context, audit: &mut Audit, show: Show) -> anyhow::Result<u64> {
     let filter = Topic::OrdersCreated.as_str();
-    let state = read_subject(context, streams::ORDERS, filter, show, |sequence, headers, payload| {
-        let decoded = ContentType::from_header(text(headers, header::CONTENT_TYPE))
-            .and_then(|content_type| codec::decode::<OrderCreated>(content_type, payload));
+    let state = read_subject(context, streams::ORDERS, filter, show, |message| {
+        let sequence = message.sequence;
+        // Nobody is given it, whatever its payload is.
+        if let Some(why) = &message.unreadable {
+            return audit.observe_malformed_order(sequence, &format!("its headers cannot be read: {why}"));
+        }
+        let decoded = ContentType::from_header(text(&message.headers, header::CONTENT_TYPE))
+            .and_then(|content_type| codec::decode::<OrderCreated>(content_type, &message.payload));
         match decoded {
             Ok(envelope) => audit.observe_order(sequence, &envelope.payload),
             Err(problem) => audit.observe_malformed_order(sequence, &problem.to_string()),
@@ -318,8 +323,8 @@ async fn read_orders(context: &Context, audit: &mut Audit, show: Show) -> anyhow
     Ok(state.last_sequence)
 }
 
-fn text<'h>(headers: Option<&'h HeaderMap>, name: &str) -> Option<&'h str> {
-    headers?.get(name).map(async_nats::HeaderValue::as_str)
+fn text<'h>(headers: &'h HeaderMap, name: &str) -> Option<&'h str> {
+    headers.get(name).map(async_nats::HeaderValue::as_str)
 }
 
 /// Reads all messages of `stream` on `filter` that are there now. Gaps are allowed: both streams may be cleaned up.
@@ -328,7 +333,7 @@ async fn read_subject(
     stream: &str,
     filter: &str,
     show: Show,
-    mut each: impl FnMut(u64, Option<&HeaderMap>, &[u8]),
+    mut each: impl FnMut(&direct::Held),
 ) -> anyhow::Result<async_nats::jetstream::stream::State> {
     let cannot = || format!("{stream} cannot be read; does it exist? `lomash status` shows");
     let handle = context.get_stream(stream).await.with_context(cannot)?;
@@ -342,7 +347,7 @@ async fn read_subject(
         let interrupted = loop {
             match messages.next().await {
                 Some(Ok(message)) => {
-                    each(message.sequence, Some(&message.headers), &message.payload);
+                    each(&message);
                     seen = message.sequence;
                     progress.inc(1);
                 }

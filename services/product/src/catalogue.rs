@@ -13,7 +13,7 @@ use lomash_contract::text::{self, BadText};
 use lomash_contract::{ProductId, Sku};
 use uuid::{Uuid, uuid};
 
-use crate::csv_file::{Cells, CsvFile, stock, yes_or_no};
+use crate::csv_file::{Cells, CsvFile, stock, unclosed, yes_or_no};
 pub use crate::csv_file::{HeaderError, MAX_ROW_BYTES, RowError, csv_reader, excerpt, next_record, surplus};
 use crate::inventory::Amendment;
 
@@ -183,8 +183,6 @@ fn optional<T>(cell: &str, read: impl Fn(&str) -> Result<T, String>) -> Result<O
     if cell.is_empty() { Ok(None) } else { read(cell).map(Some) }
 }
 
-/// A line that ends within a value is the work of a quote that does not.
 fn in_a_cell(cell: &str, bad: &BadText) -> String {
-    let lines = cell.replace("\r\n", "\n").split(['\n', '\r']).count();
-    if lines > 1 { format!("runs over {lines} lines; is a closing quote missing?") } else { bad.to_string() }
+    unclosed(cell).unwrap_or_else(|| bad.to_string())
 }

@@ -187,6 +187,16 @@ impl<R: Read> CsvFile<R> {
             .filter(|(_, place)| gone(place))
             .map(|(name, _)| format!("`{name}`"))
             .collect();
+        // What a cell says that is read is looked at by whoever reads it. A quote that is not closed takes the rows after it into
+        // its cell, where nobody would miss them.
+        let is_read = |place: usize| missing.is_empty() && self.places.contains(&Some(place));
+        let mut others = self.record.iter().enumerate().filter(|(place, _)| !is_read(*place));
+        let unclosed = others.find_map(|(place, cell)| {
+            unclosed(&String::from_utf8_lossy(trimmed(cell))).map(|problem| format!("cell {} {problem}", place + 1))
+        });
+        if unclosed.is_some() {
+            return unclosed;
+        }
         let width = self.width;
         (!missing.is_empty()).then(|| {
             format!("the row has {}, the header has {width}: there is no {}", counted(cells), missing.join(", "))
@@ -202,6 +212,12 @@ pub fn surplus(record: &ByteRecord, width: usize) -> Option<String> {
         let cells = counted(record.len());
         format!("the row has {cells}, the header has {width}; is there a comma in a value that is not in quotes?")
     })
+}
+
+/// What is wrong with a cell in which lines end: the rest of a sentence. It is the work of a quote that does not end.
+pub(crate) fn unclosed(cell: &str) -> Option<String> {
+    let lines = cell.replace("\r\n", "\n").split(['\n', '\r']).count();
+    (lines > 1).then(|| format!("runs over {lines} lines; is a closing quote missing?"))
 }
 
 fn counted(cells: usize) -> String {

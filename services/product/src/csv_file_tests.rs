@@ -52,6 +52,23 @@ fn a_row_with_more_cells_than_the_header_is_refused() {
     assert_eq!(short, [Err(RowError { line: 2, problem })]);
 }
 
+/// The rows that such a cell swallows would be missed by nobody, wherever it stands.
+#[test]
+fn a_quote_that_is_not_closed_is_told_in_any_column() {
+    let refused = |line, cell, lines| {
+        let problem = format!("cell {cell} runs over {lines} lines; is a closing quote missing?");
+        Err(RowError { line, problem })
+    };
+    let unread = read(b"sku,name,quantity,note\nA,a,5,\"24 inch\nB,b,6,x\nC,c,7,y\n");
+    assert_eq!(unread, [refused(2, 4, 3)]);
+    let closed = read(b"sku,name,quantity,note\nA,a,5,\"24 inch\nB,b,6,\"\nC,c,7,\"y\"\n");
+    assert_eq!(closed[0], refused(2, 4, 2));
+    assert!(closed[1].is_ok(), "{closed:?}");
+    // What was cut off by it is not all there is to say.
+    assert_eq!(read(b"sku,name,quantity\nA,\"a,5\nB,b,6\n"), [refused(2, 2, 2)]);
+    assert!(read(b"sku,name,quantity,note\nA,a,5,\" \n\"\n")[0].is_ok(), "nothing but blanks is nothing");
+}
+
 #[test]
 fn a_number_is_its_digits() {
     for (text, number) in [("0", 0), ("007", 7), ("1000000000", 1_000_000_000)] {

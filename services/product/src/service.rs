@@ -8,8 +8,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use clap::Parser;
+use futures::FutureExt as _;
 use lomash_contract::Timestamp;
 use lomash_ledger::dead_letter::Letters;
+use lomash_ledger::deliveries::{Connect, Deliveries};
 use lomash_ledger::streams::{self, Difference};
 use lomash_ledger::{JetStreamLedger, Ledger, receive};
 use lomash_platform::process::Tasks;
@@ -174,7 +176,18 @@ pub async fn run(config: Config, asked: CancellationToken) -> anyhow::Result<()>
         let committer = committer.clone();
         move |delivery| orders::handle(committer.clone(), writing.clone(), delivery)
     };
-    tasks.run(receive::run(context, orders::receive(), stop.clone(), decide));
+    let connect: Connect = {
+        let (url, identity) = (service.nats_url.clone(), service.nats_identity.clone());
+        Arc::new(move || {
+            let (url, identity) = (url.clone(), identity.clone());
+            async move {
+                let connected = nats::connect_as(url.expose(), &identity, "product-service-orders").await;
+                connected.map(|(client, _)| client).map_err(|problem| format!("{problem:#}"))
+            }
+            .boxed()
+        })
+    };
+    tasks.run(receive::run(Deliveries::apart(context, connect), orders::receive(), stop.clone(), decide));
     let watched = Watched { client: client.clone(), pool, committer, cache: config.redis_url.map(|_| cache.clone()) };
     tasks.run(streams::leave_a_lonely_server(client.clone(), streams::ORDERS, streams::PRODUCT_ORDERS, stop.clone()));
     let for_readers = async_nats::jetstream::new(readers.clone());

@@ -177,7 +177,7 @@ async fn try_to_look<H>(work: &Work<'_, H>, upto: u64, number: u64) -> Result<Fo
         upto => upto,
     };
     // What cannot be delivered would cut the connection each time that it is asked for.
-    let Looked { readable, .. } = suspects::look(work.context, work.receive, &info, upto).await?;
+    let Looked { readable, .. } = suspects::look(work.deliveries, work.receive, &info, upto).await?;
     Ok(Found { floor, upto, unsettled: readable })
 }
 

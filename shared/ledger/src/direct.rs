@@ -7,6 +7,7 @@
 //! Any replica may answer, also one that is behind. Where an answer ends, the leader is asked what comes next; only its
 //! word is an end.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,8 +16,8 @@ use async_nats::jetstream::Context;
 use async_nats::jetstream::message::StreamMessage;
 use async_nats::{HeaderMap, Message, StatusCode};
 use bytes::Bytes;
-use futures::TryStreamExt;
 use futures::stream::{self, BoxStream, StreamExt};
+use futures::{FutureExt as _, TryStreamExt};
 use serde_json::json;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -24,7 +25,8 @@ use tokio::sync::mpsc;
 
 use crate::ReadError;
 use crate::raw::{self, Raw};
-use crate::streams::INVENTORY;
+use crate::receive::panic_text;
+use crate::streams::ORDERS;
 
 /// How long a server may leave one waiting for the next part of an answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -50,6 +52,8 @@ pub struct Held {
     pub subject: String,
     /// Its headers, as they were published.
     pub headers: HeaderMap,
+    /// Why its headers cannot be read; then they are left out.
+    pub unreadable: Option<String>,
     /// Its payload.
     pub payload: Bytes,
 }
@@ -128,7 +132,14 @@ fn read_in<T: From<Answered> + Send + 'static>(
         over: after >= upto,
     };
     let (sender, answers) = mpsc::channel(ANSWERS_AHEAD);
-    tokio::spawn(reader.run(sender));
+    let unfinished = sender.clone();
+    tokio::spawn(async move {
+        // An end without a word would pass for the end of the stream.
+        if let Err(panic) = AssertUnwindSafe(reader.run(sender)).catch_unwind().await {
+            let what = panic_text(&*panic);
+            let _ = unfinished.send(Err(unavailable(format!("reading it panicked: {what}")))).await;
+        }
+    });
     let answers =
         stream::unfold(answers, |mut answers| async move { answers.recv().await.map(|next| (next, answers)) });
     answers.map_ok(|answer| stream::iter(answer.into_iter().map(|message| Ok(T::from(message))))).try_flatten().boxed()
@@ -150,18 +161,19 @@ pub(crate) struct Answered {
     pub(crate) stored_at: OffsetDateTime,
     pub(crate) subject: String,
     pub(crate) stamps: HeaderMap,
+    pub(crate) unreadable: Option<String>,
     pub(crate) payload: Bytes,
 }
 
 impl From<Raw> for Answered {
-    fn from(Raw { message, .. }: Raw) -> Self {
+    fn from(Raw { message, unreadable }: Raw) -> Self {
         let StreamMessage { subject, sequence, headers, payload, time, .. } = message;
-        Self { sequence, stored_at: time, subject: subject.to_string(), stamps: headers, payload }
+        Self { sequence, stored_at: time, subject: subject.to_string(), stamps: headers, unreadable, payload }
     }
 }
 
 impl From<Answered> for Held {
-    fn from(Answered { sequence, stored_at, subject, stamps, payload, .. }: Answered) -> Self {
+    fn from(Answered { sequence, stored_at, subject, stamps, unreadable, payload }: Answered) -> Self {
         let mut headers = HeaderMap::new();
         for (name, values) in stamps.iter() {
             let added = [NATS_SEQUENCE, NATS_SUBJECT, NATS_STREAM].contains(name) || ADDED.contains(&name.as_ref());
@@ -171,7 +183,7 @@ impl From<Answered> for Held {
                 }
             }
         }
-        Self { sequence, stored_at, subject, headers, payload }
+        Self { sequence, stored_at, subject, headers, unreadable, payload }
     }
 }
 
@@ -208,11 +220,11 @@ impl Reader {
         if let Some(filter) = &self.filter {
             request["next_by_subj"] = json!(&**filter);
         }
-        let mut answer = match ask(&self.context, &self.stream, &request).await {
-            Ok(answer) => answer,
-            // One of them may have headers over which the client library cuts the connection. Nobody but us writes the ledger.
-            Err(problem) if &*self.stream != INVENTORY => self.by_the_leader(batch).await.map_err(|_| problem)?,
-            Err(problem) => return Err(problem),
+        // What others publish may have headers over which the client library cuts its connection, or panics.
+        let mut answer = if &*self.stream == ORDERS {
+            self.by_the_leader(batch).await.map_err(unavailable)?
+        } else {
+            ask(&self.context, &self.stream, &request).await?
         };
         if answer.is_empty() {
             answer.extend(self.ask_the_leader().await?);
@@ -239,9 +251,14 @@ impl Reader {
     /// So many messages by the leader's word, whatever their headers are.
     async fn by_the_leader(&self, batch: u64) -> Result<Vec<Answered>, String> {
         let filter = self.filter.as_deref().unwrap_or(">");
-        let batch = usize::try_from(batch).unwrap_or(usize::MAX);
-        let messages = raw::read(&self.context, &self.stream, filter, self.seen, self.upto).take(batch);
-        messages.map_ok(Answered::from).try_collect().await
+        let mut messages = raw::read(&self.context, &self.stream, filter, self.seen, self.upto);
+        let (mut answer, mut bytes) = (Vec::new(), 0);
+        while (answer.len() as u64) < batch && bytes < self.max_bytes {
+            let Some(found) = messages.try_next().await? else { break };
+            bytes += found.message.payload.len();
+            answer.push(found.into());
+        }
+        Ok(answer)
     }
 }
 
@@ -288,5 +305,5 @@ fn parse(answer: Message) -> Result<Answered, ReadError> {
     let sequence = stamp(NATS_SEQUENCE)?.parse().map_err(unavailable)?;
     let stored_at = OffsetDateTime::parse(&stamp(NATS_TIME_STAMP)?, &Rfc3339).map_err(unavailable)?;
     let subject = stamp(NATS_SUBJECT)?;
-    Ok(Answered { sequence, stored_at, subject, stamps, payload: answer.payload })
+    Ok(Answered { sequence, stored_at, subject, stamps, unreadable: None, payload: answer.payload })
 }

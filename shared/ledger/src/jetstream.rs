@@ -480,7 +480,7 @@ fn due(due: u64, (number, message): (u64, StoredMessage)) -> Result<StoredMessag
 }
 
 impl From<Held> for StoredMessage {
-    fn from(Held { sequence, stored_at, subject, headers, payload }: Held) -> Self {
+    fn from(Held { sequence, stored_at, subject, headers, payload, .. }: Held) -> Self {
         with_headers(sequence, stored_at, subject, Some(&headers), payload)
     }
 }

@@ -7,6 +7,7 @@
 
 mod cumulative;
 pub mod dead_letter;
+pub mod deliveries;
 pub mod direct;
 mod in_hand;
 mod jetstream;

@@ -13,8 +13,8 @@ use time::OffsetDateTime;
 use tokio::task::AbortHandle;
 use tracing::{Span, debug};
 
-use crate::header;
 use crate::receive::{Receive, Settle};
+use crate::{header, raw, streams};
 
 /// How often a consumer is asked how far behind it is.
 pub const LAG_EVERY: Duration = Duration::from_secs(5);
@@ -120,11 +120,19 @@ pub async fn oldest_unsettled(context: &Context, stream: &str, consumer: &str) -
         return Ok(Duration::ZERO);
     }
     let filter = Some(info.config.filter_subject).filter(|filter| !filter.is_empty());
-    let handle = context.get_stream_no_info(stream).await.map_err(|problem| problem.to_string())?;
+    let filter = filter.unwrap_or_else(|| ">".to_owned());
     let from = info.ack_floor.stream_seq + 1;
-    match handle.direct_get_next_for_subject(filter.unwrap_or_else(|| ">".to_owned()), Some(from)).await {
-        // The clocks of two machines may disagree a little.
-        Ok(message) => Ok((OffsetDateTime::now_utc() - message.time).try_into().unwrap_or_default()),
+    // The clocks of two machines may disagree a little.
+    let age = |since: OffsetDateTime| (OffsetDateTime::now_utc() - since).try_into().unwrap_or_default();
+    if stream != streams::INVENTORY {
+        // Whatever its headers are: over some, the client library would cut or lose this connection.
+        return Ok(raw::next(context, stream, &filter, from)
+            .await?
+            .map_or(Duration::ZERO, |oldest| age(oldest.message.time)));
+    }
+    let handle = context.get_stream_no_info(stream).await.map_err(|problem| problem.to_string())?;
+    match handle.direct_get_next_for_subject(filter, Some(from)).await {
+        Ok(message) => Ok(age(message.time)),
         Err(problem) if problem.kind() == DirectGetErrorKind::NotFound => Ok(Duration::ZERO),
         Err(problem) => Err(problem.to_string()),
     }

@@ -9,7 +9,7 @@ use std::str::FromStr as _;
 
 use async_nats::jetstream::Context;
 use async_nats::jetstream::message::StreamMessage;
-use async_nats::{HeaderMap, HeaderName};
+use async_nats::{HeaderMap, HeaderName, HeaderValue};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
@@ -163,7 +163,9 @@ fn parse(bytes: &[u8]) -> Result<HeaderMap, String> {
         while let Some(more) = lines.next_if(|line| line.starts_with(char::is_whitespace)) {
             value.push_str(more);
         }
-        headers.append(name, value.trim_end());
+        let value = HeaderValue::from_str(value.trim_end())
+            .map_err(|_| format!("the value of {name} has a line break in it"))?;
+        headers.append(name, value);
     }
     Ok(headers)
 }
@@ -185,6 +187,7 @@ mod tests {
             (b"NATS/1.0 404 Not Found\r\n\r\n", "status"),
             (b"HTTP/1.1\r\n\r\n", "NATS/1.0"),
             (b"NATS/1.0\r\na b: c\r\n\r\n", "name"),
+            (b"NATS/1.0\r\na: b\rc\r\n\r\n", "line break"),
         ] {
             let said = parse(bad).expect_err("no headers");
             assert!(said.contains(why), "{said}");

@@ -34,6 +34,7 @@ use tracing::{Instrument, debug, error, info, warn};
 
 use crate::cumulative::Cumulative;
 use crate::dead_letter::{DeadLetter, Past, StoreError};
+use crate::deliveries::Deliveries;
 use crate::in_hand::Place;
 use crate::jetstream::with_headers;
 use crate::observed::{LagWatch, Observed, process_span, tell_settled};
@@ -147,15 +148,16 @@ pub struct Receive {
 /// Handlers are started in the order of the stream; what they do before their first `await` happens in that order.
 ///
 /// Beside it, what became suspect is tried alone, when `streams/consumers` has a consumer of that name in `ADVISORIES`.
-pub async fn run<H, F>(context: Context, receive: Receive, stop: CancellationToken, handler: H)
+pub async fn run<H, F>(deliveries: impl Into<Deliveries>, receive: Receive, stop: CancellationToken, handler: H)
 where
     H: Fn(Delivery) -> F + Sync,
     F: Future<Output = Settle> + Send,
 {
+    let deliveries = deliveries.into();
     if !streams::is_defined(suspects::STREAM, receive.consumer) {
-        return receive_on(&context, &receive, &stop, &handler, false).await;
+        return receive_on(&deliveries, &receive, &stop, &handler, false).await;
     }
-    let court = Court { context: &context, receive: &receive, handler: &handler, told: Told::default() };
+    let court = Court { context: deliveries.context(), receive: &receive, handler: &handler, told: Told::default() };
     let (court, suspects) = (&court, suspects::receive(&receive));
     let hearing = |advisory| court.hear(advisory);
     // Where one message is at work at a time, each was alone all along.
@@ -163,19 +165,21 @@ where
     let undeliverable = async {
         // Nobody but us writes the ledger.
         if receive.stream != streams::INVENTORY {
-            suspects::find_undeliverable(&context, &receive, &stop).await;
+            suspects::find_undeliverable(&deliveries, &receive, &stop).await;
         }
     };
-    tokio::join!(receive_on(&context, &receive, &stop, &handler, moves_suspects), undeliverable, async {
+    // Cases are our own.
+    let cases = Deliveries::from(deliveries.context().clone());
+    tokio::join!(receive_on(&deliveries, &receive, &stop, &handler, moves_suspects), undeliverable, async {
         tokio::select! {
             () = stop.cancelled() => {}
-            () = tokio::time::sleep(COURT_OPENS_AFTER) => receive_on(&context, &suspects, &stop, &hearing, false).await,
+            () = tokio::time::sleep(COURT_OPENS_AFTER) => receive_on(&cases, &suspects, &stop, &hearing, false).await,
         }
     },);
 }
 
 async fn receive_on<H, F>(
-    context: &Context,
+    deliveries: &Deliveries,
     receive: &Receive,
     stop: &CancellationToken,
     handler: &H,
@@ -184,19 +188,21 @@ async fn receive_on<H, F>(
     H: Fn(Delivery) -> F + Sync,
     F: Future<Output = Settle> + Send,
 {
+    let context = deliveries.context();
     let told = Told::default();
     let observed = Observed::new(receive);
     let _lag = LagWatch::start(context.clone(), receive);
     while !stop.is_cancelled() {
         let opened = tokio::select! {
             () = stop.cancelled() => break,
-            opened = open(context, receive) => opened,
+            opened = open(deliveries, receive, stop) => opened,
         };
         match opened {
             Ok(opened) => {
                 info!(stream = receive.stream, consumer = receive.consumer, "receiving");
                 let work = Work {
                     context,
+                    deliveries,
                     receive,
                     stop,
                     handler,
@@ -208,7 +214,10 @@ async fn receive_on<H, F>(
                 };
                 pump(&work, opened).await;
             }
-            Err(problem) => warn!(consumer = receive.consumer, problem, "cannot receive yet, trying again"),
+            Err(problem) => {
+                deliveries.close();
+                warn!(consumer = receive.consumer, problem, "cannot receive yet, trying again");
+            }
         }
         tokio::select! {
             () = stop.cancelled() => break,
@@ -220,6 +229,7 @@ async fn receive_on<H, F>(
 /// What a loop works with.
 pub(crate) struct Work<'a, H> {
     pub(crate) context: &'a Context,
+    pub(crate) deliveries: &'a Deliveries,
     pub(crate) receive: &'a Receive,
     stop: &'a CancellationToken,
     handler: &'a H,
@@ -242,10 +252,12 @@ struct Opened {
     leader: Option<String>,
 }
 
-async fn open(context: &Context, receive: &Receive) -> Result<Opened, String> {
-    let mut context = context.clone();
+async fn open(deliveries: &Deliveries, receive: &Receive, stop: &CancellationToken) -> Result<Opened, String> {
+    let mut context = deliveries.context().clone();
     context.set_timeout(DESCRIBE_TIMEOUT);
     streams::ensure_consumer(&context, receive.stream, receive.consumer).await.map_err(|error| error.to_string())?;
+    let mut context = deliveries.open(receive, stop).await?;
+    context.set_timeout(DESCRIBE_TIMEOUT);
     let consumer: PullConsumer =
         context.get_consumer_from_stream(receive.consumer, receive.stream).await.map_err(|error| error.to_string())?;
     let ack_wait = consumer.cached_info().config.ack_wait;
@@ -281,11 +293,16 @@ pub(crate) async fn describe(context: &Context, receive: &Receive) -> Result<(St
 /// Opens the consumer anew when it has another leader than `known`; nothing when that one still leads it, late as it may be.
 ///
 /// A pull that waits with a leader that died or froze is lost, and async-nats asks again only seven seconds after it asked.
-async fn open_with_another_leader(context: &Context, receive: &Receive, known: Option<String>) -> Option<Opened> {
+async fn open_with_another_leader(
+    deliveries: &Deliveries,
+    receive: &Receive,
+    stop: &CancellationToken,
+    known: Option<String>,
+) -> Option<Opened> {
     loop {
-        let problem = match describe(context, receive).await {
+        let problem = match describe(deliveries.context(), receive).await {
             Ok((_, info)) if leader(&info) == known => return None,
-            Ok(_) => match open(context, receive).await {
+            Ok(_) => match open(deliveries, receive, stop).await {
                 Ok(opened) => {
                     info!(consumer = receive.consumer, leader = opened.leader, "the consumer has another leader");
                     return Some(opened);
@@ -304,13 +321,14 @@ where
     H: Fn(Delivery) -> F + Sync,
     F: Future<Output = Settle> + Send,
 {
-    let Work { context, receive, stop, .. } = *work;
+    let Work { context, deliveries, receive, stop, .. } = *work;
     let Opened { mut messages, mut leader, .. } = opened;
     // While the consumer is silent, until it is heard again.
     let mut reopening: Option<BoxFuture<'_, Option<Opened>>> = None;
     let mut at_work = FuturesUnordered::new();
     let mut bytes_at_work = 0;
     let mut pin: Option<String> = None;
+    let mut is_cut = false;
     let mut cumulative = Cumulative::new(work);
     loop {
         let has_room = at_work.len() < receive.max_in_flight && bytes_at_work < receive.max_in_flight_bytes;
@@ -355,10 +373,15 @@ where
                     }
                     // It is said again and again as long as the consumer is silent.
                     if reopening.is_none() {
-                        reopening = Some(open_with_another_leader(context, receive, leader.clone()).boxed());
+                        reopening = Some(open_with_another_leader(deliveries, receive, stop, leader.clone()).boxed());
                     }
                 }
-                None => break,
+                None => {
+                    // Its client is no more.
+                    deliveries.close();
+                    is_cut = true;
+                    break;
+                }
             },
         }
     }
@@ -377,8 +400,8 @@ where
             "handlers did not finish in time; their messages come back"
         );
     }
-    if let (true, Some(group), Some(pin)) = (stop.is_cancelled(), receive.group, pin) {
-        hand_over(context, receive, group, &pin).await;
+    if let (Some(group), true) = (receive.group, is_cut || stop.is_cancelled() && pin.is_some()) {
+        hand_over(context, receive, group, pin.as_deref()).await;
     }
 }
 
@@ -390,11 +413,16 @@ pub(crate) struct Done {
     pub(crate) is_settled: bool,
 }
 
-/// Gives up the pin, if we have it, so that a standby need not wait until it runs out. Best effort.
-async fn hand_over(context: &Context, receive: &Receive, group: &str, pin: &str) {
+/// Gives up the pin, if we have it, so that a standby need not wait until it runs out. Best effort. Where nothing was received under it,
+/// which is so when the very first message cut the connection, nobody says whose it is: to take it from another replica costs
+/// that one a pull.
+async fn hand_over(context: &Context, receive: &Receive, group: &str, pin: Option<&str>) {
     let handing_over = async {
         let (stream, info) = describe(context, receive).await?;
-        let ours = |state: &PriorityGroupState| state.group == group && state.pinned_client_id.as_deref() == Some(pin);
+        let ours = |state: &PriorityGroupState| {
+            let pinned = state.pinned_client_id.as_deref();
+            state.group == group && pinned.is_some() && (pin.is_none() || pinned == pin)
+        };
         if info.priority_groups.iter().any(ours) {
             stream.unpin_consumer(receive.consumer, group).await.map_err(|error| error.to_string())?;
         }

@@ -13,7 +13,6 @@
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use async_nats::HeaderMap;
@@ -27,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use crate::dead_letter::{DeadLetter, Past};
+use crate::deliveries::Deliveries;
 use crate::raw::{self, Raw};
 use crate::receive::{Delivery, PANIC_RETRY, Receive, Settle, Told, call, describe, panic_text};
 use crate::streams;
@@ -314,20 +314,18 @@ where
 
 /// Summons messages that cannot be delivered, until `stop`: over headers that it cannot read the client library cuts its connection, so
 /// nobody is ever given them. Looked for when the connection was lost, for that is all that shows.
-pub(crate) async fn find_undeliverable(context: &Context, receive: &Receive, stop: &CancellationToken) {
-    let client = context.client();
-    let statistics = client.statistics();
-    let mut seen = statistics.connects.load(Ordering::Relaxed);
+pub(crate) async fn find_undeliverable(deliveries: &Deliveries, receive: &Receive, stop: &CancellationToken) {
+    let mut seen = (0, 0);
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(UNDELIVERABLE_LOOK) => {}
         }
-        let now = statistics.connects.load(Ordering::Relaxed);
+        let now = deliveries.losses();
         if now == seen {
             continue;
         }
-        match summon_undeliverable(context, receive).await {
+        match summon_undeliverable(deliveries, receive).await {
             Ok(()) => seen = now,
             Err(problem) => {
                 debug!(consumer = receive.consumer, problem, "cannot look yet for what cannot be delivered")
@@ -336,9 +334,10 @@ pub(crate) async fn find_undeliverable(context: &Context, receive: &Receive, sto
     }
 }
 
-async fn summon_undeliverable(context: &Context, receive: &Receive) -> Result<(), String> {
+async fn summon_undeliverable(deliveries: &Deliveries, receive: &Receive) -> Result<(), String> {
+    let context = deliveries.context();
     let (_, info) = describe(context, receive).await?;
-    let Looked { readable, unreadable } = look(context, receive, &info, info.delivered.stream_sequence).await?;
+    let Looked { readable, unreadable } = look(deliveries, receive, &info, info.delivered.stream_sequence).await?;
     let Some(&first) = unreadable.first() else { return Ok(()) };
     // An acknowledgement may cover everything before it, so only what follows on the last one that is settled is settled.
     let first_readable = readable.first().copied().unwrap_or(u64::MAX);
@@ -365,18 +364,23 @@ pub(crate) struct Looked {
 
 /// Looks at what was delivered up to `upto` and is not settled, and summons what cannot be delivered. Asks the leader, which tells of
 /// every message: an answer in the usual form has the headers that cut the connection.
-pub(crate) async fn look(context: &Context, receive: &Receive, info: &Info, upto: u64) -> Result<Looked, String> {
+pub(crate) async fn look(deliveries: &Deliveries, receive: &Receive, info: &Info, upto: u64) -> Result<Looked, String> {
+    let (context, floor) = (deliveries.context(), info.ack_floor.stream_sequence);
     let filter = Some(info.config.filter_subject.as_str()).filter(|filter| !filter.is_empty()).unwrap_or(">");
-    let mut messages = raw::read(context, receive.stream, filter, info.ack_floor.stream_sequence, upto);
+    let mut messages = raw::read(context, receive.stream, filter, floor, upto);
     let mut looked = Looked { readable: Vec::new(), unreadable: Vec::new() };
     while let Some(Raw { message, unreadable }) = messages.try_next().await? {
         let Some(why) = unreadable else {
             looked.readable.push(message.sequence);
             continue;
         };
-        info!(consumer = receive.consumer, sequence = message.sequence, why, "a message that cannot be delivered");
-        Case::new(receive.stream, receive.consumer, message.sequence, 1).summon(context).await?;
-        looked.unreadable.push(message.sequence);
+        let sequence = message.sequence;
+        if !deliveries.is_handed_over(sequence) {
+            info!(consumer = receive.consumer, sequence, why, "a message that cannot be delivered");
+            Case::new(receive.stream, receive.consumer, sequence, 1).summon(context).await?;
+            deliveries.note_handed_over(sequence, floor);
+        }
+        looked.unreadable.push(sequence);
     }
     Ok(looked)
 }

@@ -352,7 +352,7 @@ impl Letters {
                 return Ok(page);
             }
             (after, scanned, bytes) = (held.sequence, scanned + 1, bytes + held.payload.len());
-            let Held { sequence, stored_at: time, subject, headers, payload } = held;
+            let Held { sequence, stored_at: time, subject, headers, payload, .. } = held;
             let letter = Letter::of(StreamMessage { subject: subject.into(), sequence, headers, payload, time });
             if filter.fits(&letter) {
                 page.letters.push(letter);
