@@ -71,6 +71,8 @@ pub struct CsvFile<R> {
     /// Cells of the header.
     width: usize,
     ignored: Vec<String>,
+    /// Where the header has a cell without a name.
+    unnamed: Vec<usize>,
     record: ByteRecord,
     ended: bool,
 }
@@ -95,13 +97,13 @@ impl<R: Read> CsvFile<R> {
         }
         let width = header.len();
         let mut places = vec![None; known.len()];
-        let mut ignored = Vec::new();
+        let (mut ignored, mut unnamed) = (Vec::new(), Vec::new());
         for (place, cell) in header.iter().enumerate() {
             let cell = trimmed(cell);
             match known.iter().position(|name| cell.eq_ignore_ascii_case(name.as_bytes())) {
                 Some(column) if places[column].is_some() => return Err(HeaderError::Repeated(known[column])),
                 Some(column) => places[column] = Some(place),
-                None if cell.is_empty() => {}
+                None if cell.is_empty() => unnamed.push(place),
                 None => ignored.push(excerpt(&String::from_utf8_lossy(cell))),
             }
         }
@@ -115,7 +117,7 @@ impl<R: Read> CsvFile<R> {
                 return Err(HeaderError::OtherSeparator { separator, columns: known.join(",") });
             }
         }
-        Ok(Self { csv, known, places, width, ignored, record: ByteRecord::new(), ended: false })
+        Ok(Self { csv, known, places, width, ignored, unnamed, record: ByteRecord::new(), ended: false })
     }
 
     /// Asks for columns that every row needs.
@@ -177,6 +179,13 @@ impl<R: Read> CsvFile<R> {
     fn misfit(&self) -> Option<String> {
         if let Some(problem) = surplus(&self.record, self.width) {
             return Some(problem);
+        }
+        let is_filled = |place: &&usize| self.record.get(**place).is_some_and(|cell| !trimmed(cell).is_empty());
+        if let Some(place) = self.unnamed.iter().find(is_filled) {
+            let cell = place + 1;
+            return Some(format!(
+                "the header has no name for cell {cell}; is there a comma in a value that is not in quotes?"
+            ));
         }
         let cells = self.record.len();
         let gone = |place: &Option<usize>| place.is_some_and(|place| place >= cells);

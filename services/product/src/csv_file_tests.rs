@@ -52,6 +52,21 @@ fn a_row_with_more_cells_than_the_header_is_refused() {
     assert_eq!(short, [Err(RowError { line: 2, problem })]);
 }
 
+/// Nobody knows what it is, as of one beyond the header.
+#[test]
+fn a_cell_under_no_name_is_refused() {
+    for (file, cell) in [
+        (&b"sku,name,quantity,\nA,thing,1,800\nB,fine,1,\n"[..], 4),
+        (b"sku,quantity,,name\nA,1,800,thing\nB,1,,fine\n", 3),
+    ] {
+        let rows = read(file);
+        let problem =
+            format!("the header has no name for cell {cell}; is there a comma in a value that is not in quotes?");
+        assert_eq!(rows[0], Err(RowError { line: 2, problem }));
+        assert!(rows[1].is_ok(), "{rows:?}");
+    }
+}
+
 /// The rows that such a cell swallows would be missed by nobody, wherever it stands.
 #[test]
 fn a_quote_that_is_not_closed_is_told_in_any_column() {
