@@ -196,12 +196,17 @@ impl<R: Read> CsvFile<R> {
             .filter(|(_, place)| gone(place))
             .map(|(name, _)| format!("`{name}`"))
             .collect();
-        // What a cell says that is read is looked at by whoever reads it. A quote that is not closed takes the rows after it into
-        // its cell, where nobody would miss them.
+        // What a cell says that is read is looked at by whoever reads it. Others may run over lines, but a quote that is not closed
+        // takes the rows after it into its cell, where nobody would miss them.
         let is_read = |place: usize| missing.is_empty() && self.places.contains(&Some(place));
         let mut others = self.record.iter().enumerate().filter(|(place, _)| !is_read(*place));
         let unclosed = others.find_map(|(place, cell)| {
-            unclosed(&String::from_utf8_lossy(trimmed(cell))).map(|problem| format!("cell {} {problem}", place + 1))
+            let cell = String::from_utf8_lossy(cell);
+            let cell = cell.trim_matches(['\r', '\n']);
+            let mut later = cell.split(['\r', '\n']).skip(1);
+            let holds_rows = !missing.is_empty() || later.any(|line| line.matches(',').count() + 1 >= self.width);
+            let problem = if holds_rows { unclosed(cell) } else { None };
+            problem.map(|problem| format!("cell {} {problem}", place + 1))
         });
         if unclosed.is_some() {
             return unclosed;
